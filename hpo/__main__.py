@@ -1,0 +1,202 @@
+"""The `hpo` command: check, launch, resume, extend and read studies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scaling.cli import DryRun, Json, Uri, refusing
+
+if TYPE_CHECKING:
+    from hpo.workers import Estimate
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+
+Study = Annotated[str, typer.Argument(metavar="STUDY.toml | NAME", help="a study file, or the name of one in studies/")]
+
+
+@app.command()
+def validate(study: Study) -> None:
+    """Check a study file and all that it names; exit code 2 with every mistake by field name.
+
+    Example: hpo validate studies/quickstart.toml
+    """
+    from hpo.study import load_study, study_path
+
+    with refusing():
+        path = study_path(study)
+        load_study(path)
+    typer.echo(f"{path}: good")
+
+
+@app.command()
+def launch(study: Study, dry_run: DryRun = False, tracking_uri: Uri = None) -> None:
+    """Start a study: train proxies with local workers until its budget is spent.
+
+    Example: hpo launch studies/quickstart.toml
+    """
+    from hpo import workers
+    from hpo.study import load_study, study_path
+
+    with refusing():
+        files = workers.StudyFiles(study_path(study))
+        config, trainer = load_study(files.toml)
+        if not dry_run:
+            workers.refuse_existing(files, uri=tracking_uri)
+        cost = workers.estimate(workers.open_search(config, trainer, None), trainer, config.workers.count)
+    typer.echo(f"{files.name}: {describe(cost)}", err=True)
+    if dry_run:
+        return
+    search = workers.create(files, config, trainer, uri=tracking_uri)
+    finish(workers.supervise(files, search, config.workers, cost, uri=tracking_uri), files.name)
+
+
+@app.command()
+def resume(study: Study, dry_run: DryRun = False, tracking_uri: Uri = None) -> None:
+    """Go on with a study that was stopped, at the same budget: nothing is lost, nothing runs twice.
+
+    Example: hpo resume quickstart
+    """
+    go_on(study, None, dry_run, tracking_uri)
+
+
+@app.command()
+def extend(
+    study: Study,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="the new largest run: the old one times a power of eta")],
+    dry_run: DryRun = False,
+    tracking_uri: Uri = None,
+) -> None:
+    """Raise a study's largest run and pay only the difference.
+
+    Example: hpo extend quickstart --max-tokens 1105920
+    """
+    go_on(study, max_tokens, dry_run, tracking_uri)
+
+
+@app.command(hidden=True)
+def worker(study: Study, tracking_uri: Uri = None) -> None:
+    """One worker of a study that was launched; more of them may run, here or on another machine that sees its files.
+
+    Example: hpo worker studies/quickstart.toml
+    """
+    from hpo import workers
+    from hpo.study import study_path
+
+    with refusing():
+        files = workers.StudyFiles(study_path(study))
+        code = workers.work(files, uri=tracking_uri)
+    raise typer.Exit(code)
+
+
+@app.command()
+def status(study: Study, as_json: Json = False) -> None:
+    """How far a study is, what it spent, and what resuming saved.
+
+    Example: hpo status quickstart
+    """
+    from dataclasses import asdict
+
+    search, _ = open_existing(study)
+    now = search.progress
+    if as_json:
+        typer.echo(json.dumps(asdict(now) | {"finished": search.finished}))
+        return
+    planned = f" of {now.planned}" if now.planned else ""
+    typer.echo(f"{now.done}{planned} evaluations done, {now.running} running, {now.diverged} diverged, {now.configurations} configurations")
+    typer.echo(f"{now.tokens_spent:,} tokens trained; resuming checkpoints saved {now.tokens_saved:,} more")
+    typer.echo("finished" if search.finished else f"unfinished: `hpo resume {study}` goes on")
+
+
+@app.command()
+def best(study: Study, as_json: Json = False) -> None:
+    """The search's own answer for the target: the parameters it would train there.
+
+    Example: hpo best quickstart --json
+    """
+    search, target = open_existing(study)
+    with refusing():
+        answer = search.best()
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    typer.echo(f"for N {target.N:,.0f}, D {target.D:,.0f}:")
+    for name, value in answer.items():
+        typer.echo(f"  {name} = {value:.4g}" if isinstance(value, float) else f"  {name} = {value}")
+
+
+@app.command()
+def forget(
+    study: Study, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False, tracking_uri: Uri = None
+) -> None:
+    """Remove what a study made (its folder with all checkpoints, its runs in MLflow), so that it can be launched afresh.
+
+    Example: hpo forget quickstart --yes
+    """
+    from hpo import workers
+    from hpo.study import study_path
+
+    with refusing():
+        files = workers.StudyFiles(study_path(study))
+    if not yes:
+        typer.confirm(f"remove {files.folder} and the runs of study {files.name!r} in MLflow?", abort=True)
+    typer.echo(f"{files.name}: " + ("removed" if workers.forget(files, uri=tracking_uri) else "there was nothing to remove"))
+
+
+def go_on(study: str, max_tokens: int | None, dry_run: bool, tracking_uri: str | None) -> None:
+    from hpo import workers
+    from hpo.study import load_study, study_path
+
+    with refusing():
+        files = workers.StudyFiles(study_path(study))
+        config, trainer = load_study(files.toml)
+        search = workers.open_existing(files, config, trainer)
+        if max_tokens is not None:
+            problems = trainer.problems(config.distributions, (config.search.tokens.min, max_tokens))
+            if problems:
+                raise ValueError("; ".join(problems))
+        cost = workers.estimate(search, trainer, config.workers.count, max_tokens=max_tokens)
+        if max_tokens is not None and not dry_run:
+            search.extend(max_tokens)
+    typer.echo(f"{files.name}: {describe(cost)}", err=True)
+    if dry_run:
+        return
+    if not cost.evaluations:
+        typer.echo(f"nothing left to run; `hpo extend {files.name} --max-tokens ...` raises its budget", err=True)
+        return
+    finish(workers.supervise(files, search, config.workers, cost, uri=tracking_uri), files.name)
+
+
+def open_existing(study: str) -> tuple[Any, Any]:
+    from hpo import workers
+    from hpo.study import load_study, study_path
+
+    with refusing():
+        files = workers.StudyFiles(study_path(study))
+        config, trainer = load_study(files.toml)
+        search = workers.open_existing(files, config, trainer)
+    return search, search.target
+
+
+def describe(cost: Estimate) -> str:
+    return (
+        f"{cost.evaluations} evaluations of {cost.configurations} configurations to run, {cost.tokens:,} tokens, {cost.flops:.2e} FLOPs, "
+        f"about {cost.seconds / 60:.1f} minutes here"
+    )
+
+
+def finish(code: int, name: str) -> None:
+    if code == 0:
+        typer.echo(f"done; next: `scaling fit {name}`, `scaling recommend {name} --target`", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,322 @@
+"""The study file: TOML read into frozen models, checked whole before anything is spent.
+
+    seed = 0
+
+    [search]
+    tokens = { min = 40_960, max = 368_640 }   # the ladder: max, max / eta, ... down to min
+
+    [space]
+    lr = { low = 1e-3, high = 1.0, log = true }
+    batch_seqs = { low = 2, high = 32, log = true, type = "int" }
+
+    [trainer]                                   # every other key goes to the trainer
+    use = "proxies:ProxyFamily"
+    widths = [32, 64, 128]
+
+    [target]                                    # the run that all this is for, in the trainer's words
+    d_model = 256
+    tokens = 1_105_920
+
+All mistakes are reported at once in a StudyError, each by field name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, cast
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from hpo.hyperband import Ladder
+from scaling.compute import Fidelity
+from scaling.runs import Measurement
+
+
+class StudyError(ValueError):
+    """Everything that is wrong with a study file, one sentence each."""
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = f"{len(self.problems)} mistake{'s' if len(self.problems) > 1 else ''}"
+        super().__init__(f"{where}: {count}, nothing was started\n" + "\n".join(f"  {p}" for p in self.problems))
+
+
+class Trainer(Protocol):
+    """What a study's `[trainer] use = "module:name"` must make when it is called with the table's other keys.
+
+    A trainer made from bad settings raises ValueError (or pydantic's ValidationError, whose every mistake is then named).
+    """
+
+    @property
+    def sizes(self) -> Sequence[float]:
+        """N of every proxy size, ascending."""
+
+    def problems(self, space: Mapping[str, BaseDistribution], tokens: tuple[int, int]) -> list[str]:
+        """Why this space, from the smallest to the largest run, cannot be trained (no such corpus, ...); cheap."""
+
+    def target(self, **table: Any) -> Fidelity:
+        """N and D of the `[target]` table."""
+
+    def describe(self, params: Mapping[str, Any], fidelity: Fidelity) -> dict[str, Any]:
+        """Every setting of one run, resolved, for the record: N, lr, batch_tokens, seq_len, ... and the data's hash."""
+
+    def seconds(self, fidelities: Sequence[Fidelity]) -> list[float]:
+        """About how long runs of these sizes take one worker."""
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        fidelity: Fidelity,
+        *,
+        resume: Path | None = None,
+        save: Path | None = None,
+        keep: Path | None = None,
+    ) -> Iterator[Measurement]:
+        """Train. `resume`: a file that an earlier call wrote to `save` (a shorter run) or `keep` (an interrupted one)."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tokens(_Table):
+    """The smallest and largest run of the search, in training tokens."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min must not exceed max, got min {self.min:,} > max {self.max:,}")
+        return self
+
+
+class SearchTable(_Table):
+    """How to spend compute."""
+
+    tokens: Tokens
+    eta: int = Field(3, ge=2, description="each rung keeps the best 1/eta and trains them eta times longer")
+    sampler: Literal["mfbo", "random", "qmc"] = "mfbo"
+    scheduler: Literal["incremental-hyperband"] = "incremental-hyperband"
+    variant: Literal["discarding", "preserving", "efficient"] = "discarding"
+    iterations: PositiveInt = Field(1, description="how often Hyperband runs through its brackets at every size")
+
+    @model_validator(mode="after")
+    def _whole_rungs(self) -> Self:
+        levels = Ladder.make(self.tokens.min, self.tokens.max, self.eta).levels
+        if levels[0] != self.tokens.min:
+            up = self.tokens.min * self.eta ** (len(levels) - 1)
+            raise ValueError(
+                f"tokens.max must be tokens.min times a power of eta, got {self.tokens.max:,} = {self.tokens.min:,} x "
+                f"{self.tokens.max / self.tokens.min:.4g}: the nearest are {up:,} and {up * self.eta:,}"
+            )
+        return self
+
+
+class Dimension(_Table):
+    """One searched parameter: a range, or choices."""
+
+    type: Literal["float", "int"] = "float"
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    step: float | None = None
+    choices: tuple[str | float | int | bool, ...] | None = None
+
+    @model_validator(mode="after")
+    def _range_or_choices(self) -> Self:
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log or self.step is not None:
+                raise ValueError("choices stand alone: remove low, high, log and step")
+            if len(set(self.choices)) < 2:
+                raise ValueError(f"needed at least 2 different choices, got {list(self.choices)}: fix it under [trainer]")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("needed low and high, or choices")
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high, got low {self.low:g} >= high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range needs low > 0, got {self.low:g}")
+        if self.log and self.step is not None:
+            raise ValueError("a log range has no step: remove one of them")
+        if self.type == "int" and (self.low != int(self.low) or self.high != int(self.high)):
+            raise ValueError(f"an int range needs whole low and high, got {self.low:g} and {self.high:g}")
+        return self
+
+    def distribution(self) -> BaseDistribution:
+        """The same as Optuna has it."""
+        if self.choices is not None:
+            return CategoricalDistribution(self.choices)
+        assert self.low is not None
+        assert self.high is not None
+        if self.type == "int":
+            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
+        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+
+
+class TrainerTable(BaseModel):
+    """Which trainer, and its settings (all other keys)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    use: str = Field("proxies:ProxyFamily", pattern=r"^[\w.]+:\w+$")
+
+
+class Workers(_Table):
+    """Local processes that train, and the CPU threads each may use."""
+
+    count: PositiveInt = 1
+    threads: PositiveInt = 1
+
+
+class StudyConfig(_Table):
+    """A study file, validated."""
+
+    seed: int = Field(0, ge=0)
+    search: SearchTable
+    space: dict[str, Dimension] = Field(min_length=1)
+    trainer: TrainerTable = TrainerTable()
+    target: dict[str, Any] | None = None
+    workers: Workers = Workers()
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return {name: dimension.distribution() for name, dimension in self.space.items()}
+
+    def make_trainer(self) -> Trainer:
+        """The trainer that the study names, made with its settings."""
+        module, _, name = self.trainer.use.partition(":")
+        return cast(Trainer, getattr(import_module(module), name)(**self.trainer.model_extra or {}))
+
+
+def study_path(name_or_path: str) -> Path:
+    """studies/<name>.toml for a name; the path itself for a path. ValueError names the nearest study."""
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = Path("studies") / f"{name_or_path}.toml"
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]}?" if near else f"studies there: {', '.join(known) or 'none'}"
+        raise ValueError(f"no study file {path}; {hint}")
+    return path
+
+
+def load_study(path: Path) -> tuple[StudyConfig, Trainer]:
+    """Read and check a study file and what it names. StudyError with all mistakes; nothing is written."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(str(path), [f"not TOML: {error}"]) from error
+    problems: list[str] = []
+    study: StudyConfig | None = None
+    try:
+        study = StudyConfig.model_validate(table)
+    except ValidationError as error:
+        problems += explain(error, StudyConfig)
+    trainer = _check_trainer(table, study, problems)
+    if problems or study is None or trainer is None:
+        raise StudyError(str(path), problems)
+    return study, trainer
+
+
+def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: list[str]) -> Trainer | None:
+    """Also when other tables are wrong, so that the trainer's mistakes come in the same breath."""
+    raw = table.get("trainer", {})
+    if not isinstance(raw, dict):
+        return None  # named already
+    try:
+        named = TrainerTable.model_validate(raw)
+    except ValidationError:
+        return None  # named already
+    module, _, name = named.use.partition(":")
+    try:
+        make = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        problems.append(f"trainer.use: cannot import {named.use!r} ({error}); the built-in one is 'proxies:ProxyFamily'")
+        return None
+    try:
+        trainer = cast(Trainer, make(**named.model_extra or {}))
+    except ValidationError as error:
+        problems += [f"trainer.{p}" for p in explain(error, make)]
+        return None
+    except (ValueError, TypeError) as error:
+        problems.append(f"trainer: {error}")
+        return None
+    space = study.distributions if study else _readable_space(table)
+    tokens = study.search.tokens if study else _readable_tokens(table)
+    if tokens is not None:
+        problems += trainer.problems(space, (tokens.min, tokens.max))
+    if isinstance(table.get("target"), dict):
+        try:
+            trainer.target(**table["target"])
+        except ValidationError as error:
+            problems += [f"target.{p}" for p in explain(error, None)]
+        except (ValueError, TypeError) as error:
+            problems.append(f"target: {error}")
+    return trainer
+
+
+def _readable_space(table: dict[str, Any]) -> dict[str, BaseDistribution]:
+    space = {}
+    raw = table.get("space")
+    for name, value in raw.items() if isinstance(raw, dict) else ():
+        try:
+            space[name] = Dimension.model_validate(value).distribution()
+        except ValidationError:
+            continue  # named already, by field
+    return space
+
+
+def _readable_tokens(table: dict[str, Any]) -> Tokens | None:
+    raw = table.get("search")
+    try:
+        return Tokens.model_validate(raw.get("tokens") if isinstance(raw, dict) else None)
+    except ValidationError:
+        return None  # named already, by field
+
+
+def explain(error: ValidationError, model: Any) -> list[str]:
+    """Pydantic's errors as `field: what was needed, what was got`, unknown keys with the nearest known one."""
+    said = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(model, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}" if known else ""
+            said.append(f"{where}: unknown key; {hint}".rstrip("; "))
+        elif item["type"] == "missing":
+            said.append(f"{where}: missing")
+        elif item["type"] == "literal_error":
+            expected = str(item["ctx"]["expected"])
+            choices = expected.replace("'", "").replace(" or ", ", ").split(", ")
+            near = difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.4)
+            said.append(f"{where}: needed {expected}, got {item['input']!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        elif item["type"] == "value_error":
+            # a mistake of several fields together has no place of its own: its message begins with their names
+            said.append(f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"]))
+        else:
+            needed = item["msg"][0].lower() + item["msg"][1:]
+            said.append(f"{where}: {needed}, got {json.dumps(item['input'], default=repr)}")
+    return said
+
+
+def _fields_at(model: Any, loc: Sequence[int | str]) -> list[str]:
+    """The field names of the (nested) model at `loc`."""
+    for part in loc:
+        fields: Mapping[str, Any] = getattr(model, "model_fields", {})
+        if part in fields:
+            model = fields[str(part)].annotation
+        else:  # a key of dict[str, Model]
+            arguments = getattr(model, "__args__", ())
+            model = arguments[-1] if arguments else model
+    if not hasattr(model, "model_fields") and getattr(model, "__args__", ()):
+        model = model.__args__[-1]
+    return sorted(getattr(model, "model_fields", {}))

@@ -1,0 +1,40 @@
+"""Small models that stand in for the large one, and its launch: muP transformers, warm starts, the target run."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from proxies.checks import CoordCheck as CoordCheck
+    from proxies.checks import coordinate_check as coordinate_check
+    from proxies.config import ProxyConfig as ProxyConfig
+    from proxies.family import ProxyFamily as ProxyFamily
+    from proxies.launch import LaunchPlan as LaunchPlan
+    from proxies.model import build as build
+    from proxies.mup import param_groups as param_groups
+    from proxies.training import train as train
+    from proxies.warmstart import grow as grow
+
+_HOME = {
+    "CoordCheck": "checks",
+    "LaunchPlan": "launch",
+    "ProxyConfig": "config",
+    "ProxyFamily": "family",
+    "build": "model",
+    "coordinate_check": "checks",
+    "grow": "warmstart",
+    "param_groups": "mup",
+    "train": "training",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"proxies.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'proxies' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

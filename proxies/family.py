@@ -1,0 +1,181 @@
+"""The trainer that a study file names: a family of proxies that differ in width, and the target that they stand for."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from proxies.config import ProxyConfig, ProxySettings
+from scaling.compute import Fidelity
+from scaling.runs import Measurement
+
+# What may be searched: numbers that leave the shape alone (widths are the study's sizes; tokens are its fidelity).
+SEARCHABLE = (
+    "alpha_attn",
+    "alpha_in",
+    "alpha_out",
+    "batch_seqs",
+    "beta1",
+    "beta2",
+    "cooldown",
+    "embed_lr_mult",
+    "embed_std",
+    "eps",
+    "init_std",
+    "lr",
+    "warmup_tokens",
+    "weight_decay",
+)
+
+
+class Target(BaseModel):
+    """The `[target]` table: a width of the same family, and how long to train it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    d_model: PositiveInt
+    tokens: PositiveInt
+
+
+class ProxyFamily(ProxySettings):
+    """The `[trainer]` table of a study: what all proxies share, and their widths."""
+
+    widths: tuple[PositiveInt, ...] = Field(min_length=1, description="d_model of each proxy size")
+
+    @model_validator(mode="after")
+    def _widths_make_whole_heads(self) -> Self:
+        wrong = []
+        for width in self.widths:
+            try:
+                self.member(width)
+            except ValidationError as error:
+                wrong += [str(e["ctx"]["error"]) if "ctx" in e else e["msg"] for e in error.errors()]
+        if len(set(self.widths)) < len(self.widths):
+            wrong.append(f"they must differ, got {list(self.widths)}")
+        if wrong:
+            raise ValueError("widths: " + "; ".join(wrong))
+        return self
+
+    def member(self, d_model: int, params: Mapping[str, Any] | None = None) -> ProxyConfig:
+        """The family's proxy of this width, with searched parameters in place of its own."""
+        return ProxyConfig(**self.model_dump(exclude={"widths"}), d_model=d_model).model_copy(update=dict(params or {}))
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """N of every width, ascending."""
+        return tuple(float(self.member(w).counts.N) for w in sorted(self.widths))
+
+    def config(self, params: Mapping[str, Any], fidelity: Fidelity) -> ProxyConfig:
+        """The proxy with these parameters whose N is `fidelity.N`, validated."""
+        by_size = {float(self.member(w).counts.N): w for w in self.widths}
+        if fidelity.N not in by_size:
+            raise ValueError(f"no width of this family has N = {fidelity.N:g}; it has {sorted(by_size)}")
+        return ProxyConfig.model_validate(self.member(by_size[fidelity.N], params).model_dump())
+
+    def target(self, **table: Any) -> Fidelity:
+        """N and D of the target, which must be a width that the family can have."""
+        target = Target.model_validate(table)
+        config = ProxyConfig.model_validate(self.member(target.d_model).model_dump())
+        return Fidelity(float(config.counts.N), float(target.tokens))
+
+    def problems(self, space: Mapping[str, Any], tokens: tuple[int, int]) -> list[str]:
+        """Names that cannot be searched, values that cannot be trained, a missing or empty corpus, runs below one step."""
+        from proxies.data import check_corpus
+
+        said = [f"trainer.corpus: {p}" for p in check_corpus(self.corpus, vocab=self.vocab, seq_len=self.seq_len)]
+        width = min(self.widths)
+        for name, dimension in space.items():
+            if name not in SEARCHABLE:
+                near = difflib.get_close_matches(name, SEARCHABLE, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]}?" if near else f"searchable: {', '.join(SEARCHABLE)}"
+                said.append(f"space.{name}: unknown parameter; {hint}")
+                continue
+            ends = getattr(dimension, "choices", None) or (dimension.low, dimension.high)
+            for end in ends:
+                try:
+                    ProxyConfig.model_validate(self.member(width).model_dump() | {name: end})
+                except ValidationError as error:
+                    said += [f"space.{name}: {e['msg']}, got {end!r}" for e in error.errors()]
+        batch = space.get("batch_seqs")
+        largest = int(batch.high if batch is not None and hasattr(batch, "high") else self.batch_seqs) * self.seq_len
+        if tokens[0] < 2 * largest:
+            said.append(
+                f"search.tokens.min: the smallest run must hold at least two of the largest steps "
+                f"(2 x {largest:,} = {2 * largest:,} tokens), got {tokens[0]:,}"
+            )
+        if tokens[0] * (1 - self.cooldown) <= self.warmup_tokens:
+            said.append(
+                f"trainer.warmup_tokens: the warm-up must end before the smallest run's cooldown begins "
+                f"({tokens[0] * (1 - self.cooldown):,.0f} tokens), got {self.warmup_tokens:,}"
+            )
+        return said
+
+    def describe(self, params: Mapping[str, Any], fidelity: Fidelity) -> dict[str, Any]:
+        """Every setting of the run, resolved, and the data's hash."""
+        return describe(self.config(params, fidelity))
+
+    def seconds(self, fidelities: Sequence[Fidelity]) -> list[float]:
+        """Measured on a few steps of each size, at the family's own batch size."""
+        speed: dict[float, float] = {}
+        for fidelity in fidelities:
+            if fidelity.N not in speed:
+                speed[fidelity.N] = measure_speed(self.config({}, fidelity))
+        return [f.D / speed[f.N] for f in fidelities]
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        fidelity: Fidelity,
+        *,
+        resume: Path | None = None,
+        save: Path | None = None,
+        keep: Path | None = None,
+    ) -> Iterator[Measurement]:
+        """Train the proxy with these parameters and this N for D tokens."""
+        from proxies.training import train
+
+        return train(self.config(params, fidelity), int(fidelity.D), resume=resume, save=save, keep=keep)
+
+
+def describe(config: ProxyConfig) -> dict[str, Any]:
+    """The record of a run: its settings, its three parameter counts, the data's name, size and hash."""
+    from proxies.data import load_corpus
+
+    corpus = load_corpus(config.corpus, vocab=config.vocab)
+    return config.model_dump() | {
+        "N": config.counts.N,
+        "N_nonembedding": config.counts.nonembedding,
+        "N_total": config.counts.total,
+        "batch_tokens": config.batch_tokens,
+        "data_sha256": corpus.sha256,
+        "data_tokens": len(corpus.train),
+        "data_files": len(corpus.files),
+    }
+
+
+def measure_speed(config: ProxyConfig, *, min_seconds: float = 0.3) -> float:
+    """Training tokens per second with this configuration on this machine, from a few steps."""
+    import torch
+
+    from proxies.model import build
+    from proxies.optimizers import make_optimizer
+
+    model = build(config)
+    optimizer = make_optimizer(model, config)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(config.vocab, (config.batch_seqs, config.seq_len), generator=generator)
+    best = math.inf
+    started = time.perf_counter()
+    while time.perf_counter() - started < min_seconds or best == math.inf:
+        began = time.perf_counter()
+        loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        best = min(best, time.perf_counter() - began)
+    return config.batch_tokens / best

@@ -1,0 +1,45 @@
+"""What the three commands share: how they refuse bad input, stop when told to, and take common options."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+Uri = Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store; default $MLFLOW_TRACKING_URI or ./mlflow.db")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what it would cost, and start nothing")]
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Bad input (ValueError) ends with its message and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        say(f"error: {error}")
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, too, so that both leave by the same door and save on the way."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def say(text: str) -> None:
+    """Progress and errors go to stderr; stdout is for data."""
+    print(text, file=sys.stderr, flush=True)

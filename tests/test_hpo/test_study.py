@@ -1,0 +1,143 @@
+"""The study file: good ones are read, bad ones are refused whole, each mistake by field name, with nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from typer.testing import CliRunner
+
+from hpo.__main__ import app
+from hpo.study import StudyError, load_study, study_path
+from proxies.family import ProxyFamily
+
+GOOD = """
+seed = 3
+[search]
+tokens = { min = 16_384, max = 147_456 }
+[space]
+lr = { low = 1e-3, high = 1.0, log = true }
+batch_seqs = { low = 2, high = 16, log = true, type = "int" }
+beta2 = { choices = [0.95, 0.99] }
+[trainer]
+widths = [32, 64]
+[target]
+d_model = 128
+tokens = 300_000
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "s.toml"
+    path.write_text(text)
+    return path
+
+
+def problems(folder: Path, text: str) -> list[str]:
+    with pytest.raises(StudyError) as error:
+        load_study(write(folder, text))
+    assert [p.name for p in folder.iterdir()] == ["s.toml"], "a refused study must write nothing"
+    return error.value.problems
+
+
+def test_a_good_study_is_read_into_distributions_and_a_trainer(tmp_path: Path) -> None:
+    study, trainer = load_study(write(tmp_path, GOOD))
+    assert study.distributions == {
+        "lr": FloatDistribution(1e-3, 1.0, log=True),
+        "batch_seqs": IntDistribution(2, 16, log=True),
+        "beta2": CategoricalDistribution((0.95, 0.99)),
+    }
+    assert isinstance(trainer, ProxyFamily)
+    assert list(trainer.sizes) == [float(trainer.member(w).counts.N) for w in (32, 64)]
+    assert trainer.target(d_model=128, tokens=300_000).D == 300_000
+
+
+def test_the_quickstart_is_good() -> None:
+    load_study(Path(__file__).parents[2] / "studies" / "quickstart.toml")
+
+
+def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
+    text = """
+sede = 3
+[search]
+tokens = { min = 200_000, max = 100_000 }
+sampler = "mbfo"
+eta = "three"
+[space]
+lr = { low = 1.0, high = 0.1, log = true }
+learning_rate = { low = 0.1, high = 1.0 }
+batch_seqs = { low = 2, hi = 16 }
+[trainer]
+widths = [32, 40]
+optimizer = "adamv"
+corpsu = "stdlib"
+[target]
+d_model = 128
+tokns = 3
+"""
+    said = "\n".join(problems(tmp_path, text))
+    for expected in (
+        "sede: unknown key; did you mean seed?",
+        "search.tokens: min must not exceed max, got min 200,000 > max 100,000",
+        "search.sampler: needed 'mfbo', 'random' or 'qmc', got 'mbfo'; did you mean mfbo?",
+        "search.eta: ",
+        "space.lr: low must be below high",
+        "space.batch_seqs.hi: unknown key; did you mean high?",
+        "trainer.optimizer: needed 'adamw', got 'adamv'; did you mean adamw?",
+        "trainer.corpsu: unknown key; did you mean corpus?",
+    ):
+        assert expected in said, f"{expected!r} is not in\n{said}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("widths = [32, 64]", "widths = [32, 40]", "trainer.widths: d_model must be a multiple of"),
+        ("widths = [32, 64]", "widths = [32, 64]\ncorpus = 'no/such/corpus'", "trainer.corpus: "),
+        ("lr = { low", "learning_rat = { low", "space.learning_rat: unknown parameter; "),
+        ("max = 147_456", "max = 147_000", "the nearest are 49,152 and 147,456"),
+        ("min = 16_384, max = 147_456", "min = 1_024, max = 9_216", "search.tokens.min: the smallest run must hold"),
+        ("beta2 = { choices = [0.95, 0.99] }", "beta2 = { choices = [0.95, 1.99] }", "space.beta2: "),
+        ("beta2 = { choices = [0.95, 0.99] }", "beta2 = { choices = [0.95] }", "space.beta2: needed at least 2 different choices"),
+        ("tokens = 300_000", "tokns = 300_000", "target.tokns: "),
+        ("d_model = 128", "d_model = 100", "target"),
+        ("[trainer]", "[trainer]\nuse = 'nowhere:Nothing'", "trainer.use: cannot import 'nowhere:Nothing'"),
+        ("seed = 3", "seed = -3", "seed: "),
+        ("[space]", "[spaec]", "spaec: unknown key; did you mean space?"),
+    ],
+)
+def test_each_mistake_is_named_by_its_field(old: str, new: str, expected: str, tmp_path: Path) -> None:
+    assert old in GOOD
+    said = "\n".join(problems(tmp_path, GOOD.replace(old, new)))
+    assert expected in said, said
+
+
+def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    text = GOOD.replace("widths = [32, 64]", f"widths = [32, 64]\ncorpus = '{tmp_path / 'empty'}'")
+    with pytest.raises(StudyError, match=r"trainer\.corpus: "):
+        load_study(write(tmp_path, text))
+
+
+def test_broken_toml_is_refused(tmp_path: Path) -> None:
+    assert "not TOML" in problems(tmp_path, "seed = = 3")[0]
+
+
+def test_a_misspelt_name_is_refused_with_the_nearest_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "quickstart.toml").write_text(GOOD)
+    assert study_path("quickstart") == Path("studies/quickstart.toml")
+    with pytest.raises(ValueError, match="did you mean quickstart"):
+        study_path("quikstart")
+
+
+@pytest.mark.parametrize("command", ["validate", "launch", "resume"])
+def test_a_bad_study_ends_with_exit_code_2_and_nothing_written(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, GOOD.replace("min = 16_384", "min = 0"))
+    result = CliRunner().invoke(app, [command, "s.toml"])
+    assert result.exit_code == 2
+    assert "search.tokens.min" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["s.toml"]

@@ -66,7 +66,9 @@ def resume(study: Study, dry_run: DryRun = False, tracking_uri: Uri = None) -> N
 @app.command()
 def extend(
     study: Study,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="the new largest run: the old one times a power of eta")],
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", help="the new largest run: the old one times a power of eta")
+    ],
     dry_run: DryRun = False,
     tracking_uri: Uri = None,
 ) -> None:
@@ -106,7 +108,9 @@ def status(study: Study, as_json: Json = False) -> None:
         typer.echo(json.dumps(asdict(now) | {"finished": search.finished}))
         return
     planned = f" of {now.planned}" if now.planned else ""
-    typer.echo(f"{now.done}{planned} evaluations done, {now.running} running, {now.diverged} diverged, {now.configurations} configurations")
+    typer.echo(
+        f"{now.done}{planned} evaluations done, {now.running} running, {now.diverged} diverged, {now.configurations} configurations"
+    )
     typer.echo(f"{now.tokens_spent:,} tokens trained; resuming checkpoints saved {now.tokens_saved:,} more")
     typer.echo("finished" if search.finished else f"unfinished: `hpo resume {study}` goes on")
 
@@ -143,7 +147,9 @@ def forget(
         files = workers.StudyFiles(study_path(study))
     if not yes:
         typer.confirm(f"remove {files.folder} and the runs of study {files.name!r} in MLflow?", abort=True)
-    typer.echo(f"{files.name}: " + ("removed" if workers.forget(files, uri=tracking_uri) else "there was nothing to remove"))
+    typer.echo(
+        f"{files.name}: " + ("removed" if workers.forget(files, uri=tracking_uri) else "there was nothing to remove")
+    )
 
 
 def go_on(study: str, max_tokens: int | None, dry_run: bool, tracking_uri: str | None) -> None:

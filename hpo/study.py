@@ -28,7 +28,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Literal, Protocol, Self, cast, get_args
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -136,7 +136,9 @@ class Dimension(_Table):
             if self.low is not None or self.high is not None or self.log or self.step is not None:
                 raise ValueError("choices stand alone: remove low, high, log and step")
             if len(set(self.choices)) < 2:
-                raise ValueError(f"needed at least 2 different choices, got {list(self.choices)}: fix it under [trainer]")
+                raise ValueError(
+                    f"needed at least 2 different choices, got {list(self.choices)}: fix it under [trainer]"
+                )
             return self
         if self.low is None or self.high is None:
             raise ValueError("needed low and high, or choices")
@@ -165,7 +167,7 @@ class TrainerTable(BaseModel):
     """Which trainer, and its settings (all other keys)."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    use: str = Field("proxies:ProxyFamily", pattern=r"^[\w.]+:\w+$")
+    use: str = Field(default="proxies:ProxyFamily", pattern=r"^[\w.]+:\w+$")
 
 
 class Workers(_Table):
@@ -181,9 +183,9 @@ class StudyConfig(_Table):
     seed: int = Field(0, ge=0)
     search: SearchTable
     space: dict[str, Dimension] = Field(min_length=1)
-    trainer: TrainerTable = TrainerTable()
+    trainer: TrainerTable = Field(default_factory=TrainerTable)
     target: dict[str, Any] | None = None
-    workers: Workers = Workers()
+    workers: Workers = Field(default_factory=Workers)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -239,7 +241,9 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
     try:
         make = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        problems.append(f"trainer.use: cannot import {named.use!r} ({error}); the built-in one is 'proxies:ProxyFamily'")
+        problems.append(
+            f"trainer.use: cannot import {named.use!r} ({error}); the built-in one is 'proxies:ProxyFamily'"
+        )
         return None
     try:
         trainer = cast(Trainer, make(**named.model_extra or {}))
@@ -298,7 +302,9 @@ def explain(error: ValidationError, model: Any) -> list[str]:
             expected = str(item["ctx"]["expected"])
             choices = expected.replace("'", "").replace(" or ", ", ").split(", ")
             near = difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.4)
-            said.append(f"{where}: needed {expected}, got {item['input']!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            said.append(
+                f"{where}: needed {expected}, got {item['input']!r}" + (f"; did you mean {near[0]}?" if near else "")
+            )
         elif item["type"] == "value_error":
             # a mistake of several fields together has no place of its own: its message begins with their names
             said.append(f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"]))
@@ -312,11 +318,6 @@ def _fields_at(model: Any, loc: Sequence[int | str]) -> list[str]:
     """The field names of the (nested) model at `loc`."""
     for part in loc:
         fields: Mapping[str, Any] = getattr(model, "model_fields", {})
-        if part in fields:
-            model = fields[str(part)].annotation
-        else:  # a key of dict[str, Model]
-            arguments = getattr(model, "__args__", ())
-            model = arguments[-1] if arguments else model
-    if not hasattr(model, "model_fields") and getattr(model, "__args__", ()):
-        model = model.__args__[-1]
+        inside_dict = (get_args(model) or (model,))[-1]
+        model = fields[str(part)].annotation if part in fields else inside_dict
     return sorted(getattr(model, "model_fields", {}))

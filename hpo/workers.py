@@ -28,6 +28,7 @@ from scaling.compute import Fidelity
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from optuna.trial import FrozenTrial
 
     from hpo.search import Job, Search
 
@@ -78,8 +79,11 @@ class Estimate:
 
 def open_search(study: StudyConfig, trainer: Trainer, storage: str | None, name: str | None = None) -> Search:
     """The study's search, on its journal; in memory without one."""
+    import optuna
+
     from hpo.search import Search
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # our own lines say which trial ended
     search = study.search
     return Search(
         study.distributions,
@@ -105,15 +109,15 @@ def open_existing(files: StudyFiles, study: StudyConfig, trainer: Trainer) -> Se
 
 def estimate(search: Search, trainer: Trainer, workers: int, *, max_tokens: int | None = None) -> Estimate:
     """What is left of the search (raised to max_tokens if given), with times from a few measured steps of every size."""
-    left = search.left(max_tokens)
+    plan = search.plan(max_tokens)
     sizes = [Fidelity(n, 1e6) for n in search.sizes]
-    speeds = {f.N: f.D / s for f, s in zip(sizes, trainer.seconds(sizes), strict=True)} if left else {}
+    speeds = {f.N: f.D / s for f, s in zip(sizes, trainer.seconds(sizes), strict=True)} if plan.increments else {}
     return Estimate(
-        evaluations=sum(item.evaluations for item in left),
-        configurations=sum(item.evaluations for item in left if item.first),
-        tokens=int(sum(item.evaluations * item.fidelity.D for item in left)),
-        flops=sum(item.evaluations * item.fidelity.C for item in left),
-        seconds=sum(item.evaluations * item.fidelity.D / speeds[item.fidelity.N] for item in left) / workers,
+        evaluations=len(plan.increments),
+        configurations=plan.configurations,
+        tokens=int(sum(f.D for f in plan.increments)),
+        flops=sum(f.C for f in plan.increments),
+        seconds=sum(f.D / speeds[f.N] for f in plan.increments) / workers,
         speeds=speeds,
     )
 
@@ -128,7 +132,9 @@ def refuse_existing(files: StudyFiles, *, uri: str | None) -> MlflowClient:
         )
     client = tracking.connect(uri)
     if client.get_experiment_by_name(files.name) is not None:
-        raise ValueError(f"MLflow at {client.tracking_uri} has a study {files.name!r} whose {files.journal} is gone: {afresh}")
+        raise ValueError(
+            f"MLflow at {client.tracking_uri} has a study {files.name!r} whose {files.journal} is gone: {afresh}"
+        )
     return client
 
 
@@ -182,7 +188,9 @@ def check_same_settings(files: StudyFiles, study: StudyConfig) -> None:
         if where.split(".")[0] not in ("workers", "target")
     ]
     if problems:
-        raise StudyError(f"{files.toml} has changed since the study was launched; restore it, or copy it to a new name", problems)
+        raise StudyError(
+            f"{files.toml} has changed since the study was launched; restore it, or copy it to a new name", problems
+        )
 
 
 def differences(then: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -236,7 +244,9 @@ def stop_all(running: Sequence[subprocess.Popen[bytes]]) -> None:
         try:
             process.wait(max(deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
-            say(f"worker {process.pid} did not stop within {GRACE_SECONDS:.0f} s: killed; its trial will be taken up again")
+            say(
+                f"worker {process.pid} did not stop within {GRACE_SECONDS:.0f} s: killed; its trial will be taken up again"
+            )
             process.kill()
             process.wait()
 
@@ -257,23 +267,21 @@ def work(files: StudyFiles, *, uri: str | None = None) -> int:
                 continue
             try:
                 with stop.interrupting():
-                    loss = run_job(job, search.tokens_before(job), trainer, files, client, parent)
+                    loss = run_job(job, trainer, files, client, parent)
             except KeyboardInterrupt:
                 return 130  # the trial stays as it is; whoever asks next takes it up from the partial checkpoint
             search.tell(job, loss)
     return 130
 
 
-def run_job(
-    job: Job, before: int, trainer: Trainer, files: StudyFiles, client: MlflowClient, parent: str
-) -> float:
-    """Train one (configuration, rung) and record it; the loss, NaN when it diverged. before: tokens of the run it continues, or 0."""
+def run_job(job: Job, trainer: Trainer, files: StudyFiles, client: MlflowClient, parent: str) -> float:
+    """Train one (configuration, rung) and record it; the loss, NaN when it diverged."""
     tokens = int(job.fidelity.D)
     save, keep = files.checkpoint(job.config, tokens), files.partial(job.config, tokens)
     save.parent.mkdir(parents=True, exist_ok=True)
     resume = keep if keep.exists() else None
-    if resume is None and before:
-        resume = files.checkpoint(job.config, before)
+    if resume is None and job.resume_tokens:
+        resume = files.checkpoint(job.config, job.resume_tokens)
     params = trainer.describe(job.params, job.fidelity) | {"config": job.config, "bracket": list(job.bracket)}
     run = tracking.child_run(client, parent, f"config-{job.config:04d}", role="proxy", params=params)
     started, last = time.perf_counter(), None
@@ -288,16 +296,31 @@ def run_job(
     loss = math.nan if last.diverged else last.loss
     seconds = time.perf_counter() - started
     tracking.log_result(
-        client, run, rung=job.rung, tokens=tokens, loss=loss, seconds=seconds, checkpoint=None if last.diverged else save
+        client,
+        run,
+        rung=job.rung,
+        tokens=tokens,
+        loss=loss,
+        seconds=seconds,
+        checkpoint=None if last.diverged else save,
     )
     tracking.finish(client, run)
     return loss
 
 
+def outcomes(search: Search) -> list[FrozenTrial]:
+    """The trials that have a result: a loss, or diverged."""
+    return [
+        t
+        for t in search.study.get_trials(deepcopy=False)
+        if t.state.is_finished() and (t.value is not None or t.user_attrs.get("diverged"))
+    ]
+
+
 def log_outcome(client: MlflowClient, parent: str, search: Search) -> None:
     """The study's figures on its parent run."""
     now = search.progress
-    losses = [t.value for t in search.outcomes() if t.value is not None]
+    losses = [t.value for t in outcomes(search) if t.value is not None]
     figures = {
         "evaluations": float(now.done),
         "configurations": float(now.configurations),
@@ -317,20 +340,20 @@ class Progress:
     def __init__(self, search: Search, cost: Estimate, workers: int) -> None:
         self.search, self.cost, self.workers = search, cost, workers
         self.started = time.monotonic()
-        self.seen = {t.number for t in search.outcomes()}
+        self.seen = {t.number for t in outcomes(search)}
         self.done = 0.0  # seconds of one worker by the estimate, of what has ended since
 
     def show(self) -> None:
-        outcomes = self.search.outcomes()
-        for trial in outcomes:
+        ended = outcomes(self.search)
+        for trial in ended:
             if trial.number in self.seen:
                 continue
             self.seen.add(trial.number)
             attrs, now = trial.user_attrs, self.search.progress
-            extra = attrs["tokens"] - self.search.tokens_resumed(trial)
+            extra = attrs["tokens"] - int(attrs.get("resumed_tokens") or 0)
             self.done += extra / self.cost.speeds[attrs["N"]]
             loss = "diverged" if trial.value is None else f"{trial.value:.4f}"
-            best = min((t.value for t in outcomes if t.value is not None), default=math.nan)
+            best = min((t.value for t in ended if t.value is not None), default=math.nan)
             params = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
             took = trial.duration.total_seconds() if trial.duration else math.nan
             say(

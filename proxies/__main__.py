@@ -53,7 +53,7 @@ def train(
     study: Study,
     width: Annotated[int, typer.Option(help="d_model")],
     tokens: Annotated[int, typer.Option(help="how long, cooldown included")],
-    set_: Annotated[list[str], typer.Option("--set", help="name=value of any setting, such as lr=0.01")] = [],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of any setting, such as lr=0.01")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="checkpoint of a shorter or interrupted run to go on from")
     ] = None,
@@ -70,10 +70,11 @@ def train(
 
     with refusing():
         family, _ = read_family(study)
-        wrong = [s for s in set_ if "=" not in s]
+        changes = set_ or []
+        wrong = [s for s in changes if "=" not in s]
         if wrong:
             raise ValueError(f"needed --set name=value, got {', '.join(wrong)}")
-        settings: dict[str, Any] = dict(s.split("=", 1) for s in set_)
+        settings: dict[str, Any] = dict(s.split("=", 1) for s in changes)
         config = ProxyConfig.model_validate(family.model_dump(exclude={"widths"}) | {"d_model": width} | settings)
         points = run(config, tokens, resume=resume, save=save)
     last = None

@@ -26,7 +26,7 @@ class ProxySettings(BaseModel):
     parametrization: Literal["mup", "standard"] = "mup"
     base_width: PositiveInt = 64
     init_std: PositiveFloat = Field(0.08, description="hidden matrices at base width")
-    embed_std: PositiveFloat = 0.08
+    embed_std: PositiveFloat = Field(1.0, description="token embedding; at 0.08 a 200k-token proxy loses 0.29 nats")
     embed_lr_mult: PositiveFloat = Field(1.0, description="learning rate of the token embedding over the others'")
     alpha_in: PositiveFloat = Field(1.0, description="multiplier on the embedding's output")
     alpha_out: PositiveFloat = Field(1.0, description="multiplier on the logits")

@@ -36,7 +36,9 @@ def import_(
     with refusing():
         runs = load_runs(source, tracking_uri=tracking_uri)
         save_runs(runs, out)
-    typer.echo(f"{len(runs)} runs ({int(runs['diverged'].sum())} diverged) in {runs.groupby(['N', 'D']).ngroups} (N, D) groups: {out}")
+    typer.echo(
+        f"{len(runs)} runs ({int(runs['diverged'].sum())} diverged) in {runs.groupby(['N', 'D']).ngroups} (N, D) groups: {out}"
+    )
 
 
 @app.command()
@@ -84,7 +86,9 @@ def fit(source: Source, tracking_uri: Uri = None, as_json: Json = False) -> None
         for N in sorted(floors.loc[floors["D"] == D, "N"].unique()):
             lr, batch = (float(v) for v in hp.law(N, D))
             (a, b), (c, d) = hp.interval(N, D, mass=0.9)
-            typer.echo(f"  N {N:>10,.0f}  D {D:>12,.0f}  lr {lr:.4g} ({a:.4g}, {b:.4g})  batch {batch:,.0f} ({c:,.0f}, {d:,.0f}) tokens")
+            typer.echo(
+                f"  N {N:>10,.0f}  D {D:>12,.0f}  lr {lr:.4g} ({a:.4g}, {b:.4g})  batch {batch:,.0f} ({c:,.0f}, {d:,.0f}) tokens"
+            )
     typer.echo(f"  status: {hp.status}")
 
 
@@ -168,7 +172,9 @@ def report(
         lo, hi = answer.loss_interval
         for curve in curves:
             place = "inside" if lo <= curve.final_loss <= hi else "outside"
-            typer.echo(f"measured, {curve.name:8s} {curve.final_loss:.4f}: {place} the {100 * answer.mass:.0f} % interval ({lo:.4f}, {hi:.4f})")
+            typer.echo(
+                f"measured, {curve.name:8s} {curve.final_loss:.4f}: {place} the {100 * answer.mass:.0f} % interval ({lo:.4f}, {hi:.4f})"
+            )
     for name, value in (warm or {}).items():
         typer.echo(f"{name}: {value}")
     typer.echo(f"\nreport     {path}")
@@ -200,7 +206,9 @@ def record(source: str, tracking_uri: str | None, name: str, value: dict[str, An
     parent = tracking.find_study_run(client, source)
     tracking.write_note(client, parent, name, json.loads(json.dumps(value, default=float)))
     if name == "recommendation":
-        tracking.log_summary(client, parent, {f"recommended_{k}": float(value[k]) for k in ("lr", "batch_tokens", "loss")})
+        tracking.log_summary(
+            client, parent, {f"recommended_{k}": float(value[k]) for k in ("lr", "batch_tokens", "loss")}
+        )
 
 
 def quantiles(values: list[float]) -> tuple[float, float]:

@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 
-Uri = Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store; default $MLFLOW_TRACKING_URI or ./mlflow.db")]
+Uri = Annotated[
+    str | None, typer.Option("--tracking-uri", help="MLflow store; default $MLFLOW_TRACKING_URI or ./mlflow.db")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what it would cost, and start nothing")]
 

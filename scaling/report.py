@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from scaling.recommendation import Recommendation
 
 COLOURS = ("#1f6feb", "#d1652a", "#1a7f37", "#8250df", "#bf3989", "#6e7781")
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.25}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,9 @@ def render(
     hp = fit_hp_law(proxies, seed=seed)
     floors = hp.floors
     try:
-        law: Fit | None = fit_loss_law(floors["N"].to_numpy(), floors["D"].to_numpy(), floors["loss"].to_numpy(), seed=seed)
+        law: Fit | None = fit_loss_law(
+            floors["N"].to_numpy(), floors["D"].to_numpy(), floors["loss"].to_numpy(), seed=seed
+        )
         no_law = ""
     except FitError as error:
         law, no_law = None, str(error)
@@ -180,10 +189,20 @@ def _compute(
         r = recommendation
         _law_line(ax, law, r.N, floors["D"].min(), r.D, "#24292f", "--")
         lo, hi = r.loss_interval
-        ax.errorbar([r.C], [r.loss], yerr=[[r.loss - lo], [hi - r.loss]], fmt="_", color="#24292f", capsize=4, label=f"target N {_count(r.N)}")
+        ax.errorbar(
+            [r.C],
+            [r.loss],
+            yerr=[[r.loss - lo], [hi - r.loss]],
+            fmt="_",
+            color="#24292f",
+            capsize=4,
+            label=f"target N {_count(r.N)}",
+        )
         for t in targets:
             if math.isfinite(t.final_loss):
-                ax.scatter([6 * r.N * t.final_tokens], [t.final_loss], marker="*", s=90, zorder=5, label=f"measured, {t.name}")
+                ax.scatter(
+                    [6 * r.N * t.final_tokens], [t.final_loss], marker="*", s=90, zorder=5, label=f"measured, {t.name}"
+                )
     ax.set_xscale("log")
     top = runs["loss"].quantile(0.9)
     ax.set_ylim(top=top + 0.1 * (top - runs["loss"].min()))
@@ -222,7 +241,15 @@ def _optima(figure: Figure, runs: pd.DataFrame, hp: HPFit, recommendation: Recom
                 if i == 0
                 else (recommendation.batch_tokens, recommendation.batch_interval)
             )
-            ax.errorbar([recommendation.D], [value], yerr=[[value - lo], [hi - value]], fmt="*", color="#24292f", capsize=4, label="target")
+            ax.errorbar(
+                [recommendation.D],
+                [value],
+                yerr=[[value - lo], [hi - value]],
+                fmt="*",
+                color="#24292f",
+                capsize=4,
+                label="target",
+            )
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel("training tokens D")
@@ -239,7 +266,9 @@ def _rungs(figure: Figure, runs: pd.DataFrame) -> None:
     for ax, N in zip(axes, sizes, strict=True):
         for _, one in runs[runs["N"] == N].groupby("run_id"):
             one = one.sort_values("D")
-            ax.plot(one["D"], one["loss"].clip(upper=ceiling), marker="o", ms=3, lw=1, alpha=0.6, color=_colour(sizes, N))
+            ax.plot(
+                one["D"], one["loss"].clip(upper=ceiling), marker="o", ms=3, lw=1, alpha=0.6, color=_colour(sizes, N)
+            )
         lost = runs[(runs["N"] == N) & runs["diverged"]]
         ax.scatter(lost["D"], np.full(len(lost), ceiling), marker="x", color="#cf222e", s=20)
         ax.set_xscale("log")
@@ -260,7 +289,9 @@ def _target(figure: Figure, targets: Sequence[TargetCurve], recommendation: Reco
         r = recommendation
         lo, hi = r.loss_interval
         label = f"predicted, {100 * r.mass:.0f} %"
-        ax.errorbar([r.D], [r.loss], yerr=[[r.loss - lo], [hi - r.loss]], fmt="_", color="#24292f", capsize=5, label=label)
+        ax.errorbar(
+            [r.D], [r.loss], yerr=[[r.loss - lo], [hi - r.loss]], fmt="_", color="#24292f", capsize=5, label=label
+        )
     ax.set_xscale("log")
     ax.set_xlabel("tokens")
     ax.set_ylabel("validation loss, nats/token")
@@ -275,7 +306,8 @@ def _law_rows(hp: HPFit, law: Fit | None) -> list[tuple[str, str]]:
         rows.append(("L(N, D)", f"{one.E:.4g} + {one.A:.4g} / N^{one.alpha:.3f} + {one.B:.4g} / D^{one.beta:.3f}"))
     base = [float(v) for v in hp.law(1e6, 1e6)]
     slopes = [
-        [math.log(float(a) / b) / math.log(10) for a, b in zip(hp.law(*at), base, strict=True)] for at in ((1e7, 1e6), (1e6, 1e7))
+        [math.log(float(a) / b) / math.log(10) for a, b in zip(hp.law(*at), base, strict=True)]
+        for at in ((1e7, 1e6), (1e6, 1e7))
     ]
     for i, name in enumerate(("lr*", "B*")):
         rows.append((name, f"{base[i]:.4g} (N / 1M)^{slopes[0][i]:+.3f} (D / 1M)^{slopes[1][i]:+.3f}"))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +49,14 @@ def load_runs(source: str | Path, *, tracking_uri: str | None = None) -> pd.Data
     """
     import pandas as pd
 
-    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".jsonl": lambda p: pd.read_json(p, lines=True)}
+    def read_jsonl(path: Path) -> pd.DataFrame:
+        return pd.read_json(path, lines=True)
+
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
+        ".csv": pd.read_csv,
+        ".parquet": pd.read_parquet,
+        ".jsonl": read_jsonl,
+    }
     path = Path(source)
     if path.suffix in readers:
         if not path.exists():
@@ -71,7 +79,9 @@ def check_runs(runs: pd.DataFrame, *, origin: str = "the run table") -> pd.DataF
             problems.append(f"no column {name}" + (f" (is it {near[0]}? rename it)" if near else ""))
     runs = runs.copy()
     if "diverged" not in runs.columns:
-        runs["diverged"] = ~np.isfinite(pd.to_numeric(runs["loss"], errors="coerce")) if "loss" in runs.columns else False
+        runs["diverged"] = (
+            ~np.isfinite(pd.to_numeric(runs["loss"], errors="coerce")) if "loss" in runs.columns else False
+        )
     runs["diverged"] = runs["diverged"].astype(bool)
     if "role" not in runs.columns:
         runs["role"] = "proxy"
@@ -84,7 +94,9 @@ def check_runs(runs: pd.DataFrame, *, origin: str = "the run table") -> pd.DataF
         if name in REQUIRED:
             wrong |= numbers.isna() & ~(runs["diverged"] if name == "loss" else False)
         for row, value in runs.loc[wrong, name].head(5).items():
-            problems.append(f"row {row}, column {name}: needed a positive number, got {getattr(value, 'item', lambda v=value: v)()!r}")
+            problems.append(
+                f"row {row}, column {name}: needed a positive number, got {getattr(value, 'item', lambda v=value: v)()!r}"
+            )
         if wrong.sum() > 5:
             problems.append(f"column {name}: {int(wrong.sum()) - 5} more rows like these")
         runs[name] = numbers

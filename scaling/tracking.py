@@ -72,7 +72,9 @@ def experiment_id(client: MlflowClient, study: str) -> str:
     return cast(str, found.experiment_id)
 
 
-def study_run(client: MlflowClient, study: str, *, artifacts: Path | None = None, params: Mapping[str, Any] = {}) -> str:
+def study_run(
+    client: MlflowClient, study: str, *, artifacts: Path | None = None, params: Mapping[str, Any] = {}
+) -> str:
     """The id of the study's parent run, which is made with `params` (and its experiment, too) when it is not there yet."""
     if client.get_experiment_by_name(study) is None:
         client.create_experiment(study, artifact_location=artifacts.resolve().as_uri() if artifacts else None)
@@ -91,7 +93,9 @@ def find_study_run(client: MlflowClient, study: str) -> str:
     experiment = experiment_id(client, study)
     parents = client.search_runs([experiment], filter_string="tags.`muscale.kind` = 'study'", max_results=1)
     if not parents:
-        raise ValueError(f"experiment {study!r} has no study run: it was not made by `hpo launch`; launch a study of that name")
+        raise ValueError(
+            f"experiment {study!r} has no study run: it was not made by `hpo launch`; launch a study of that name"
+        )
     return cast(str, parents[0].info.run_id)
 
 
@@ -210,7 +214,11 @@ def read_runs(study: str, *, uri: str | None = None) -> pd.DataFrame:
         params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
         fixed: dict[str, Any] = {k: float(params[k]) for k in NUMBERS if params.get(k) not in (None, "None")}
         fixed |= {k: params[k] for k in WORDS if k in params}
-        fixed |= {"run_id": run.info.run_id, "name": tags.get("muscale.name"), "role": tags.get("muscale.role", "proxy")}
+        fixed |= {
+            "run_id": run.info.run_id,
+            "name": tags.get("muscale.name"),
+            "role": tags.get("muscale.role", "proxy"),
+        }
         for rung in sorted(int(m[1]) for k in metrics if (m := re.fullmatch(r"rung_(\d+)/tokens", k))):
             loss = metrics.get(f"rung_{rung}/loss", math.nan)
             rows.append(
@@ -263,6 +271,8 @@ def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) ->
     flat = [Param(k, v if isinstance(v, str) else json.dumps(v)) for k, v in params.items() if v is not None]
     too_long = [p.key for p in flat if len(p.value) > MAX_PARAM]
     if too_long:
-        raise ValueError(f"parameters {too_long} are longer than MLflow's {MAX_PARAM} characters: log a hash or a file instead")
+        raise ValueError(
+            f"parameters {too_long} are longer than MLflow's {MAX_PARAM} characters: log a hash or a file instead"
+        )
     for i in range(0, len(flat), 100):
         client.log_batch(run_id, params=flat[i : i + 100])

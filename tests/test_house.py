@@ -45,7 +45,11 @@ def files(package: str) -> list[Path]:
 
 
 def test_imports_only_point_down() -> None:
-    forbidden = {"scaling": {"hpo", "proxies", "torch", "optuna", "botorch", "gpytorch"}, "hpo": {"proxies"}, "proxies": {"hpo", "optuna"}}
+    forbidden = {
+        "scaling": {"hpo", "proxies", "torch", "optuna", "botorch", "gpytorch"},
+        "hpo": {"proxies"},
+        "proxies": {"hpo", "optuna"},
+    }
     up = [
         f"{path.relative_to(ROOT)} imports {name}"
         for package, names in forbidden.items()
@@ -58,7 +62,12 @@ def test_imports_only_point_down() -> None:
 def test_each_big_dependency_has_one_door() -> None:
     doors = {"mlflow": "scaling/tracking.py", "botorch": "hpo/surrogate.py", "gpytorch": "hpo/surrogate.py"}
     through = {
-        name: {str(p.relative_to(ROOT)) for package in PACKAGES for p in files(package) if name in imports(p, everywhere=True)}
+        name: {
+            str(p.relative_to(ROOT))
+            for package in PACKAGES
+            for p in files(package)
+            if name in imports(p, everywhere=True)
+        }
         for name in doors
     }
     assert through == {name: {door} for name, door in doors.items()}
@@ -115,4 +124,3 @@ def test_no_module_hides_a_public_function() -> None:
     for package in PACKAGES:
         modules = {p.stem for p in files(package)}
         assert modules.isdisjoint(__import__(package).__all__)
-

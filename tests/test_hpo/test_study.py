@@ -99,7 +99,11 @@ tokns = 3
         ("max = 147_456", "max = 147_000", "the nearest are 49,152 and 147,456"),
         ("min = 16_384, max = 147_456", "min = 1_024, max = 9_216", "search.tokens.min: the smallest run must hold"),
         ("beta2 = { choices = [0.95, 0.99] }", "beta2 = { choices = [0.95, 1.99] }", "space.beta2: "),
-        ("beta2 = { choices = [0.95, 0.99] }", "beta2 = { choices = [0.95] }", "space.beta2: needed at least 2 different choices"),
+        (
+            "beta2 = { choices = [0.95, 0.99] }",
+            "beta2 = { choices = [0.95] }",
+            "space.beta2: needed at least 2 different choices",
+        ),
         ("tokens = 300_000", "tokns = 300_000", "target.tokns: "),
         ("d_model = 128", "d_model = 100", "target"),
         ("[trainer]", "[trainer]\nuse = 'nowhere:Nothing'", "trainer.use: cannot import 'nowhere:Nothing'"),
@@ -134,7 +138,9 @@ def test_a_misspelt_name_is_refused_with_the_nearest_study(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("command", ["validate", "launch", "resume"])
-def test_a_bad_study_ends_with_exit_code_2_and_nothing_written(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_study_ends_with_exit_code_2_and_nothing_written(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, GOOD.replace("min = 16_384", "min = 0"))
     result = CliRunner().invoke(app, [command, "s.toml"])

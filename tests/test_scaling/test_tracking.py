@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -14,20 +13,30 @@ import pytest
 from scaling import tracking
 from scaling.runs import Measurement, check_runs, load_runs, save_runs
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store that is made once: a fresh one costs two seconds of migrations."""
-    yield f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
 
 
 def log_two_configurations(uri: str, study: str, folder: Path) -> str:
     client = tracking.connect(uri)
     parent = tracking.study_run(client, study, artifacts=folder, params={"seed": 0})
     for config, lr in enumerate((0.01, 0.5)):
-        params = {"N": 1000, "lr": lr, "batch_tokens": 256, "seq_len": 128, "parametrization": "mup", "config": config, "none": None}
+        params = {
+            "N": 1000,
+            "lr": lr,
+            "batch_tokens": 256,
+            "seq_len": 128,
+            "parametrization": "mup",
+            "config": config,
+            "none": None,
+        }
         run = tracking.child_run(client, parent, f"config-{config:04d}", role="proxy", params=params)
         with tracking.CurveWriter(client, run) as curve:
             for tokens in (1000, 2000, 3000):
@@ -96,7 +105,9 @@ def test_six_processes_may_open_a_fresh_store_at_once(tmp_path: Path) -> None:
 
 
 def table() -> pd.DataFrame:
-    return pd.DataFrame({"N": [1e6, 2e6], "D": [1e7, 1e7], "loss": [3.0, 2.5], "lr": [0.01, 0.02], "batch_tokens": [256, 512]})
+    return pd.DataFrame(
+        {"N": [1e6, 2e6], "D": [1e7, 1e7], "loss": [3.0, 2.5], "lr": [0.01, 0.02], "batch_tokens": [256, 512]}
+    )
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])

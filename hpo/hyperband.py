@@ -1,0 +1,250 @@
+"""Incremental Hyperband: what may run next, from what was run. Nothing here remembers anything.
+
+Iterative Deepening Hyperband (Brandt, Wever, Bengs, Hüllermeier 2023, arXiv 2302.00511) on top of Hyperband (Li et al.
+2018, arXiv 1603.06560): the largest budget R of a Hyperband may be raised to eta R, again and again, and no run is
+repeated.
+
+A ladder has rungs 0 (cheapest) to K (R tokens). The bracket that starts at rung k holds ceil((K+1)/(s+1) eta^s)
+configurations, s = K - k, and every rung above keeps floor(n / eta) of the n below it. After a raise each bracket keeps
+its start rung, has one more rung above and room for more configurations, and a new bracket starts at eta R. All rungs
+are then played again over old and new configurations together, and what already has a value is not run. The variants
+differ in who competes for the k places of the next rung:
+
+- discarding: the members of this rung, as if all had been started today. A configuration that was promoted under a
+  smaller R and no longer qualifies is dropped (its results stay in the record). Who is promoted is exactly what a run
+  from scratch promotes.
+- preserving: in addition every configuration that was ever run at this rung.
+- efficient: who was already run at the next rung keeps the place, the free places go to the best others. Costs exactly
+  as many evaluations as one Hyperband with the raised R.
+
+A rung is decided when all who compete in it have finished, so neither the order of completion nor the number of workers
+changes the outcome. Ties go to the configuration that was started first. A diverged configuration (loss not finite) is
+never promoted: its rung is then smaller, and empty when all diverged.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import count
+from typing import Literal, NamedTuple, get_args
+
+Variant = Literal["discarding", "preserving", "efficient"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+TOLERANCE = Fraction(1, 1_000_000)  # relative, on the smallest budget: 27 * 0.1 is not quite 2.7
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The budgets that configurations are run at, in tokens, cheapest first; each eta times the one below, rounded."""
+
+    levels: tuple[int, ...]
+    eta: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eta, bool) or not isinstance(self.eta, int) or self.eta < 2:
+            raise ValueError(f"eta must be an integer of at least 2, got {self.eta!r}: 3 is a good default")
+        if not self.levels or any(level < 1 for level in self.levels):
+            raise ValueError(f"a ladder needs at least one level, all positive, got {self.levels}")
+        if any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
+            raise ValueError(f"the levels of a ladder must rise, got {self.levels}")
+
+    @classmethod
+    def make(cls, min_tokens: int, max_tokens: int, eta: int) -> Ladder:
+        """level_k = round(max / eta^(K-k)), k = 0..K, with the largest K for which max / eta^K >= min (within 1e-6).
+
+        Warns when only one rung fits: there is nothing to halve then, and the search is plain sampling at max_tokens.
+        """
+        if min_tokens <= 0 or max_tokens <= 0:
+            raise ValueError(f"tokens must be positive, got min {min_tokens}, max {max_tokens}")
+        if min_tokens > max_tokens:
+            raise ValueError(f"tokens are (min, max) with min <= max, got ({min_tokens}, {max_tokens}): swap them")
+        cls((1,), eta)  # checks eta before it is used
+        top = 0
+        while max_tokens >= min_tokens * eta ** (top + 1) * (1 - TOLERANCE):
+            top += 1
+        if top == 0:
+            warnings.warn(
+                f"one rung only: {max_tokens} tokens is less than eta = {eta} times {min_tokens}, so every "
+                "configuration is run in full; lower the smallest budget to let Hyperband stop the bad ones early",
+                UserWarning,
+                stacklevel=2,
+            )
+        return cls(tuple(round(Fraction(max_tokens, eta ** (top - k))) for k in range(top + 1)), eta)
+
+    @property
+    def top(self) -> int:
+        """K, the index of the highest rung."""
+        return len(self.levels) - 1
+
+    def raised(self, max_tokens: int) -> Ladder:
+        """The same rungs with more on top. max_tokens: the present maximum times a power of eta (itself: no change)."""
+        levels = list(self.levels)
+        while levels[-1] < max_tokens:
+            levels.append(levels[-1] * self.eta)
+        if levels[-1] != max_tokens:
+            passed = len(levels) > len(self.levels)
+            near = levels[-2:] if passed else [levels[-1], levels[-1] * self.eta]
+            raise ValueError(
+                f"the largest budget is {self.levels[-1]} tokens and can only be raised by powers of eta = {self.eta}, "
+                f"got {max_tokens}: the nearest values are {near[0]} and {near[1]}"
+            )
+        return Ladder(tuple(levels), self.eta)
+
+
+class Bracket(NamedTuple):
+    """Whose ranks are compared: one bracket of one Hyperband run over one proxy size."""
+
+    iteration: int  # 0, 1, ...: Hyperband as a whole, repeated with new configurations
+    size: int  # index of the proxy size; sizes never compete
+    start: int  # the rung where its configurations start, counted from the bottom, so that a raise does not change it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One configuration and what is known of it."""
+
+    config: int
+    bracket: Bracket
+    losses: Mapping[int, float | None]  # by rung; None while it runs, not finite when it diverged, absent: never run
+
+
+@dataclass(frozen=True)
+class Promote:
+    """Run a known configuration at this rung. (At its start rung only if that run was lost and must be repeated.)"""
+
+    config: int
+    rung: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """Room for `free` new configurations in a bracket."""
+
+    bracket: Bracket
+    free: int
+
+
+def rung_sizes(start: int, top: int, eta: int) -> tuple[int, ...]:
+    """Configurations at rungs start..top of the bracket that starts at rung `start` (Hyperband, algorithm 1)."""
+    s = top - start
+    sizes = [-(-(top + 1) * eta**s // (s + 1))]  # the ceiling, in integers: floor(log(243, 3)) is 4 in floats
+    for _ in range(s):
+        sizes.append(sizes[-1] // eta)
+    return tuple(sizes)
+
+
+def replay(entries: Sequence[Entry], start: int, ladder: Ladder, variant: Variant) -> list[list[Entry]]:
+    """The members of the rungs start, start + 1, ... of one bracket, as far as they are decided.
+
+    entries: those of one bracket, in the order they were started; the result keeps that order. The first rung is
+    returned even while there is room in it.
+    """
+    sizes = rung_sizes(start, ladder.top, ladder.eta)
+    members = list(entries[: sizes[0]])
+    decided = [members]
+    if len(members) < sizes[0]:
+        return decided
+    for rung, k in zip(range(start, ladder.top), sizes[1:], strict=True):
+        pool = members
+        if variant == "preserving":
+            inside = {e.config for e in members}
+            pool = [e for e in entries if e.config in inside or rung in e.losses]
+        ranked = []
+        for order, entry in enumerate(pool):
+            loss = entry.losses.get(rung)
+            if loss is None:
+                return decided
+            if math.isfinite(loss):
+                place_kept = variant == "efficient" and rung + 1 in entry.losses
+                ranked.append((not place_kept, loss, order))
+        members = [pool[order] for order in sorted(order for _, _, order in sorted(ranked)[:k])]
+        decided.append(members)
+    return decided
+
+
+def moves(
+    entries: Iterable[Entry],
+    ladder: Ladder,
+    *,
+    variant: Variant = "discarding",
+    sizes: int = 1,
+    iterations: int | None = 1,
+) -> list[Promote | Start]:
+    """All that may be run next, most useful first; empty when nothing can.
+
+    entries: every configuration of the search, in the order of start. sizes: number of proxy sizes, each with a
+    Hyperband of its own. iterations: how often Hyperband is run; None: without end.
+
+    Order: promotions before starts (a promotion finishes what was paid for); among promotions the highest rung first,
+    then the bracket (size, start rung), then the better loss at the rung below; among starts the cheapest rung first,
+    then the size. An iteration is offered only when the ones before it are finished or wait for runs in progress.
+    """
+    brackets = _by_bracket(entries)
+    for iteration in count() if iterations is None else range(iterations):
+        promotions: list[tuple[int, Bracket, float, int]] = []
+        starts: list[Start] = []
+        for start in range(ladder.top + 1):
+            capacity = rung_sizes(start, ladder.top, ladder.eta)[0]
+            for size in range(sizes):
+                bracket = Bracket(iteration, size, start)
+                inside = brackets.get(bracket, [])
+                if len(inside) < capacity:
+                    starts.append(Start(bracket, capacity - len(inside)))
+                decided = replay(inside, start, ladder, variant)
+                rung = start + len(decided) - 1  # rungs below are finished, or this one would not be decided
+                for entry in decided[-1]:
+                    if rung not in entry.losses:
+                        below = entry.losses.get(rung - 1)
+                        promotions.append((-rung, bracket, 0.0 if below is None else below, entry.config))
+        if promotions or starts:
+            return [*(Promote(config, -rung) for rung, _, _, config in sorted(promotions)), *starts]
+    return []
+
+
+def remaining(
+    entries: Iterable[Entry], ladder: Ladder, *, variant: Variant = "discarding", sizes: int = 1, iterations: int = 1
+) -> list[tuple[Bracket, int, int]]:
+    """(bracket, rung, evaluations still to be started there), where there are any.
+
+    Exact for a search that was never raised and for the efficient variant, as long as nothing more diverges. After a
+    raise the other variants may need more: it is assumed that earlier promotions hold their places, and one more run is
+    due for each that does not.
+    """
+    brackets = _by_bracket(entries)
+    left = []
+    for iteration in range(iterations):
+        for start in range(ladder.top + 1):
+            for size in range(sizes):
+                bracket = Bracket(iteration, size, start)
+                inside = brackets.get(bracket, [])
+                capacities = rung_sizes(start, ladder.top, ladder.eta)
+                decided = replay(inside, start, ladder, variant)
+                survivors = 0
+                for depth, capacity in enumerate(capacities):
+                    rung = start + depth
+                    if depth < len(decided):
+                        members = decided[depth]
+                        room = capacity - len(members) if depth == 0 else 0
+                        missing = sum(rung not in e.losses for e in members) + room
+                        survivors = sum(_may_rise(e.losses.get(rung)) for e in members) + room
+                    else:
+                        survivors = min(capacity, survivors)
+                        missing = max(0, survivors - sum(rung in e.losses for e in inside))
+                    if missing:
+                        left.append((bracket, rung, missing))
+    return left
+
+
+def _by_bracket(entries: Iterable[Entry]) -> dict[Bracket, list[Entry]]:
+    brackets: dict[Bracket, list[Entry]] = {}
+    for entry in entries:
+        brackets.setdefault(entry.bracket, []).append(entry)
+    return brackets
+
+
+def _may_rise(loss: float | None) -> bool:
+    return loss is None or math.isfinite(loss)

@@ -1,0 +1,195 @@
+"""Opening a search: its arguments checked, its storage and lock, and who of its workers is alive."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import socket
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from filelock import FileLock
+from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, get_storage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from hpo.hyperband import VARIANTS
+from scaling.compute import Fidelity
+
+SCHEDULERS = ("incremental-hyperband",)
+CLOCK_SECONDS = 1.0  # two readings of one process's start may differ by this much when the clock is set in between
+
+_locks: weakref.WeakKeyDictionary[BaseStorage, threading.RLock] = weakref.WeakKeyDictionary()
+_url_locks: dict[str, threading.RLock] = {}
+_locks_guard = threading.Lock()
+
+
+def checked_settings(
+    space: Mapping[str, BaseDistribution],
+    *,
+    tokens: tuple[int, int],
+    eta: int,
+    sizes: Sequence[float] | None,
+    target: Fidelity | None,
+    scheduler: str,
+    variant: str,
+    iterations: int | None,
+    resumable: bool,
+) -> dict[str, Any]:
+    """The settings of a search as they are stored, or ValueError. (min <= max and eta are checked by Ladder.make.)"""
+    if not space:
+        raise ValueError("the search space is empty: give at least one parameter, as a dict of Optuna distributions")
+    for name, distribution in space.items():
+        if not isinstance(distribution, BaseDistribution):
+            raise ValueError(f"parameter {name!r} needs an Optuna distribution, got {distribution!r}")
+        if distribution.single():
+            raise ValueError(
+                f"parameter {name!r} has a single value, {distribution}: there is nothing to search; give it to the "
+                "trainer as a setting instead"
+            )
+    one_of("scheduler", scheduler, SCHEDULERS)
+    one_of("variant", variant, VARIANTS)
+    if len(tokens) != 2:
+        raise ValueError(f"tokens are (smallest run, largest run), got {tokens}")
+    lowest, highest = (whole_tokens(t) for t in tokens)
+    if target is not None and not all(math.isfinite(x) and x > 0 for x in (target.N, target.D)):
+        raise ValueError(f"the target's N and D must be positive and finite, got {target}")
+    if sizes is None:
+        sizes = (1.0 if target is None else target.N,)
+    if not sizes or not all(math.isfinite(n) and n > 0 for n in sizes):
+        raise ValueError(f"sizes are parameter counts N, at least one, positive and finite, got {tuple(sizes)}")
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"sizes must differ, got {tuple(sizes)}: each has a Hyperband of its own already")
+    if iterations is not None and iterations < 1:
+        raise ValueError(f"iterations must be at least 1, or None for no end, got {iterations}")
+    return {
+        "space": {name: distribution_to_json(distribution) for name, distribution in space.items()},
+        "tokens": [lowest, highest],
+        "max_tokens": highest,  # raised by extend()
+        "eta": eta,
+        "sizes": sorted(float(n) for n in sizes),
+        "variant": variant,
+        "iterations": iterations,
+        "scheduler": scheduler,
+        "target": None if target is None else [float(target.N), float(target.D)],
+        "resumable": resumable,
+    }
+
+
+def check_same(study: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """ValueError that lists all differences. The largest run may be the original one or the one it was raised to."""
+    found = []
+    for key in given.keys() - {"space", "tokens", "max_tokens"}:
+        if stored[key] != given[key]:
+            found.append(f"{key}: the study has {stored[key]}, got {given[key]}")
+    (lowest, highest), (low, high) = stored["tokens"], given["tokens"]
+    if low != lowest or high not in (highest, stored["max_tokens"]):
+        raised = "" if highest == stored["max_tokens"] else f" raised to {stored['max_tokens']}"
+        found.append(f"tokens: the study has {(lowest, highest)}{raised}, got {(low, high)}")
+    for name in stored["space"].keys() | given["space"].keys():
+        old, new = (
+            None if json_ is None else json.loads(json_) for json_ in (s["space"].get(name) for s in (stored, given))
+        )
+        if old != new:
+            there, here = ("no such parameter" if x is None else f"{x['name']} {x['attributes']}" for x in (old, new))
+            found.append(f"space, {name}: the study has {there}, got {here}")
+    if found:
+        listed = "".join(f"\n  {line}" for line in sorted(found))
+        raise ValueError(f"study {study!r} exists with other settings:{listed}\nuse those, or choose another name")
+
+
+def check_fresh(study: optuna.Study) -> None:
+    """ValueError when a study that has no settings of ours is not an empty one."""
+    if study.directions != [optuna.study.StudyDirection.MINIMIZE]:
+        raise ValueError(f"study {study.study_name!r} exists and does not minimize one value: choose another name")
+    if any(t.state != TrialState.WAITING for t in study.get_trials(deepcopy=False)):
+        raise ValueError(f"study {study.study_name!r} exists and was not made by a Search: choose another name")
+
+
+def whole_tokens(tokens: float) -> int:
+    """Tokens as an integer; ValueError when they are not whole and positive."""
+    if not math.isfinite(tokens) or tokens != int(tokens) or tokens <= 0:
+        raise ValueError(f"tokens must be a positive whole number, got {tokens}")
+    return int(tokens)
+
+
+def one_of(what: str, given: str, known: Iterable[str]) -> None:
+    """ValueError with the nearest name when `given` is not known."""
+    names = list(known)
+    if given not in names:
+        near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{what} must be one of {', '.join(names)}, got {given!r}: did you mean {near!r}?")
+
+
+def open_storage(
+    storage: str | Path | BaseStorage | None, lock: str | Path | None
+) -> tuple[BaseStorage, AbstractContextManager[Any]]:
+    """The storage, and the lock under which decisions are taken in it.
+
+    A path that ends in .journal (its folder is made), a URL, an Optuna storage, or None for memory. The lock is a file:
+    at `lock`, else beside the journal or the SQLite file; for all other storages it holds between threads only.
+    """
+    beside: str | None = None
+    if storage is None:
+        opened: BaseStorage = InMemoryStorage()
+    elif isinstance(storage, BaseStorage):
+        opened = get_storage(storage)
+    elif str(storage).endswith(".journal") and "://" not in str(storage):
+        path = Path(storage).absolute()  # its lock is a symbolic link, which must not hang on the working folder
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened, beside = JournalStorage(JournalFileBackend(str(path))), f"{path}.ask.lock"
+    elif "://" in str(storage):
+        database_storage = RDBStorage(str(storage))
+        database = database_storage.engine.url
+        opened = get_storage(database_storage)  # with Optuna's cache in front: it is to be one for all studies opened
+        if database.get_backend_name() == "sqlite" and database.database not in (None, "", ":memory:"):
+            beside = f"{Path(str(database.database)).absolute()}.ask.lock"
+    else:
+        raise ValueError(
+            "storage must be a path that ends in .journal, a URL such as sqlite:///study.db, an Optuna storage or None "
+            f"(memory), got {str(storage)!r}"
+        )
+    if lock is not None or beside is not None:
+        return opened, FileLock(str(Path(str(lock if lock is not None else beside)).absolute()))
+    with _locks_guard:
+        if isinstance(storage, BaseStorage):
+            return opened, _locks.setdefault(storage, threading.RLock())
+        return opened, threading.RLock() if storage is None else _url_locks.setdefault(str(storage), threading.RLock())
+
+
+def process_name() -> str:
+    """host/pid/start time of this process: a pid alone is used again."""
+    return f"{socket.gethostname()}/{os.getpid()}/{psutil.Process().create_time()!r}"
+
+
+def process_of(worker: str) -> tuple[str, int, float] | None:
+    """host, pid and start time, when a worker's name is of that form."""
+    parts = worker.rsplit("/", 2)
+    try:
+        return parts[0], int(parts[1]), float(parts[2])
+    except (IndexError, ValueError):
+        return None
+
+
+def is_alive(worker: str) -> bool:
+    """Whether a worker may still be working. One on another host, or with a name of its own, counts as alive."""
+    if not worker:
+        return False  # given back
+    process = process_of(worker)
+    if process is None or process[0] != socket.gethostname():
+        return True
+    try:
+        found = psutil.Process(process[1])
+        same = abs(found.create_time() - process[2]) <= CLOCK_SECONDS
+        return bool(same and found.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

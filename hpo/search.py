@@ -1,0 +1,461 @@
+"""Ask, tell, extend: a multi-fidelity search that lives in an ordinary Optuna study.
+
+The study is the only state. Every (configuration, rung) evaluation is one trial; a promotion is a new trial that names
+the one it continues. What to run next is worked out from the list of trials at every ask, so that a restart is just
+asking again, and a second process sees the same. The user attributes of a trial: tokens, N, config (number of the
+configuration's first trial), rung, bracket [iteration, size index, start rung], continues (trial number or None),
+resumed_tokens, worker, and diverged (True) on a run whose loss was not finite.
+
+Decisions are taken under a lock, and a trial is created with its attributes in one write, so that a kill at any point
+leaves either nothing or a running trial of a dead worker, which the next ask takes over. A trial that failed without
+`diverged` (from the dashboard, say) is no result: its run is asked again.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from hpo.hyperband import Bracket, Ladder, Promote, Start, Variant, moves
+from hpo.opening import (
+    check_fresh,
+    check_same,
+    checked_settings,
+    is_alive,
+    open_storage,
+    process_name,
+    process_of,
+    whole_tokens,
+)
+from hpo.record import Plan, Progress, View, config_of, loss_of, plan_of, progress_of, read_trials
+from scaling.compute import Fidelity
+
+SETTINGS = "muscale"  # the study's user attribute
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run next: train `params` at `fidelity`, then tell the loss."""
+
+    params: dict[str, Any]
+    fidelity: Fidelity
+    resume_from: int | None  # number of the trial that it continues; None: from the beginning
+    number: int  # of its trial
+    config: int  # number of the configuration's first trial
+    rung: int
+    bracket: Bracket
+    resume_tokens: int | None = None  # where the trial that it continues ended
+
+
+@runtime_checkable
+class FidelitySampler(Protocol):
+    """A sampler that chooses where to start, and has an answer of its own."""
+
+    def propose(
+        self,
+        study: optuna.Study,
+        space: dict[str, BaseDistribution],
+        slots: Sequence[Fidelity],
+        cost: Callable[[Fidelity], float],
+        target: Fidelity,
+    ) -> tuple[dict[str, Any], int]: ...
+
+    def best(self, study: optuna.Study, space: dict[str, BaseDistribution], target: Fidelity) -> dict[str, Any]: ...
+
+
+class Search:
+    """A search over `space`, a dict of Optuna distributions. ValueError on bad input, before anything is written.
+
+    tokens: smallest and largest run; the ladder between them is max / eta^i.
+    sizes: parameter counts N of the proxies, one Hyperband each, kept in ascending order. Default: the target's, or 1.
+    target: where the settings are to be good. Default: the largest size at the largest run; it then follows extend().
+    sampler: "mfbo", "random", "qmc", which give the same sequence when killed and resumed, or any Optuna sampler, which
+        then answers for its own seeds.
+    iterations: how often Hyperband is run. None: without end.
+    cost: of a run from the beginning, any unit. Default: FLOPs.
+    resumable: a promotion continues the run that it promotes, and pays only the difference.
+    storage: None (memory), a path that ends in .journal, a URL, or an Optuna storage. An existing study called `name`
+        ("search" by default) is opened and must have been made with the same settings.
+    worker: who runs the jobs; unique among live workers. Default: this process. Jobs of a dead process of this host are
+        taken over by whoever asks next. Any other name is believed to be alive, but after a restart it may take its own
+        jobs up again.
+    lock: path of the file that is locked to take decisions. Default: beside a journal or SQLite file. Without one (in
+        memory, a database server) threads of this process exclude each other, but processes do not.
+    """
+
+    def __init__(
+        self,
+        space: dict[str, BaseDistribution],
+        *,
+        tokens: tuple[int, int],
+        eta: int = 3,
+        sizes: Sequence[float] | None = None,
+        target: Fidelity | None = None,
+        sampler: str | BaseSampler = "mfbo",
+        scheduler: str = "incremental-hyperband",
+        variant: Variant = "discarding",
+        iterations: int | None = None,
+        cost: Callable[[Fidelity], float] | None = None,
+        resumable: bool = True,
+        storage: str | Path | BaseStorage | None = None,
+        name: str | None = None,
+        seed: int = 0,
+        worker: str | None = None,
+        lock: str | Path | None = None,
+    ) -> None:
+        settings = checked_settings(
+            space,
+            tokens=tokens,
+            eta=eta,
+            sizes=sizes,
+            target=target,
+            scheduler=scheduler,
+            variant=variant,
+            iterations=iterations,
+            resumable=resumable,
+        )
+        ladder = Ladder.make(settings["tokens"][0], settings["tokens"][1], eta)
+        if seed < 0:
+            raise ValueError(f"seed must be a non-negative integer, got {seed}")
+        if worker == "":
+            raise ValueError("worker must not be empty: leave it out for host and process")
+        self.space = dict(space)
+        self.sizes: tuple[float, ...] = tuple(settings["sizes"])
+        self.variant: Variant = variant
+        self.iterations = iterations
+        self.resumable = resumable
+        self.cost = cost if cost is not None else _flops
+        self.seed = seed
+        self.worker = worker if worker is not None else process_name()
+        self._target = target
+        self._sampler = _made_sampler(sampler, seed)
+        self._named = sampler if isinstance(sampler, str) else None
+        self._held: set[int] = set()  # numbers of the trials that this object handed out
+        self._storage, self._lock = open_storage(storage, lock)
+        with self._lock:
+            self.study = optuna.create_study(
+                storage=self._storage,
+                study_name=name if name is not None else "search",
+                direction="minimize",
+                load_if_exists=True,
+                sampler=self._sampler,
+                pruner=optuna.pruners.NopPruner(),
+            )
+            self._study_id = self._storage.get_study_id_from_name(self.study.study_name)
+            stored = self.study.user_attrs.get(SETTINGS)
+            if stored is None:
+                check_fresh(self.study)
+                self.study.set_user_attr(SETTINGS, settings)
+            else:
+                check_same(self.study.study_name, stored, settings)
+        self._ladder = ladder  # raised to what the study says at every look
+
+    # What is known
+
+    @property
+    def ladder(self) -> Ladder:
+        """The budgets in tokens, raises included."""
+        return self._ladder.raised(self.study.user_attrs[SETTINGS]["max_tokens"])
+
+    @property
+    def target(self) -> Fidelity:
+        """Where the settings are to be good."""
+        return self._target if self._target is not None else Fidelity(self.sizes[-1], self.ladder.levels[-1])
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left, neither to be asked nor in progress. Never, when iterations is None."""
+        view = self._read()
+        return not view.pending and not self._moves(view)
+
+    @property
+    def progress(self) -> Progress:
+        view = self._read()
+        return progress_of(view, None if self.iterations is None else self._plan(view, self.iterations))
+
+    def plan(self, max_tokens: int | None = None) -> Plan:
+        """What is still to be run; with max_tokens: what would be after extend(max_tokens). Writes nothing.
+
+        ValueError when the search has no end, or the ladder cannot be raised so.
+        """
+        if self.iterations is None:
+            raise ValueError("a search without end has no plan: give iterations, 1 for one Hyperband per size")
+        view = self._read()
+        if max_tokens is not None:
+            view = replace(view, ladder=view.ladder.raised(whole_tokens(max_tokens)))
+        return self._plan(view, self.iterations)
+
+    def best(self) -> dict[str, Any]:
+        """The search's own answer for the target: the model's, where the sampler has one; otherwise the parameters of
+        the lowest loss at the highest fidelity (largest N, then D) that has a finite one. ValueError when there is none
+        yet.
+        """
+        done = [t for t in self._read().at.values() if t.state.is_finished() and math.isfinite(loss_of(t))]
+        if not done:
+            raise ValueError("no run has finished with a finite loss: run some before asking for the best")
+        if isinstance(self._sampler, FidelitySampler):
+            return self._sampler.best(self.study, self.space, self.target)
+        top = min(done, key=lambda t: (-t.user_attrs["N"], -t.user_attrs["tokens"], loss_of(t), t.number))
+        return {name: top.params[name] for name in self.space}
+
+    # What to do
+
+    def ask(self) -> Job | None:
+        """The next job: first those that were given back or left by a dead worker, then promotions, then configurations
+        (enqueued ones first). None: nothing can be run now; `finished` tells whether there will be more.
+        """
+        with self._lock:
+            view = self._read()
+            for trial in self._abandoned(view):
+                number = self._start(trial.number).number
+                first = view.at[config_of(trial), int(trial.user_attrs["rung"])]
+                if first is trial and not trial.user_attrs.get("diverged"):
+                    return self._job(number)
+                # A second run of the same, or one whose worker was killed between the two writes of a divergence.
+                self.study.tell(number, state=TrialState.FAIL)
+                view = self._read()
+            created = self._next(view, self._moves(view))
+            return None if created is None else self._job(created)
+
+    def tell(self, job: Job, loss: float) -> None:
+        """Record the loss. Not finite: diverged, which ranks last and is not asked again.
+
+        ValueError, and nothing is changed, for a job that is unknown or was told already.
+        """
+        loss = float(loss)
+        trial_id = self._running(job)
+        try:
+            if math.isfinite(loss):
+                self.study.tell(job.number, loss)
+            else:
+                self._storage.set_trial_user_attr(trial_id, "diverged", True)
+                self.study.tell(job.number, state=TrialState.FAIL)
+        except UpdateFinishedTrialError as error:
+            raise ValueError(f"trial {job.number} was told by someone else in the meantime") from error
+        self._held.discard(job.number)
+
+    def release(self, job: Job) -> None:
+        """Give a job back unfinished: it will be asked again, as the same trial."""
+        self._storage.set_trial_user_attr(self._running(job), "worker", "")
+        self._held.discard(job.number)
+
+    def check_extend(self, max_tokens: int) -> None:
+        """ValueError, with the nearest values that work, when extend(max_tokens) cannot be."""
+        self.ladder.raised(whole_tokens(max_tokens))
+
+    def extend(self, max_tokens: int) -> None:
+        """Raise the largest run to max_tokens: the present one times a power of eta. ask() then gives what is
+        missing."""
+        with self._lock:
+            self.check_extend(max_tokens)
+            settings = self.study.user_attrs[SETTINGS]
+            self.study.set_user_attr(SETTINGS, settings | {"max_tokens": whole_tokens(max_tokens)})
+
+    # How
+
+    def _read(self) -> View:
+        return read_trials(self.study.get_trials(deepcopy=False), self.ladder, self.space)
+
+    def _plan(self, view: View, iterations: int) -> Plan:
+        return plan_of(view, self.sizes, self.variant, iterations, resumable=self.resumable)
+
+    def _moves(self, view: View) -> list[Promote | Start]:
+        return moves(view.entries, view.ladder, variant=self.variant, sizes=len(self.sizes), iterations=self.iterations)
+
+    def _abandoned(self, view: View) -> list[FrozenTrial]:
+        """Trials of ours that nobody works on: given back, of a dead worker, or waiting in Optuna's queue."""
+        alive: dict[str, bool] = {}
+        found = []
+        for trial in view.trials:
+            if trial.state.is_finished() or "bracket" not in trial.user_attrs:
+                continue
+            if trial.state == TrialState.RUNNING:
+                worker = str(trial.user_attrs.get("worker") or "")
+                if worker not in alive:
+                    alive[worker] = is_alive(worker)
+                restarted = worker == self.worker and process_of(worker) is None and trial.number not in self._held
+                if alive[worker] and not restarted:
+                    continue
+            found.append(trial)
+        return found
+
+    def _next(self, view: View, possible: list[Promote | Start]) -> int | None:
+        """Create the trial of the best move; its number."""
+        if not possible:
+            return None
+        first = possible[0]
+        if isinstance(first, Promote):
+            before = view.at.get((first.config, first.rung - 1))
+            params = view.trials[first.config].params
+            bracket = next(e.bracket for e in view.entries if e.config == first.config)
+            return self._create(view, params, first.rung, bracket, config=first.config, continues=before)
+        starts = sorted(
+            (m.bracket for m in possible if isinstance(m, Start)), key=lambda b: self.cost(self._at(view, b))
+        )
+        for trial in view.trials:
+            if trial.state == TrialState.WAITING and "bracket" not in trial.user_attrs and self._in_range(trial):
+                for key, value in self._attrs(view, starts[0].start, starts[0], trial.number, None).items():
+                    self._storage.set_trial_user_attr(self._id(trial.number), key, value)
+                return self._start(trial.number).number
+        if isinstance(self._sampler, FidelitySampler):
+            slots = [self._at(view, bracket) for bracket in starts]
+            params, chosen = self._sampler.propose(self.study, self.space, slots, self.cost, self.target)
+            return self._create(view, params, starts[chosen].start, starts[chosen])
+        return self._create(view, {}, starts[0].start, starts[0])
+
+    def _at(self, view: View, bracket: Bracket) -> Fidelity:
+        return Fidelity(self.sizes[bracket.size], view.ladder.levels[bracket.start])
+
+    def _attrs(
+        self, view: View, rung: int, bracket: Bracket, config: int, continues: FrozenTrial | None
+    ) -> dict[str, Any]:
+        """The attribute that makes a trial ours, bracket, comes last."""
+        return {
+            "tokens": view.ladder.levels[rung],
+            "N": self.sizes[bracket.size],
+            "config": config,
+            "rung": rung,
+            "continues": None if continues is None else continues.number,
+            "resumed_tokens": continues.user_attrs["tokens"] if continues is not None and self.resumable else 0,
+            "worker": self.worker,
+            "bracket": list(bracket),
+        }
+
+    def _create(
+        self,
+        view: View,
+        params: dict[str, Any],
+        rung: int,
+        bracket: Bracket,
+        *,
+        config: int | None = None,
+        continues: FrozenTrial | None = None,
+    ) -> int:
+        """A new running trial, in one write; its number. No params: the sampler is asked for them afterwards."""
+        number = len(view.trials)
+        trial_id = self._storage.create_new_trial(
+            self._study_id,
+            create_trial(
+                state=TrialState.RUNNING,
+                params={k: params[k] for k in self.space} if params else {},
+                distributions=self.space if params else {},
+                user_attrs=self._attrs(view, rung, bracket, number if config is None else config, continues),
+            ),
+        )
+        actual = self._storage.get_trial_number_from_id(trial_id)
+        if config is None and actual != number:  # a trial was enqueued by hand in this very moment
+            self._storage.set_trial_user_attr(trial_id, "config", actual)
+        return self._start(actual).number
+
+    def _start(self, number: int) -> FrozenTrial:
+        """Make a trial that has our attributes run here: ours by name, and complete in its parameters."""
+        trial_id = self._id(number)
+        trial = self._storage.get_trial(trial_id)
+        for key, value in (("worker", self.worker), ("config", config_of(trial))):
+            if trial.user_attrs.get(key) != value:
+                self._storage.set_trial_user_attr(trial_id, key, value)
+        if trial.state == TrialState.WAITING:
+            self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        if not self.space.keys() <= trial.params.keys():
+            # A study object of its own, because Optuna caches the list of trials between ask and tell.
+            study = optuna.load_study(
+                study_name=self.study.study_name, storage=self._storage, sampler=self._sampler_of(number)
+            )
+            asked = Trial(study, trial_id)
+            for name, distribution in self.space.items():
+                _suggest(asked, name, distribution)
+        return self._storage.get_trial(trial_id)
+
+    def _sampler_of(self, number: int) -> BaseSampler:
+        """Random draws come from one stream per trial, so that neither a restart nor a second worker repeats them.
+
+        Optuna's quasi-random sampler draws at random, too, until a trial is complete.
+        """
+        random = self._named == "random"
+        if self._named == "qmc":
+            random = not self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if not random:
+            return self._sampler
+        return _made_sampler("random", int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
+
+    def _in_range(self, trial: FrozenTrial) -> bool:
+        """Whether the values of a trial enqueued by hand lie in the space; if not, it is failed with a warning."""
+        fixed = {k: v for k, v in trial.system_attrs.get("fixed_params", {}).items() if k in self.space}
+        try:
+            create_trial(value=0.0, params=fixed, distributions={k: self.space[k] for k in fixed})
+        except ValueError as error:
+            warnings.warn(f"the enqueued trial {trial.number} is not run: {error}", UserWarning, stacklevel=4)
+            self._storage.set_trial_state_values(self._id(trial.number), TrialState.RUNNING)
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            return False
+        return True
+
+    def _job(self, number: int) -> Job:
+        trial = self._storage.get_trial(self._id(number))
+        self._held.add(number)
+        attrs = trial.user_attrs
+        resume = attrs.get("continues") if self.resumable else None
+        return Job(
+            params={name: trial.params[name] for name in self.space},
+            fidelity=Fidelity(attrs["N"], attrs["tokens"]),
+            resume_from=resume,
+            number=number,
+            config=config_of(trial),
+            rung=int(attrs["rung"]),
+            bracket=Bracket(*attrs["bracket"]),
+            resume_tokens=attrs.get("resumed_tokens") if resume is not None else None,
+        )
+
+    def _running(self, job: Job) -> int:
+        """The id of a job's trial. ValueError when it is not running or not this search's."""
+        known = f"trial {job.number} of study {self.study.study_name!r}"
+        if not 0 <= job.number < len(self.study.get_trials(deepcopy=False)):
+            raise ValueError(f"{known} does not exist: tell only jobs that this search's ask() gave")
+        trial_id = self._id(job.number)
+        trial = self._storage.get_trial(trial_id)
+        if trial.user_attrs.get("bracket") != list(job.bracket) or trial.user_attrs.get("rung") != job.rung:
+            raise ValueError(f"{known} is another run than {job}: tell only jobs that this search's ask() gave")
+        if trial.state != TrialState.RUNNING:
+            raise ValueError(f"{known} is not running but {trial.state.name}: a job is told once")
+        return trial_id
+
+    def _id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+
+def _flops(fidelity: Fidelity) -> float:
+    return fidelity.C
+
+
+def _made_sampler(sampler: str | BaseSampler, seed: int) -> BaseSampler:
+    if isinstance(sampler, BaseSampler):
+        return sampler
+    if not isinstance(sampler, str):
+        raise ValueError(f"sampler must be a name or an Optuna sampler, got {sampler!r}")
+    from hpo.samplers import make_sampler
+
+    return make_sampler(sampler, seed=seed)
+
+
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
+    """Have Optuna's sampler choose a parameter."""
+    if isinstance(distribution, FloatDistribution):
+        trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    elif isinstance(distribution, IntDistribution):
+        trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    elif isinstance(distribution, CategoricalDistribution):
+        trial.suggest_categorical(name, distribution.choices)
+    else:
+        raise ValueError(f"parameter {name!r} must be a float, int or categorical distribution, got {distribution}")

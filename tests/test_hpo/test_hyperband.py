@@ -1,0 +1,367 @@
+import math
+import random
+from collections.abc import Callable
+from fractions import Fraction
+from statistics import mean
+
+import pytest
+
+from hpo.hyperband import (
+    VARIANTS,
+    Bracket,
+    Entry,
+    Ladder,
+    Promote,
+    Start,
+    Variant,
+    moves,
+    remaining,
+    replay,
+    rung_sizes,
+)
+
+Loss = Callable[[int, int], float]
+Table = dict[int, Entry]
+
+
+def ladder_of(rungs: int, eta: int) -> Ladder:
+    return Ladder(tuple(eta**k for k in range(rungs)), eta)
+
+
+def run_to_the_end(
+    table: Table,
+    ladder: Ladder,
+    variant: Variant,
+    loss: Loss,
+    *,
+    rng: random.Random | None = None,
+    workers: int = 1,
+    stop_after: int | None = None,
+) -> list[tuple[int, int]]:
+    """Run all moves; with workers > 1 results come back in any order. Asserts that nothing is ever run twice."""
+    rng = rng or random.Random(0)
+    running: list[tuple[int, int]] = []
+    ran: list[tuple[int, int]] = []
+    while True:
+        possible = moves(table.values(), ladder, variant=variant)
+        if possible and len(running) < workers and (stop_after is None or len(ran) < stop_after):
+            move = possible[0]
+            if isinstance(move, Promote):
+                config, rung = move.config, move.rung
+            else:
+                config, rung = len(table), move.bracket.start
+                table[config] = Entry(config, move.bracket, {})
+            assert rung not in table[config].losses, "run twice"
+            table[config].losses[rung] = None  # type: ignore[index]
+            running.append((config, rung))
+            ran.append((config, rung))
+        elif running:
+            config, rung = running.pop(rng.randrange(len(running)))
+            table[config].losses[rung] = loss(config, rung)  # type: ignore[index]
+        else:
+            return ran
+
+
+def tied_and_diverging(seed: int, diverging: float) -> Loss:
+    """Six values only, so that ties are common, and some that are not finite."""
+
+    def loss(config: int, rung: int) -> float:
+        rng = random.Random(f"{seed} {config} {rung}")
+        return rng.choice([math.inf, math.nan]) if rng.random() < diverging else float(rng.randrange(6))
+
+    return loss
+
+
+def by_hand(configs: list[int], start: int, top: int, eta: int, loss: Loss) -> list[set[int]]:
+    """Successive halving written down a second time: the configurations at each rung from `start` up."""
+    n, members, rungs = len(configs), list(configs), [set(configs)]
+    for rung in range(start, top):
+        n = math.floor(Fraction(n, eta))
+        ranked = sorted((loss(c, rung), c) for c in members if math.isfinite(loss(c, rung)))
+        members = [c for _, c in ranked[:n]]
+        rungs.append(set(members))
+    return rungs
+
+
+def test_levels_are_the_maximum_divided_by_powers_of_eta() -> None:
+    assert Ladder.make(1, 81, 3).levels == (1, 3, 9, 27, 81)
+    assert Ladder.make(2, 81, 3).levels == (3, 9, 27, 81)
+    assert Ladder.make(100, 1000, 3).levels == (111, 333, 1000)
+    assert Ladder.make(1, 5, 2).levels == (1, 2, 5)  # 1.25 and 2.5: halves to even
+
+
+def test_exact_powers_count_as_whole_rungs() -> None:
+    for eta in (2, 3, 5, 7, 10):
+        for top in range(1, 20):
+            assert Ladder.make(11, 11 * eta**top, eta).top == top
+            if top > 1:  # one token short of a rung: it is not there, unless that is within the tolerance
+                assert Ladder.make(1, eta**top - 1, eta).top == (top - 1 if eta**top < 1_000_000 else top)
+
+
+def test_a_ladder_of_one_rung_warns_and_is_plain_sampling() -> None:
+    with pytest.warns(UserWarning, match="one rung only"):
+        ladder = Ladder.make(50, 100, 3)
+    assert ladder.levels == (100,)
+    assert moves([], ladder) == [Start(Bracket(0, 0, 0), 1)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 10, 3), "positive"),
+        ((10, -1, 3), "positive"),
+        ((10, 9, 3), "min <= max"),
+        ((1, 9, 1), "eta"),
+        ((1, 9, 2.5), "eta"),
+        ((1, 9, True), "eta"),
+    ],
+)
+def test_ladders_that_cannot_be_are_refused(arguments: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Ladder.make(*arguments)
+
+
+def test_a_raised_ladder_keeps_its_lower_rungs() -> None:
+    ladder = Ladder.make(100, 1000, 3)
+    assert ladder.raised(9000).levels == (111, 333, 1000, 3000, 9000)
+    assert ladder.raised(3000).raised(9000) == ladder.raised(9000)
+    assert ladder.raised(1000) == ladder
+
+
+@pytest.mark.parametrize(("wanted", "near"), [(4000, "3000 and 9000"), (999, "1000 and 3000"), (1001, "1000 and 3000")])
+def test_a_ladder_is_raised_by_powers_of_eta_only(wanted: int, near: str) -> None:
+    with pytest.raises(ValueError, match=near):
+        Ladder.make(100, 1000, 3).raised(wanted)
+
+
+def test_bracket_sizes_are_those_of_the_formula_by_hand() -> None:
+    # eta 3: ceil(5/5 81), ceil(5/4 27) = ceil(33.75), ceil(5/3 9), ceil(5/2 3), 5
+    assert [rung_sizes(k, 4, 3) for k in range(5)] == [(81, 27, 9, 3, 1), (34, 11, 3, 1), (15, 5, 1), (8, 2), (5,)]
+    assert [rung_sizes(k, 4, 2) for k in range(5)] == [(16, 8, 4, 2, 1), (10, 5, 2, 1), (7, 3, 1), (5, 2), (5,)]
+    assert rung_sizes(0, 40, 3)[0] == 3**40  # beyond what floats hold
+
+
+def test_ties_go_to_the_one_that_was_started_first_and_diverged_ones_stay() -> None:
+    losses = [2.0, 1.0, math.inf, 1.0, 1.0, math.nan, 3.0, 2.0, 4.0]
+    entries = [Entry(i, Bracket(0, 0, 0), {0: x}) for i, x in enumerate(losses)]
+    first, second = replay(entries, 0, ladder_of(3, 3), "discarding")
+    assert [e.config for e in first] == list(range(9))
+    assert [e.config for e in second] == [1, 3, 4]
+    nearly_all_lost = [Entry(i, Bracket(0, 0, 0), {0: 1.0 if i == 5 else math.inf}) for i in range(9)]
+    assert [e.config for e in replay(nearly_all_lost, 0, ladder_of(3, 3), "discarding")[1]] == [5]
+    all_lost = [Entry(i, Bracket(0, 0, 0), {0: math.nan}) for i in range(9)]
+    assert [[e.config for e in rung] for rung in replay(all_lost, 0, ladder_of(3, 3), "discarding")] == [
+        list(range(9)),
+        [],
+        [],
+    ]
+
+
+def test_promotions_come_first_highest_rung_first_then_the_better_one() -> None:
+    ladder = ladder_of(3, 3)
+    entries = [Entry(i, Bracket(0, 0, 0), {0: float(-i)}) for i in range(9)]
+    entries += [Entry(9 + i, Bracket(0, 0, 1), {1: float(i)}) for i in range(5)]
+    assert moves(entries, ladder) == [
+        Promote(9, 2),
+        Promote(8, 1),
+        Promote(7, 1),
+        Promote(6, 1),
+        Start(Bracket(0, 0, 2), 3),
+    ]
+
+
+def test_a_rung_waits_for_all_its_runs_and_a_lost_run_is_repeated() -> None:
+    ladder, bracket = ladder_of(2, 3), Bracket(0, 0, 0)
+    entries = [Entry(i, bracket, {0: float(i)}) for i in range(3)]
+    assert moves(entries, ladder)[0] == Promote(0, 1)
+    entries[2] = Entry(2, bracket, {0: None})
+    assert moves(entries, ladder) == [Start(Bracket(0, 0, 1), 2)]
+    entries[2] = Entry(2, bracket, {})
+    assert moves(entries, ladder)[0] == Promote(2, 0)
+
+
+def test_sizes_never_compete_and_starts_go_from_cheap_to_dear() -> None:
+    ladder = ladder_of(2, 3)
+    assert moves([], ladder, sizes=2) == [
+        Start(Bracket(0, 0, 0), 3),
+        Start(Bracket(0, 1, 0), 3),
+        Start(Bracket(0, 0, 1), 2),
+        Start(Bracket(0, 1, 1), 2),
+    ]
+    entries = [Entry(i, Bracket(0, i // 3, 0), {0: float(i)}) for i in range(6)]
+    assert moves(entries, ladder, sizes=2)[:2] == [Promote(0, 1), Promote(3, 1)]
+
+
+def test_the_next_iteration_opens_when_the_one_before_is_done_or_waits() -> None:
+    ladder = ladder_of(2, 3)
+    table: Table = {}
+    run_to_the_end(table, ladder, "discarding", lambda c, _: float(c))
+    assert moves(table.values(), ladder, iterations=1) == []
+    again = [Start(Bracket(1, 0, 0), 3), Start(Bracket(1, 0, 1), 2)]
+    assert moves(table.values(), ladder, iterations=2) == moves(table.values(), ladder, iterations=None) == again
+    table[0].losses[0] = None  # type: ignore[index]  # the promotion is there already, but nothing else can be done either
+    assert moves(table.values(), ladder, iterations=None) == again
+
+
+def test_results_may_arrive_in_any_order() -> None:
+    for variant in VARIANTS:
+        for seed in range(10):
+            rng = random.Random(seed)
+            loss = tied_and_diverging(seed, 0.2)
+            table: Table = {}
+            ran = run_to_the_end(table, ladder_of(3, 3), variant, loss, rng=rng, workers=rng.randrange(1, 8))
+            at: dict[int, list[int]] = {}
+            for config, entry in table.items():
+                at.setdefault(entry.bracket.start, []).append(config)
+            expected = {
+                (c, start + i)
+                for start, configs in at.items()
+                for i, rung in enumerate(by_hand(configs, start, 2, 3, loss))
+                for c in rung
+            }
+            assert set(ran) == expected
+
+
+@pytest.mark.parametrize("eta", [2, 3])
+def test_discarding_equals_a_run_from_scratch_after_two_raises_at_any_moment(eta: int) -> None:
+    for seed in range(30):
+        rng = random.Random(seed)
+        loss = tied_and_diverging(seed, rng.choice([0.0, 0.15, 0.6]))
+        ladder, table = ladder_of(2, eta), Table()
+        for _ in range(2):
+            stop = rng.choice([None, rng.randrange(1, 20)])  # raised while rungs are still open, or after the end
+            run_to_the_end(table, ladder, "discarding", loss, rng=rng, workers=rng.randrange(1, 6), stop_after=stop)
+            ladder = ladder.raised(ladder.levels[-1] * eta)
+        run_to_the_end(table, ladder, "discarding", loss, rng=rng, workers=rng.randrange(1, 6))
+        for start in range(ladder.top + 1):
+            inside = [e for e in table.values() if e.bracket.start == start]
+            assert len(inside) == rung_sizes(start, ladder.top, eta)[0]
+            expected = by_hand([e.config for e in inside], start, ladder.top, eta, loss)
+            assert [{e.config for e in rung} for rung in replay(inside, start, ladder, "discarding")] == expected
+            for i, rung in enumerate(expected):
+                assert all(start + i in table[c].losses for c in rung)
+
+
+@pytest.mark.parametrize("variant", ["preserving", "efficient"])
+def test_what_was_run_competes_or_keeps_its_place_after_a_raise(variant: Variant) -> None:
+    """The rule of each variant, checked rung by rung on the final table after two raises."""
+    for seed in range(20):
+        rng = random.Random(seed)
+        loss = tied_and_diverging(seed, 0.1)
+        ladder, table = ladder_of(2, 2), Table()
+        for raises in range(3):
+            before = {c: set(e.losses) for c, e in table.items()}
+            if raises:
+                ladder = ladder.raised(ladder.levels[-1] * 2)
+            run_to_the_end(table, ladder, variant, loss, rng=rng, workers=3)
+        for start in range(ladder.top + 1):
+            inside = {c: e for c, e in table.items() if e.bracket.start == start}
+            sizes = rung_sizes(start, ladder.top, 2)
+            rungs = [{e.config for e in rung} for rung in replay(list(inside.values()), start, ladder, variant)]
+            for i in range(len(sizes) - 1):
+                below, here, k, rung = rungs[i], rungs[i + 1], sizes[i + 1], start + i
+                ran_below = {c for c in inside if rung in inside[c].losses}
+                had_place = {c for c in below if rung + 1 in before.get(c, ())}
+                pool = ran_below if variant == "preserving" else below
+                free = k if variant == "preserving" else k - len(had_place)
+                rivals = pool if variant == "preserving" else pool - had_place
+                best = sorted((loss(c, rung), c) for c in rivals if math.isfinite(loss(c, rung)))[:free]
+                assert here == {c for _, c in best} | (set() if variant == "preserving" else had_place)
+                assert len(here) <= k
+            if variant == "efficient":  # nothing is ever dropped
+                assert all({c for c in inside if start + i in inside[c].losses} == rung for i, rung in enumerate(rungs))
+
+
+def spent(table: Table, ladder: Ladder, *, resumed: bool) -> int:
+    """Tokens: of all runs in full, or of the increments only (a configuration's highest rung is then all it paid)."""
+    tokens = ladder.levels
+    return sum(tokens[max(e.losses)] if resumed else sum(tokens[r] for r in e.losses) for e in table.values())
+
+
+def shares(top: int, eta: int, variant: Variant, seed: int) -> tuple[Fraction, Fraction]:
+    """Cost of a raised run over that of Hyperband at R and again at eta R; plain, and with promotions resumed.
+
+    Losses: a Gaussian quality per configuration with equal noise at each rung.
+    """
+
+    def loss(config: int, rung: int) -> float:
+        return random.Random(f"{seed} {config}").gauss(0, 1) + random.Random(f"{seed} {config} {rung}").gauss(0, 1)
+
+    small = ladder_of(top + 1, eta)  # in units of the smallest budget R / eta^top: exact also where that is a fraction
+    large = small.raised(eta * small.levels[-1])
+    table: Table = {}
+    run_to_the_end(table, small, variant, loss)
+    twice = spent(table, small, resumed=False)
+    run_to_the_end(table, large, variant, loss)
+    scratch: Table = {}
+    run_to_the_end(scratch, large, variant, loss)
+    twice += spent(scratch, large, resumed=False)
+    return Fraction(spent(table, large, resumed=False), twice), Fraction(spent(table, large, resumed=True), twice)
+
+
+def test_one_hyperband_costs_what_the_authors_say() -> None:
+    def total(top: int, eta: int, unit: Fraction) -> Fraction:
+        table: Table = {}
+        run_to_the_end(table, ladder_of(top + 1, eta), "discarding", lambda c, _: float(c))
+        return spent(table, ladder_of(top + 1, eta), resumed=False) * unit
+
+    assert total(4, 2, Fraction(1)) + total(5, 2, Fraction(1)) == 1500
+    assert total(5, 2, Fraction(1)) == 1128
+    assert total(3, 3, Fraction(16, 9)) == 752
+    assert total(2, 3, Fraction(16, 9)) + total(3, 3, Fraction(16, 9)) == Fraction(2672, 3)  # 890.67
+
+
+@pytest.mark.parametrize(
+    ("top", "eta", "share"),
+    [(4, 2, Fraction(1128, 1500)), (2, 3, Fraction(752 * 3, 2672)), (5, 2, 0.7233), (3, 3, 0.8181)],
+)
+def test_the_efficient_variant_costs_one_hyperband(top: int, eta: int, share: Fraction | float) -> None:
+    for seed in range(3):
+        plain, _ = shares(top, eta, "efficient", seed)
+        assert plain == share if isinstance(share, Fraction) else float(plain) == pytest.approx(share, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("top", "eta", "variant", "share", "resumed_share"),
+    [
+        (4, 2, "preserving", 0.767, 0.545),
+        (4, 2, "discarding", 0.770, 0.545),
+        (2, 3, "preserving", 0.852, 0.72),
+        (2, 3, "discarding", 0.854, 0.72),
+        (4, 2, "efficient", 0.752, 0.545),
+        (2, 3, "efficient", 0.8443, 0.72),
+    ],
+)
+def test_a_raise_costs_what_the_authors_measured(
+    top: int, eta: int, variant: Variant, share: float, resumed_share: float
+) -> None:
+    seen = [shares(top, eta, variant, seed) for seed in range(25)]
+    assert mean(float(plain) for plain, _ in seen) == pytest.approx(share, abs=0.004)
+    assert mean(float(resumed) for _, resumed in seen) <= resumed_share
+
+
+def test_what_remains_is_what_is_then_run() -> None:
+    for seed in range(10):
+        rng = random.Random(seed)
+        ladder, table = ladder_of(3, 3), Table()
+
+        def loss(config: int, rung: int, seed: int = seed) -> float:
+            return random.Random(f"{seed} {config} {rung}").random()
+
+        run_to_the_end(table, ladder, "efficient", loss, stop_after=rng.randrange(40))
+        for _ in range(2):
+            expected = sum(missing for _, _, missing in remaining(table.values(), ladder, variant="efficient"))
+            assert len(run_to_the_end(table, ladder, "efficient", loss)) == expected
+            assert remaining(table.values(), ladder, variant="efficient") == []
+            ladder = ladder.raised(ladder.levels[-1] * 3)
+
+
+def test_what_remains_after_a_raise_is_a_lower_bound() -> None:
+    for variant in VARIANTS:
+        ladder, table = ladder_of(4, 2), Table()
+        loss = tied_and_diverging(1, 0.0)
+        run_to_the_end(table, ladder, variant, loss)
+        ladder = ladder.raised(16)
+        expected = sum(missing for _, _, missing in remaining(table.values(), ladder, variant=variant))
+        ran = len(run_to_the_end(table, ladder, variant, loss))
+        assert expected <= ran <= 1.15 * expected

@@ -1,0 +1,362 @@
+"""The samplers inside Optuna studies, alone and as a search uses them."""
+
+from __future__ import annotations
+
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.testing import pytest_samplers
+from optuna.trial import TrialState
+
+from hpo.samplers import Cube, MultiFidelitySampler, make_sampler
+from scaling.compute import Fidelity
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+SPACE: dict[str, BaseDistribution] = {
+    "lr": FloatDistribution(1e-4, 1e-1, log=True),
+    "batch": IntDistribution(8, 512, log=True),
+}
+TARGET = Fidelity(16e6, 3.2e8)
+CHEAP = [Fidelity(1e6, 2e7), Fidelity(2e6, 2e7), Fidelity(1e6, 4e7), Fidelity(2e6, 4e7), Fidelity(4e6, 8e7)]
+
+EVERY_KIND: dict[str, BaseDistribution] = {
+    "float": FloatDistribution(-2.0, 3.0),
+    "log": FloatDistribution(1e-5, 1e-1, log=True),
+    "stepped": FloatDistribution(0.0, 0.9, step=0.3),
+    "int": IntDistribution(-3, 4),
+    "stepped int": IntDistribution(0, 14, step=7),
+    "log int": IntDistribution(1, 1000, log=True),
+    "category": CategoricalDistribution(["adam", "sgd", None]),
+    "one category": CategoricalDistribution(["x"]),
+    "one float": FloatDistribution(0.5, 0.5),
+}
+
+
+def optimum(f: Fidelity) -> tuple[float, float]:
+    """ln lr*, ln batch*: both drift with size and tokens."""
+    return math.log(0.02) - 0.25 * math.log(f.N / 1e6) + 0.1 * math.log(f.D / 2e7), 3.0 + 0.35 * math.log(f.D / 2e7)
+
+
+def bowl(params: dict[str, Any], f: Fidelity) -> float:
+    """A loss law plus a quadratic bowl around the drifting optimum; nats."""
+    lr, batch = optimum(f)
+    x, y = math.log(params["lr"]) - lr, math.log(params["batch"]) - batch
+    return 1.7 + 400 / f.N**0.34 + 400 / f.D**0.28 + 0.05 * x * x + 0.03 * y * y + 0.01 * x * y
+
+
+def add(study: optuna.Study, params: dict[str, Any], f: Fidelity, loss: float | None, **attrs: Any) -> None:
+    """A finished trial as a search writes it; None is a trial still running, NaN one that diverged."""
+    diverged = loss is not None and not math.isfinite(loss)
+    state = TrialState.RUNNING if loss is None else TrialState.FAIL if diverged else TrialState.COMPLETE
+    study.add_trial(
+        optuna.create_trial(
+            state=state,
+            params=params,
+            distributions={name: SPACE[name] for name in params},
+            value=None if loss is None or diverged else loss,
+            user_attrs={"tokens": int(f.D), "N": f.N, "diverged": diverged, **attrs},
+        )
+    )
+
+
+def searched(seed: int, n: int, slots: Sequence[Fidelity] = CHEAP) -> optuna.Study:
+    """n runs on the drifting bowl, each where the sampler says."""
+    study, sampler = optuna.create_study(), MultiFidelitySampler(seed=seed)
+    for _ in range(n):
+        params, slot = sampler.propose(study, SPACE, slots, lambda f: f.C, TARGET)
+        add(study, params, slots[slot], bowl(params, slots[slot]))
+    return study
+
+
+@pytest.fixture(scope="module")
+def twenty_five() -> list[optuna.Study]:
+    return [searched(seed, 25) for seed in range(3)]
+
+
+def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
+    cube = Cube(SPACE)
+    return float(np.abs(cube.unit(a) - cube.unit(b)).max())
+
+
+def test_every_kind_of_parameter_survives_the_round_trip() -> None:
+    cube, rng = Cube(EVERY_KIND), np.random.default_rng(0)
+    raw = np.vstack([rng.random((300, len(EVERY_KIND))), np.zeros((1, len(EVERY_KIND))), np.ones((1, len(EVERY_KIND)))])
+    snapped = cube.snap(raw)
+    np.testing.assert_allclose(cube.snap(snapped), snapped, atol=1e-12)
+    for point, real in zip(raw, snapped, strict=True):
+        params = cube.params(point)
+        for name, value in params.items():
+            assert EVERY_KIND[name]._contains(EVERY_KIND[name].to_internal_repr(value)), (name, value)
+        np.testing.assert_allclose(cube.unit(params), real, atol=1e-12)  # rounding happened before the model
+        back = cube.params(real)
+        for name, value in params.items():
+            assert type(back[name]) is type(value)
+            assert back[name] == pytest.approx(value, rel=1e-12) if isinstance(value, float) else back[name] == value
+    ends = cube.params(np.zeros(len(EVERY_KIND))), cube.params(np.ones(len(EVERY_KIND)))
+    assert [(e["float"], e["int"], e["stepped int"], e["log int"], e["category"]) for e in ends] == [
+        (-2.0, -3, 0, 1, "adam"),
+        (3.0, 4, 14, 1000, None),
+    ]
+
+
+def test_values_of_a_discrete_parameter_are_equally_likely() -> None:
+    cube = Cube({k: EVERY_KIND[k] for k in ("stepped", "int", "category")})
+    u = (np.arange(24) + 0.5) / 24
+    drawn = [cube.params(np.array([x, x, x])) for x in u]
+    for name, count in {"stepped": 6, "int": 3, "category": 8}.items():
+        values = [d[name] for d in drawn]
+        assert {values.count(v) for v in values} == {count}
+
+
+def test_a_category_is_a_block_of_columns() -> None:
+    cube = Cube({"a": FloatDistribution(0, 1), "b": CategoricalDistribution(["x", "y", "z"])})
+    np.testing.assert_array_equal(cube.features(np.array([[0.2, 0.5], [0.7, 5 / 6]])), [[0.2, 0, 1, 0], [0.7, 0, 0, 1]])
+    assert cube.nominal.tolist() == [False, True]
+
+
+def test_start_up_is_a_spread_at_the_cheapest_slot_and_any_process_gives_the_same() -> None:
+    study, space = optuna.create_study(), {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
+    slots = [CHEAP[4], CHEAP[0], CHEAP[2]]
+    points = []
+    for _ in range(4):
+        params, slot = MultiFidelitySampler(seed=7).propose(study, space, slots, lambda f: f.C, TARGET)
+        again = MultiFidelitySampler(seed=7).propose(study, space, slots, lambda f: f.C, TARGET)
+        assert (params, slot) == again
+        assert slot == 1
+        points.append((params["x"], params["y"]))
+        study.add_trial(optuna.create_trial(params=params, distributions=space, value=sum(params.values())))
+    assert len({(x > 0.5, y > 0.5) for x, y in points}) == 4  # scrambled Sobol: one point per quarter of the square
+    other = MultiFidelitySampler(seed=8).propose(optuna.create_study(), space, slots, lambda f: f.C, TARGET)[0]
+    assert abs(other["x"] - points[0][0]) > 1e-3
+
+
+def test_promotions_do_not_count_as_start_up_configurations() -> None:
+    study, sampler = optuna.create_study(), MultiFidelitySampler(seed=1)
+    params, _ = sampler.propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
+    for i, f in enumerate(CHEAP):
+        add(study, params, f, bowl(params, f), config=0, continues=i - 1 if i else None)
+    second, slot = sampler.propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
+    sobol = optuna.create_study()
+    add(sobol, params, CHEAP[0], 1.0)
+    assert (second, slot) == sampler.propose(sobol, SPACE, CHEAP, lambda f: f.C, TARGET)
+
+
+def test_a_proposal_is_a_function_of_the_trials_and_the_seed(twenty_five: list[optuna.Study]) -> None:
+    import torch
+
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index, union-attr]
+    answers = []
+    for _ in range(2):
+        sampler = MultiFidelitySampler(seed=3)
+        answers.append(
+            (
+                sampler.propose(twenty_five[0], SPACE, CHEAP, lambda f: f.C, TARGET),
+                sampler.best(twenty_five[0], SPACE, TARGET),
+            )
+        )
+    assert answers[0] == answers[1]
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index, union-attr]
+    assert before == after
+
+
+def test_the_drift_is_followed_to_an_unseen_larger_target(twenty_five: list[optuna.Study]) -> None:
+    """Four times the parameters and tokens of any run; from the cheapest level the optimum moves by a fifth of the cube."""
+    lr, batch = optimum(TARGET)
+    truth = {"lr": math.exp(lr), "batch": round(math.exp(batch))}
+    floor = bowl(truth, TARGET)
+    ours, carried = [], []
+    for seed, study in enumerate(twenty_five):
+        answer = MultiFidelitySampler(seed=seed).best(study, SPACE, TARGET)
+        assert distance(answer, truth) < 0.05
+        ours.append(bowl(answer, TARGET) - floor)
+        carried.append(bowl(study.best_params, TARGET) - floor)  # the run with the lowest loss, as it is
+    assert max(ours) < 0.001
+    assert np.median(ours) < 0.2 * np.median(carried)
+
+
+def test_cheap_runs_are_preferred_while_they_teach(twenty_five: list[optuna.Study]) -> None:
+    for study in twenty_five:
+        tokens = [t.user_attrs["tokens"] for t in study.trials]
+        assert tokens.count(int(2e7)) > tokens.count(int(8e7)) > 0
+        assert len({(t.user_attrs["N"], t.user_attrs["tokens"]) for t in study.trials}) > 1
+
+
+def test_workers_that_ask_at_once_get_different_points(twenty_five: list[optuna.Study]) -> None:
+    study = optuna.create_study()
+    study.add_trials(twenty_five[1].trials)
+    sampler, asked = MultiFidelitySampler(seed=0), []
+    for _ in range(4):
+        params, slot = sampler.propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
+        asked.append((*Cube(SPACE).unit(params), CHEAP[slot].N, CHEAP[slot].D))
+        add(study, params, CHEAP[slot], None)
+    for i, one in enumerate(asked):
+        for other in asked[:i]:
+            same_level = one[2:] == other[2:]
+            assert not same_level or np.abs(np.subtract(one[:2], other[:2])).max() > 0.01
+
+
+@pytest.mark.parametrize("losses", [[2.0] * 7, [math.nan] * 7, [2.0, math.nan, math.nan, 1e30, 3.0, 2.5, math.inf]])
+def test_odd_losses_do_not_stop_the_search(losses: list[float]) -> None:
+    study, sampler = optuna.create_study(), MultiFidelitySampler(seed=0)
+    for loss in losses:
+        params, slot = sampler.propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
+        add(study, params, CHEAP[slot], loss)
+    params, _ = sampler.propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
+    assert Cube(SPACE).holds(optuna.create_trial(params=params, distributions=SPACE, value=0.0))
+    if not any(map(math.isfinite, losses)):
+        with pytest.raises(ValueError, match="finite loss"):
+            sampler.best(study, SPACE, TARGET)
+    else:
+        assert set(sampler.best(study, SPACE, TARGET)) == set(SPACE)
+
+
+def test_regions_that_diverge_are_avoided() -> None:
+    """A bowl around lr = 0.003; everything above 0.01, a third of the range, diverges."""
+    study, sampler, level = optuna.create_study(), MultiFidelitySampler(seed=0), Fidelity(1e6, 2e7)
+    for _ in range(20):
+        params, _ = sampler.propose(study, SPACE, [level], lambda f: f.C, level)
+        loss = 2 + 0.1 * math.log(params["lr"] / 0.003) ** 2 + 0.01 * math.log(params["batch"] / 64) ** 2
+        add(study, params, level, math.nan if params["lr"] > 0.01 else loss)
+    assert sum(t.state == TrialState.FAIL for t in study.trials[8:]) <= 3
+    assert 0.002 < sampler.best(study, SPACE, level)["lr"] < 0.0045
+
+
+def test_best_before_there_is_a_model_is_the_best_at_the_highest_fidelity() -> None:
+    study, sampler = optuna.create_study(), MultiFidelitySampler(seed=0)
+    with pytest.raises(ValueError, match="finite loss"):
+        sampler.best(study, SPACE, TARGET)
+    add(study, {"lr": 0.001, "batch": 8}, CHEAP[0], 1.0)
+    add(study, {"lr": 0.002, "batch": 9}, CHEAP[1], 3.0)
+    add(study, {"lr": 0.003, "batch": 10}, CHEAP[1], 2.0)
+    assert sampler.best(study, SPACE, TARGET) == pytest.approx({"lr": 0.003, "batch": 10})
+
+
+def test_trials_of_another_space_are_left_out(twenty_five: list[optuna.Study]) -> None:
+    study = optuna.create_study()
+    study.add_trials(twenty_five[0].trials)
+    before = MultiFidelitySampler(seed=0).best(study, SPACE, TARGET)
+    study.add_trial(
+        optuna.create_trial(
+            params={"lr": 0.5, "batch": 8},
+            distributions={"lr": FloatDistribution(1e-4, 1.0), "batch": SPACE["batch"]},
+            value=-100.0,
+        )
+    )
+    study.add_trial(optuna.create_trial(params={"x": 0.5}, distributions={"x": FloatDistribution(0, 1)}, value=-100.0))
+    assert MultiFidelitySampler(seed=0).best(study, SPACE, TARGET) == before
+
+
+def hill(trial: optuna.Trial) -> float:
+    x, y = trial.suggest_float("x", -5, 5), trial.suggest_float("y", 1e-3, 1e1, log=True)
+    return (x - 1.5) ** 2 + 2 * (math.log10(y) + 1) ** 2 + 0.3 * math.sin(3 * x)
+
+
+@pytest.mark.slow
+def test_in_a_plain_study_it_beats_random_sampling() -> None:
+    def median(make: Callable[[int], BaseSampler]) -> float:
+        best = []
+        for seed in range(5):
+            study = optuna.create_study(sampler=make(seed))
+            study.optimize(hill, n_trials=25)
+            best.append(study.best_value)
+        return float(np.median(best))
+
+    grid = np.linspace(-5, 5, 20001)
+    floor = float(((grid - 1.5) ** 2 + 0.3 * np.sin(3 * grid)).min())
+    ours = median(lambda seed: make_sampler("mfbo", seed=seed)) - floor
+    theirs = median(lambda seed: make_sampler("random", seed=seed)) - floor
+    assert ours < 0.01
+    assert ours < 0.1 * theirs
+
+
+def test_maximising_is_minimising_the_negative() -> None:
+    studies = []
+    for sign, direction in ((1, "minimize"), (-1, "maximize")):
+        study = optuna.create_study(direction=direction, sampler=MultiFidelitySampler(seed=4))
+        study.optimize(lambda trial, sign=sign: sign * hill(trial), n_trials=9)  # type: ignore[misc]
+        studies.append(study)
+    assert [t.params for t in studies[0].trials] == [t.params for t in studies[1].trials]
+
+
+def test_a_conditional_space_is_sampled() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        if trial.suggest_categorical("kind", ["a", "b"]) == "a":
+            return trial.suggest_float("x", 0, 1)
+        return 1 + trial.suggest_int("n", 1, 5)
+
+    study = optuna.create_study(sampler=MultiFidelitySampler(seed=0))
+    study.optimize(objective, n_trials=15)
+    kinds = [t.params["kind"] for t in study.trials]
+    assert kinds[8:].count("a") > kinds[8:].count("b")  # "a" is always better
+
+
+def test_a_study_with_every_kind_of_parameter_runs() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        lr = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+        width = trial.suggest_int("width", 16, 256, step=16)
+        drop = trial.suggest_float("drop", 0.0, 0.5, step=0.25)
+        name = trial.suggest_categorical("name", ["adam", "sgd", "muon"])
+        return math.log10(lr / 1e-3) ** 2 + abs(width - 64) / 64 + drop + {"adam": 0.5, "sgd": 2.0, "muon": 0.0}[name]
+
+    study = optuna.create_study(sampler=MultiFidelitySampler(seed=1))
+    study.optimize(objective, n_trials=25)
+    assert study.best_params["name"] == "muon"
+    assert study.best_params["drop"] == 0.0
+
+
+def test_two_directions_are_refused() -> None:
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    with pytest.raises(ValueError, match="2 directions"):
+        MultiFidelitySampler(seed=0).propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": []}, "at least one slot"),
+        ({"space": {}}, "at least one parameter"),
+        ({"cost": lambda f: 0.0}, "must be positive"),
+        ({"cost": lambda f: math.inf}, "must be positive"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_spent(change: dict[str, Any], message: str) -> None:
+    call: dict[str, Any] = {"space": SPACE, "slots": CHEAP, "cost": lambda f: f.C, "target": TARGET, **change}
+    with pytest.raises(ValueError, match=message):
+        MultiFidelitySampler(seed=0).propose(optuna.create_study(), **call)
+
+
+def test_samplers_are_made_by_name() -> None:
+    assert isinstance(make_sampler("mfbo", seed=0), MultiFidelitySampler)
+    assert isinstance(make_sampler("random", seed=0), optuna.samplers.RandomSampler)
+    assert isinstance(make_sampler("qmc", seed=0), optuna.samplers.QMCSampler)
+    with pytest.raises(ValueError, match="did you mean 'random'"):
+        make_sampler("rnadom", seed=0)
+    with pytest.raises(ValueError, match="non-negative"):
+        MultiFidelitySampler(seed=-1)
+    with pytest.raises(ValueError, match="at least 1"):
+        MultiFidelitySampler(n_startup_trials=0)
+
+
+def test_importing_the_samplers_does_not_import_torch() -> None:
+    code = "import sys, hpo.samplers; print([m for m in ('torch', 'botorch', 'scipy.stats') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+class TestOptunasOwnContract(
+    pytest_samplers.BasicSamplerTestCase,
+    pytest_samplers.RelativeSamplerTestCase,
+    pytest_samplers.SingleOnlySamplerTestCase,
+):
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: MultiFidelitySampler(seed=0, n_startup_trials=3)

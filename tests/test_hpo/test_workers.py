@@ -1,0 +1,213 @@
+"""Studies as users run them: real processes, killed and resumed, with every trained step counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+from optuna.trial import FrozenTrial
+
+from hpo.workers import differences
+from scaling.runs import load_runs
+
+ROOT = Path(__file__).parents[2]
+# A worker's start is imports; each command here takes seconds.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+STUDY = """
+seed = 1
+[search]
+tokens = {{ min = 2_000, max = 18_000 }}
+sampler = "random"
+[space]
+lr = {{ low = 1e-4, high = 1.0, log = true }}
+[trainer]
+use = "tests.test_hpo.toy:ToyTrainer"
+pause = {pause}
+steps = "{steps}"
+[target]
+N = 10_000
+D = 100_000
+[workers]
+count = 2
+"""
+
+
+class Study:
+    """A study in a folder of its own, and the commands on it."""
+
+    def __init__(self, folder: Path, pause: float) -> None:
+        self.folder, self.steps = folder, folder / "steps"
+        self.steps.mkdir()
+        (folder / "studies").mkdir()
+        (folder / "studies" / "toy.toml").write_text(STUDY.format(pause=pause, steps=self.steps))
+        self.env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.env.pop("MLFLOW_TRACKING_URI", None)
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "hpo", *words]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def run(self, *words: str, code: int = 0) -> str:
+        process = self.start(*words)
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == code, err
+        return out + err
+
+    def json(self, *words: str) -> dict[str, Any]:
+        process = self.start(*words, "--json")
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+        answer: dict[str, Any] = json.loads(out)
+        return answer
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        journal = str((self.folder / "studies" / "toy" / "study.journal").resolve())
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(journal))
+        return optuna.load_study(study_name="toy", storage=storage).trials
+
+    def results(self) -> Counter[tuple[int, int]]:
+        """(configuration, rung) -> number of results."""
+        done = (
+            t for t in self.trials if t.state.is_finished() and (t.value is not None or t.user_attrs.get("diverged"))
+        )
+        return Counter((t.user_attrs["config"], t.user_attrs["rung"]) for t in done)
+
+    def trained(self) -> Counter[str]:
+        """Every step that any process trained."""
+        return Counter(line for p in self.steps.glob("*.jsonl") for line in p.read_text().splitlines())
+
+    def wait_until(self, condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+        for _ in range(600):
+            if condition():
+                return
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.1)
+        raise AssertionError("waited a minute in vain")
+
+    def check_whole(self) -> None:
+        """Nothing lost, nothing twice: two sizes of Hyperband with 3 rungs at eta 3 are 9 + 3 + 1, 5 + 1 and 3 runs each."""
+        results = self.results()
+        assert set(results.values()) == {1}
+        assert not [t for t in self.trials if not t.state.is_finished()]
+        by_rung = Counter(rung for _, rung in results)
+        assert by_rung == {0: 2 * 9, 1: 2 * (3 + 5), 2: 2 * (1 + 1 + 3)}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return Study(tmp_path, pause=0.0)
+
+
+@pytest.fixture
+def slow_study(tmp_path: Path) -> Study:
+    return Study(tmp_path, pause=0.05)
+
+
+def test_a_study_from_launch_to_extend(study: Study) -> None:
+    """One study, because every command costs seconds of imports."""
+    said = study.run("launch", "toy", "--dry-run")
+    assert "44 evaluations of 34 configurations" in said
+    assert not (study.folder / "studies" / "toy").exists()
+    assert not (study.folder / "mlflow.db").exists()
+
+    said = study.run("launch", "studies/toy.toml")
+    assert "trial 44 of 44" in said
+    study.check_whole()
+    assert set(study.trained().values()) == {1}, "a promotion resumes its checkpoint, so no step is trained twice"
+
+    runs = load_runs("toy", tracking_uri=f"sqlite:///{study.folder}/mlflow.db")
+    assert len(runs) == 44
+    in_optuna = sorted(t.value for t in study.trials if t.value is not None)
+    assert sorted(runs.loc[~runs["diverged"], "loss"]) == pytest.approx(in_optuna)
+    assert int(runs["diverged"].sum()) == sum("diverged" in t.user_attrs for t in study.trials) > 0
+
+    said = study.run("launch", "toy", code=2)
+    assert "hpo resume toy" in said
+    assert "hpo forget toy" in said
+    assert "nothing left to run" in study.run("resume", "toy")
+    status = study.json("status", "toy")
+    assert (status["done"], status["planned"], status["finished"]) == (44, 44, True)
+    assert study.json("best", "toy")["lr"] == pytest.approx(0.01, rel=1.0)
+
+    before = study.trained().total()
+    assert "the nearest" in study.run("extend", "toy", "--max-tokens", "50000", code=2)
+    dry = study.run("extend", "toy", "--max-tokens", "54000", "--dry-run")
+    assert study.trained().total() == before
+    assert dry.split(":")[1].split("evaluations")[0] in study.run("extend", "toy", "--max-tokens", "54000")
+    assert set(study.trained().values()) == {1}
+    # From scratch with the larger maximum: 27 + 9 + 3 + 1, 12 + 4 + 1, 6 + 2 and 4 configurations at rungs 0 to 3.
+    by_rung = Counter(rung for _, rung in study.results())
+    assert by_rung[0] == 2 * 27
+    assert by_rung[3] >= 2 * (1 + 1 + 2 + 4)
+
+    toml = study.folder / "studies" / "toy.toml"
+    toml.write_text(toml.read_text().replace("low = 1e-4", "low = 1e-5"))
+    assert "space.lr.low: launched with 0.0001, the file now says 1e-05" in study.run("resume", "toy", code=2)
+    toml.write_text(toml.read_text().replace("low = 1e-5", "low = 1e-4"))
+
+    assert "removed" in study.run("forget", "toy", "--yes")
+    assert not (study.folder / "studies" / "toy").exists()
+    assert "44 evaluations" in study.run("launch", "toy")
+
+
+def test_a_killed_worker_loses_no_configuration(slow_study: Study) -> None:
+    study = slow_study
+    launcher = study.start("launch", "toy")
+    study.wait_until(lambda: study.trained().total() > 30, launcher)
+    victim = psutil.Process(launcher.pid).children()[0]
+    victim.kill()
+    launcher.communicate(timeout=180)
+    assert launcher.returncode == 0, "the other worker takes its trial and goes on"
+    study.check_whole()
+
+
+def test_all_workers_killed_then_resumed_loses_no_configuration(slow_study: Study) -> None:
+    study = slow_study
+    launcher = study.start("launch", "toy")
+    study.wait_until(lambda: study.trained().total() > 30, launcher)
+    for child in psutil.Process(launcher.pid).children():
+        child.kill()
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert "hpo resume toy" in err
+    hanging = [t.number for t in study.trials if t.state == optuna.trial.TrialState.RUNNING]
+    assert hanging
+    study.run("resume", "toy")
+    study.check_whole()
+    states = {t.number: t.state for t in study.trials}
+    assert {states[n] for n in hanging} <= {optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_study_goes_on_where_it_was(number: int, slow_study: Study) -> None:
+    """Not one step is trained twice: a stopped run keeps its state."""
+    study = slow_study
+    launcher = study.start("launch", "toy")
+    study.wait_until(lambda: study.trained().total() > 30, launcher)
+    launcher.send_signal(number)
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert "hpo resume toy" in err
+    study.run("resume", "toy")
+    study.check_whole()
+    assert set(study.trained().values()) == {1}
+
+
+def test_differences_are_named_by_their_path() -> None:
+    then, now = {"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 1, "c": [2]}, "e": 3}
+    assert list(differences(then, now)) == [("a.c", [1], [2]), ("d", 2, None), ("e", None, 3)]

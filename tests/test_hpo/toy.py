@@ -1,0 +1,71 @@
+"""A trainer whose losses are a formula and whose every step is written down, so that a test can count what was trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from scaling.compute import Fidelity
+from scaling.runs import Measurement
+
+
+class ToyTrainer(BaseModel):
+    """Loss 2 + (ln(lr / 0.01))^2 / 20 + N^-0.3 + D^-0.3; diverges above lr 0.5. Trains 1000 tokens a step, after `pause` seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sizes: tuple[float, ...] = (1000.0, 4000.0)
+    pause: float = 0.0
+    steps: Path | None = None  # a folder where every process writes the steps that it has trained
+
+    def problems(self, space: Mapping[str, Any], tokens: tuple[int, int]) -> list[str]:
+        return []
+
+    def target(self, **table: Any) -> Fidelity:
+        return Fidelity(float(table["N"]), float(table["D"]))
+
+    def describe(self, params: Mapping[str, Any], fidelity: Fidelity) -> dict[str, Any]:
+        return {"N": fidelity.N, "lr": params["lr"], "batch_tokens": 256, "seq_len": 128}
+
+    def seconds(self, fidelities: Sequence[Fidelity]) -> list[float]:
+        return [f.D / 1000 * (self.pause + 1e-4) for f in fidelities]
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        fidelity: Fidelity,
+        *,
+        resume: Path | None = None,
+        save: Path | None = None,
+        keep: Path | None = None,
+    ) -> Iterator[Measurement]:
+        state = json.loads(resume.read_text()) if resume else {"lr": params["lr"], "N": fidelity.N, "tokens": 0}
+        assert (state["lr"], state["N"]) == (params["lr"], fidelity.N), "resumed another configuration's checkpoint"
+        assert state["tokens"] < fidelity.D
+        try:
+            while state["tokens"] < fidelity.D:
+                time.sleep(self.pause)
+                state["tokens"] += 1000
+                if self.steps is not None:
+                    with (self.steps / f"{os.getpid()}.jsonl").open("a") as log:
+                        log.write(json.dumps([fidelity.N, params["lr"], state["tokens"]]) + "\n")
+                if params["lr"] > 0.5:
+                    yield Measurement(state["tokens"], math.nan, final=True, diverged=True)
+                    return
+                yield Measurement(state["tokens"], 3.0, lr=params["lr"])
+        except (GeneratorExit, KeyboardInterrupt):
+            if keep is not None:
+                keep.write_text(json.dumps(state))
+            raise
+        if save is not None:
+            save.write_text(json.dumps(state))
+        if keep is not None:
+            keep.unlink(missing_ok=True)
+        loss = 2 + math.log(params["lr"] / 0.01) ** 2 / 20 + fidelity.N**-0.3 + fidelity.D**-0.3
+        yield Measurement(int(fidelity.D), loss, lr=params["lr"], final=True)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from proxies.config import ProxyConfig
+from proxies.model import build
+from proxies.mup import param_groups, role_of, rules
+from proxies.optimizers import make_optimizer, set_lr
+
+SETTINGS = {
+    "base_width": 64,
+    "init_std": 0.08,
+    "embed_std": 0.05,
+    "lr": 0.01,
+    "embed_lr_mult": 3.0,
+    "weight_decay": 0.1,
+    "eps": 1e-8,
+    "alpha_in": 2.0,
+    "alpha_out": 5.0,
+}
+
+# The specification, by hand: (init std, lr, weight decay, eps, forward multiplier) for each role at each width.
+TABLE = {
+    ("mup", 32): {
+        "embedding": (0.05, 0.03, 0.0, 2e-8, 2.0),
+        "hidden": (0.1131370849898476, 0.02, 0.05, 2e-8, 1.0),
+        "norm": (0.0, 0.01, 0.0, 2e-8, 1.0),
+        "readout": (0.0, 0.01, 0.1, 2e-8, 10.0),
+    },
+    ("mup", 64): {
+        "embedding": (0.05, 0.03, 0.0, 1e-8, 2.0),
+        "hidden": (0.08, 0.01, 0.1, 1e-8, 1.0),
+        "norm": (0.0, 0.01, 0.0, 1e-8, 1.0),
+        "readout": (0.0, 0.01, 0.1, 1e-8, 5.0),
+    },
+    ("mup", 256): {
+        "embedding": (0.05, 0.03, 0.0, 0.25e-8, 2.0),
+        "hidden": (0.04, 0.0025, 0.4, 0.25e-8, 1.0),
+        "norm": (0.0, 0.01, 0.0, 0.25e-8, 1.0),
+        "readout": (0.0, 0.01, 0.1, 0.25e-8, 1.25),
+    },
+    ("standard", 64): {
+        "embedding": (0.05, 0.03, 0.0, 1e-8, 2.0),
+        "hidden": (0.08, 0.01, 0.1, 1e-8, 1.0),
+        "norm": (0.0, 0.01, 0.0, 1e-8, 1.0),
+        "readout": (0.0, 0.01, 0.1, 1e-8, 5.0),
+    },
+    ("standard", 256): {
+        "embedding": (0.05, 0.03, 0.0, 1e-8, 2.0),
+        "hidden": (0.04, 0.01, 0.1, 1e-8, 1.0),
+        "norm": (0.0, 0.01, 0.0, 1e-8, 1.0),
+        "readout": (0.0, 0.01, 0.1, 1e-8, 5.0),
+    },
+}
+CASES = [(*key, role) for key, roles in TABLE.items() for role in roles]
+
+
+@pytest.mark.parametrize(("parametrization", "width", "role"), CASES)
+def test_the_table_is_the_one_written_by_hand(parametrization: str, width: int, role: str) -> None:
+    config = ProxyConfig(**SETTINGS, parametrization=parametrization, d_model=width)
+    rule = rules(config)[role]
+    got = (rule.init_std, rule.lr, rule.weight_decay, rule.eps, rule.multiplier)
+    assert got == pytest.approx(TABLE[parametrization, width][role], rel=1e-12)
+    assert rule.init_mean == (1.0 if role == "norm" else 0.0)
+
+
+@pytest.mark.parametrize("width", [32, 256])
+def test_a_model_is_drawn_and_grouped_by_the_table(width: int) -> None:
+    config = ProxyConfig(**SETTINGS, d_model=width)
+    model = build(config)
+    expected = TABLE["mup", width]
+    for name, parameter in model.named_parameters():
+        std = float(parameter.detach().std(correction=0))
+        assert std == pytest.approx(expected[role_of(name)][0], rel=0.06)
+    groups = {group["role"]: group for group in make_optimizer(model, config).param_groups}
+    for role, (_, lr, decay, eps, _) in expected.items():
+        assert (groups[role]["lr"], groups[role]["weight_decay"], groups[role]["eps"]) == pytest.approx(
+            (lr, decay, eps)
+        )
+    grouped = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_one_decay_step_shrinks_hidden_weights_alike_at_every_width() -> None:
+    steps = [rules(ProxyConfig(**SETTINGS, d_model=d))["hidden"] for d in (32, 64, 128, 1024)]
+    assert [r.lr * r.weight_decay for r in steps] == pytest.approx([1e-3] * 4)
+
+
+def test_at_base_width_both_parametrizations_are_one_model() -> None:
+    models = []
+    for parametrization in ("mup", "standard"):
+        config = ProxyConfig(**SETTINGS, parametrization=parametrization, d_model=64)
+        model = build(config)
+        optimizer = make_optimizer(model, config)
+        x = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
+        for _ in range(3):
+            torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_start_follows_from_the_seed_and_not_from_the_global_generator() -> None:
+    torch.manual_seed(1)
+    first = build(ProxyConfig(seed=5))
+    before = torch.random.get_rng_state()
+    second = build(ProxyConfig(seed=5))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    other = build(ProxyConfig(seed=6))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.embed, other.embed)
+
+
+def test_a_schedule_scales_every_group_by_its_own_peak() -> None:
+    config = ProxyConfig(**SETTINGS, d_model=256)
+    optimizer = make_optimizer(build(config), config)
+    for factor in (0.5, 0.25, 1.0):  # from the peak each time, not from what was left of it
+        set_lr(optimizer, factor)
+        rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == pytest.approx(
+            {"embedding": 0.03 * factor, "hidden": 0.0025 * factor, "norm": 0.01 * factor, "readout": 0.01 * factor}
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fused_optimizer_agrees_with_the_plain_one_for_every_group(dtype: torch.dtype) -> None:
+    config = ProxyConfig(**{**SETTINGS, "eps": 1e-3}, d_model=32)  # an eps large enough to be seen
+    models = [build(config).to(dtype) for _ in range(2)]
+    fused = make_optimizer(models[0], config)
+    plain = torch.optim.AdamW(param_groups(models[1], config), foreach=False, fused=False)
+    assert fused.defaults["fused"]
+    for step, (model, optimizer) in itertools.product(range(5), zip(models, (fused, plain), strict=True)):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+        optimizer.step()
+    rtol = 1e-4 if dtype == torch.float32 else 1e-10
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * 1e-2)
+
+
+def test_an_unknown_parameter_has_no_role_by_accident() -> None:
+    with pytest.raises(ValueError, match=r"got 'blocks\.0\.bias'"):
+        role_of("blocks.0.bias")
+
+
+def test_an_unknown_optimizer_is_named_with_the_nearest_known_one() -> None:
+    config = ProxyConfig().model_copy(update={"optimizer": "adam"})
+    with pytest.raises(ValueError, match="did you mean 'adamw'"):
+        make_optimizer(build(config), config)

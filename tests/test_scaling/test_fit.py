@@ -1,0 +1,174 @@
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from scaling.fit import FitError, _huber, fit_loss_law
+from scaling.laws import LossLaw
+from scaling.newton import minimise
+
+CHINCHILLA = LossLaw(E=1.82, A=480.0, B=2100.0, alpha=0.348, beta=0.366)
+LOPSIDED = LossLaw(E=0.7, A=60.0, B=9.0e4, alpha=0.22, beta=0.62)  # nearly all of the loss is in one term
+
+
+def grid(n: int = 7) -> tuple[np.ndarray, np.ndarray]:
+    N, D = np.meshgrid(np.geomspace(5e7, 1e10, n), np.geomspace(1e9, 3e11, n))
+    return N.ravel(), D.ravel()
+
+
+def noisy(law: LossLaw, sd: float, seed: int, n: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    N, D = grid(n)
+    return N, D, law(N, D) * np.exp(sd * np.random.default_rng(seed).standard_normal(N.size))
+
+
+@pytest.mark.parametrize("truth", [CHINCHILLA, LOPSIDED])
+def test_a_planted_law_is_recovered_exactly_without_noise(truth: LossLaw) -> None:
+    N, D = grid()
+    fit = fit_loss_law(N, D, truth(N, D))
+    for name in ("E", "A", "B", "alpha", "beta"):
+        assert getattr(fit.law, name) == pytest.approx(getattr(truth, name), rel=1e-4)
+    assert fit.objective < 1e-15
+    assert fit.status == "ok"
+    assert fit.ranges == {"N": (N.min(), N.max()), "D": (D.min(), D.max())}
+
+
+def test_a_tenth_of_wild_runs_does_not_move_the_law() -> None:
+    N, D, loss = noisy(CHINCHILLA, 1e-4, seed=0)
+    loss[::10] *= 1.3
+    law = fit_loss_law(N, D, loss).law
+    assert law.alpha == pytest.approx(CHINCHILLA.alpha, rel=0.03)
+    assert float(law(1e11, 1e13)) == pytest.approx(float(CHINCHILLA(1e11, 1e13)), rel=2e-3)
+
+
+def test_no_other_optimiser_finds_a_lower_huber_sum() -> None:
+    N, D, loss = noisy(CHINCHILLA, 0.01, seed=1)
+
+    def huber(theta: np.ndarray) -> float:
+        a, b, e, alpha, beta = theta
+        f = np.logaddexp(np.logaddexp(a - alpha * np.log(N), b - beta * np.log(D)), e)
+        r = np.abs(np.log(loss) - f)
+        return float(np.where(r <= 1e-3, r * r / 2, 1e-3 * (r - 5e-4)).sum())
+
+    fit = fit_loss_law(N, D, loss)
+    law = fit.law
+    ours = np.array([np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta])
+    assert huber(ours) == pytest.approx(fit.objective, rel=1e-9)
+    rng = np.random.default_rng(2)
+    for _ in range(8):
+        start = ours + rng.normal(size=5) * [1.0, 1.0, 0.1, 0.05, 0.05]
+        other = minimize(huber, start, method="Nelder-Mead", options={"maxiter": 4000, "xatol": 1e-9, "fatol": 1e-15})
+        assert fit.objective <= other.fun * (1 + 1e-9)
+
+
+def test_the_huber_gradient_and_hessian_are_those_of_differences() -> None:
+    rng = np.random.default_rng(3)
+    n, d, y = rng.normal(size=12), rng.normal(size=12), 0.9 + 0.2 * rng.normal(size=12)
+    objective = _huber(n, d, y, rng.integers(0, 3, (1, 12)).astype(float), 0.3)
+    theta, row, h = np.array([[-0.5, 0.4, -0.7, 0.3, 0.6]]), np.array([0]), 1e-6
+    at = objective(theta, row)
+    for i, e in enumerate(np.eye(5)):
+        up, down = objective(theta + h * e, row), objective(theta - h * e, row)
+        assert at.gradient[0, i] == pytest.approx((up.value[0] - down.value[0]) / (2 * h), abs=1e-7)
+        np.testing.assert_allclose(at.hessian[0, i], (up.gradient[0] - down.gradient[0]) / (2 * h), atol=1e-6)
+
+
+def test_a_bootstrap_is_the_fit_of_the_rows_it_drew() -> None:
+    N, D, loss = noisy(CHINCHILLA, 0.005, seed=4)
+    fit = fit_loss_law(N, D, loss, bootstrap=5, seed=7)
+    taken = np.random.default_rng(7).multinomial(N.size, np.full(N.size, 1 / N.size), size=5)
+    for law, count in zip(fit.samples, taken, strict=True):
+        rows = np.repeat(np.arange(N.size), count)
+        again = fit_loss_law(N[rows], D[rows], loss[rows])
+        r = np.abs(np.log(loss[rows]) - np.log(law(N[rows], D[rows])))
+        assert np.where(r <= 1e-3, r * r / 2, 1e-3 * (r - 5e-4)).sum() == pytest.approx(again.objective, rel=1e-5)
+    same = fit_loss_law(N, D, loss, bootstrap=5, seed=7)
+    assert same.samples == fit.samples
+
+
+def test_the_interval_of_one_new_run_holds_it_about_as_often_as_it_says() -> None:
+    """Far beyond the data, noise .5 %: 80 % intervals should hold most new runs, and not be vacuous."""
+    held, width = 0, []
+    for seed in range(50):
+        N, D, loss = noisy(CHINCHILLA, 0.005, seed=seed, n=6)
+        low, high = fit_loss_law(N, D, loss).interval(3e10, 1e12, mass=0.8)
+        new = float(CHINCHILLA(3e10, 1e12)) * np.exp(0.005 * np.random.default_rng(1000 + seed).standard_normal())
+        held += int(low <= new <= high)
+        width.append(float(np.log(high / low)) / 2)
+    assert held >= 35  # 70 % and up; the forms' disagreement is the larger part of the width
+    assert 0.005 < np.median(width) < 0.06
+
+
+def test_the_prediction_lies_between_its_two_forms_and_the_interval_is_centred_on_it() -> None:
+    N, D, loss = noisy(CHINCHILLA, 0.004, seed=5)
+    fit = fit_loss_law(N, D, loss)
+    assert sum(m.weight for m in fit.members) == pytest.approx(1.0)
+    at = np.array([1e8, 1e10, 1e12]), np.array([1e10, 1e11, 1e13])
+    low, high = fit.interval(*at, mass=0.8)
+    np.testing.assert_allclose(np.sqrt(low * high), fit.predict(*at), rtol=1e-12)
+    wider_low, wider_high = fit.interval(*at, mass=0.95)
+    assert np.all((wider_low < low) & (high < wider_high))
+    assert np.all(np.diff(fit.disagreement(*at)[1:]) > 0)  # grows beyond the data
+    assert fit.interval(*at)[0].shape == (3,)
+
+
+def test_runs_far_below_the_largest_compute_hardly_count() -> None:
+    N, D, loss = noisy(CHINCHILLA, 0.003, seed=6)
+    fit = fit_loss_law(N, D, loss)
+    compute = 6 * N * D
+    small = compute < 1e-3 * np.quantile(compute, 0.9)
+    bent = fit_loss_law(N, D, np.where(small, loss * 1.1, loss))
+    assert fit.n_effective < 0.7 * N.size
+    assert float(bent.predict(1e10, 3e11)) == pytest.approx(float(fit.predict(1e10, 3e11)), rel=2e-3)
+
+
+@pytest.mark.parametrize("axis", ["N", "D"])
+def test_one_scale_is_not_a_law_and_the_status_says_so(axis: str) -> None:
+    x = np.geomspace(1e8, 1e11, 12)
+    N, D = (np.full(12, 1e9), x) if axis == "N" else (x, np.full(12, 1e9))
+    fit = fit_loss_law(N, D, CHINCHILLA(N, D))
+    assert f"One distinct {axis}" in fit.status
+    on = fit.interval(N[-1:], D[-1:])
+    off = fit.interval(N[-1:] * (100 if axis == "N" else 1), D[-1:] * (100 if axis == "D" else 1))
+    assert float(off[1][0] / off[0][0]) > 3 * float(on[1][0] / on[0][0])  # nothing is known there, and it shows
+    assert float(fit.predict(N[-1:], D[-1:])[0]) == pytest.approx(float(CHINCHILLA(N[-1], D[-1])), rel=0.01)
+
+
+def test_few_runs_and_a_missing_floor_are_named() -> None:
+    N, D = grid()
+    assert "below 8" in fit_loss_law(N[:6], D[:6], CHINCHILLA(N[:6], D[:6])).status
+    straight = (30 * N**-0.1 + 40 * D**-0.1) ** 1.3  # in logs it bends the other way: no floor can help
+    assert "The floor E is about 0" in fit_loss_law(N, D, straight).status
+    unmoved = fit_loss_law(N, D, 1.5 + 400 * N**-0.3).status
+    assert "beta = 0.00 is at its bound" in unmoved or "The term in D vanished" in unmoved
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
+def test_unusable_rows_are_named(value: float) -> None:
+    N, D = grid(3)
+    loss = CHINCHILLA(N, D)
+    loss[[2, 5]] = value
+    with pytest.raises(ValueError, match=r"loss must be positive and finite.*rows 2, 5"):
+        fit_loss_law(N, D, loss)
+
+
+def test_a_fit_that_cannot_exist_is_refused() -> None:
+    with pytest.raises(FitError, match="at least 3 runs, got 2"):
+        fit_loss_law([1e8, 1e9], [1e9, 1e10], [3.0, 2.5])
+    with pytest.raises(FitError, match="spread in N or D"):
+        fit_loss_law([1e8] * 4, [1e9] * 4, [3.0, 3.1, 3.0, 2.9])
+    with pytest.raises(ValueError, match="one length"):
+        fit_loss_law([1e8, 1e9], [1e9], [3.0, 2.5])
+    with pytest.raises(ValueError, match="run_ids"):
+        fit_loss_law([1e8, 1e9, 1e9], [1e9, 1e9, 2e9], [3.0, 2.5, 2.4], run_ids=["a"])
+
+
+def test_the_batch_minimiser_solves_each_problem_as_if_alone_and_keeps_to_its_box() -> None:
+    rng = np.random.default_rng(8)
+    n, d, y = rng.normal(size=30), rng.normal(size=30), 1 + 0.1 * rng.normal(size=30)
+    counts = rng.integers(0, 3, (4, 30)).astype(float)
+    low, high = np.array([-5, 0, -5, 0, -5.0]), np.array([5, 2, 5, 2, 1.0])
+    start = np.tile([0.0, 0.3, 0.0, 0.3, 0.5], (4, 1))
+    together = minimise(_huber(n, d, y, counts, 0.05), start, lower=low, upper=high)
+    assert np.all((together.theta >= low) & (together.theta <= high))
+    for i in range(4):
+        alone = minimise(_huber(n, d, y, counts[i : i + 1], 0.05), start[:1], lower=low, upper=high)
+        assert together.value[i] == pytest.approx(alone.value[0], rel=1e-9)

@@ -1,0 +1,180 @@
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scaling.fit import FitError
+from scaling.laws import HPLaw
+from scaling.recommendation import Recommendation, recommend
+from tests.test_scaling.test_hpfit import FLOOR, MUP, sweep
+
+
+def table(**changes: Any) -> pd.DataFrame:
+    runs = sweep(MUP, **({"per": 15, "seed": 0, "parametrization": "mup", "seq_len": 128} | changes))
+    return runs.assign(run_id=[f"run-{i}" for i in range(len(runs))])
+
+
+RUNS = table()
+WIDE = {"lr": (1e-5, 1.0), "batch_tokens": (16.0, 1e6)}
+
+
+def codes(answer: Recommendation) -> dict[str, bool]:
+    return {f.code: f.serious for f in answer.flags}
+
+
+def test_a_planted_world_is_recommended_back() -> None:
+    answer = recommend(RUNS, N=8e5, D=5e6, space=WIDE)
+    lr, batch = (float(v) for v in MUP(8e5, 5e6))
+    assert answer.trustworthy
+    assert answer.lr_interval[0] < lr < answer.lr_interval[1]
+    assert answer.batch_interval[0] < batch < answer.batch_interval[1]
+    assert answer.loss_interval[0] < float(FLOOR(8e5, 5e6)) < answer.loss_interval[1]
+    assert answer.loss == pytest.approx(float(FLOOR(8e5, 5e6)), rel=0.03)
+    assert answer.to_dict()["C"] == pytest.approx(2.4e13)
+    assert answer.batch_seqs == round(answer.batch_tokens / 128)
+    assert 0 < answer.expected_regret < 0.02
+
+
+def test_compute_alone_asks_at_the_optimum_of_the_loss_law() -> None:
+    answer = recommend(RUNS, C=2e13)
+    size, tokens = answer.N, answer.D
+    assert 6 * size * tokens == pytest.approx(2e13)
+    true_size, _ = FLOOR.optimum(2e13)
+    assert abs(np.log(size / true_size)) < 0.7
+    same = recommend(RUNS, N=answer.N, D=answer.D)
+    assert same.lr == answer.lr
+
+
+@pytest.mark.parametrize("target", [{}, {"N": 1e6}, {"D": 1e6}, {"N": 1e6, "C": 1e15}, {"N": 1e6, "D": 1e6, "C": 6e12}])
+def test_a_half_given_target_is_refused(target: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="needs N and D, or C alone"):
+        recommend(RUNS, **target)
+
+
+def test_other_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="N must be positive"):
+        recommend(RUNS, N=-1.0, D=1e6)
+    with pytest.raises(ValueError, match="mass"):
+        recommend(RUNS, N=1e6, D=1e6, mass=1.5)
+    with pytest.raises(ValueError, match="space"):
+        recommend(RUNS, N=1e6, D=1e6, space={"lr": (1.0, 0.1)})
+    with pytest.raises(FitError, match="spread in N or D"):
+        recommend(table(sizes=(1e5,), tokens=(2e5,)), N=1e6, D=1e6)
+
+
+def test_targets_are_not_fitted_and_diverged_runs_are_counted() -> None:
+    plain = recommend(RUNS, N=8e5, D=5e6)
+    target = RUNS.head(4).assign(N=8e5, D=5e6, loss=0.5, role="target", run_id="t")
+    lost = RUNS.head(3).assign(diverged=True, loss=0.01, run_id="d")
+    mixed = pd.concat(
+        [RUNS.assign(role="proxy", diverged=False), target.assign(diverged=False), lost.assign(role="proxy")]
+    )
+    answer = recommend(mixed, N=8e5, D=5e6)
+    assert (answer.lr, answer.loss) == (plain.lr, plain.loss)
+    assert answer.provenance["n_diverged"] == 3
+    assert answer.provenance["n_runs"] == len(RUNS)
+
+
+def test_provenance_names_the_runs() -> None:
+    answer = recommend(RUNS, N=8e5, D=5e6)
+    ids = sorted(RUNS["run_id"])
+    assert answer.provenance["run_ids"] == len(ids)
+    assert answer.provenance["run_ids_sha256"] == hashlib.sha256("\n".join(ids).encode()).hexdigest()
+    assert answer.provenance["n_groups"] == 9
+    assert recommend(RUNS.sample(frac=1, random_state=1), N=8e5, D=5e6).provenance == answer.provenance
+    assert recommend(RUNS.iloc[1:], N=8e5, D=5e6).provenance["run_ids_sha256"] != answer.provenance["run_ids_sha256"]
+
+
+def test_it_goes_through_strict_json_and_back() -> None:
+    answer = recommend(RUNS, N=8e5, D=5e6)
+    text = json.dumps(answer.to_dict(), allow_nan=False)
+    assert Recommendation.from_dict(json.loads(text)) == answer
+    assert json.loads(text)["trustworthy"] is answer.trustworthy
+    without = recommend(RUNS.drop(columns="seq_len"), N=8e5, D=5e6)
+    assert (without.batch_seqs, without.seq_len) == (None, None)
+    assert Recommendation.from_dict(json.loads(json.dumps(without.to_dict(), allow_nan=False))) == without
+
+
+def test_reach_beyond_the_data_is_flagged_and_serious_above_thirty_times() -> None:
+    inside = codes(recommend(RUNS, N=2e5, D=6e5, space=WIDE))
+    assert not {"beyond-N", "beyond-D", "batch-beyond-N"} & set(inside)
+    near = codes(recommend(RUNS, N=29 * 4e5, D=29 * 1.8e6, space=WIDE))
+    assert near["beyond-N"] is near["beyond-D"] is False
+    assert near["batch-beyond-N"] is False
+    assert codes(recommend(RUNS, N=31 * 4e5, D=1.8e6, space=WIDE))["beyond-N"] is True
+    assert codes(recommend(RUNS, N=4e5, D=31 * 1.8e6, space=WIDE))["beyond-D"] is True
+    assert codes(recommend(RUNS, N=1e5 / 31, D=1.8e6, space=WIDE))["beyond-N"] is True
+
+
+def test_a_recommendation_outside_the_searched_space_is_unclipped_and_flagged() -> None:
+    lr, batch = (float(v) for v in MUP(4e5, 1.8e6))
+    space = {"lr": (lr * 2, 1.0), "batch_tokens": (16.0, batch / 2)}
+    answer = recommend(RUNS, N=4e5, D=1.8e6, space=space)
+    assert {"lr-edge-low", "batch_tokens-edge-high"} <= set(codes(answer))
+    assert answer.batch_tokens > batch / 2
+    assert not {c for c in codes(recommend(RUNS, N=4e5, D=1.8e6, space=WIDE)) if "edge" in c}
+
+
+def test_optima_outside_the_space_in_most_groups_are_serious() -> None:
+    answer = recommend(RUNS, N=8e5, D=5e6, space={"lr": (1e-5, 1e-3)})
+    assert codes(answer)["lr-unbracketed-high"] is True
+    assert not answer.trustworthy
+    assert "search higher" in str(answer)
+
+
+def test_too_few_scales_are_flagged() -> None:
+    two = recommend(table(sizes=(1e5, 4e5)), N=8e5, D=5e6, space=WIDE)
+    assert codes(two)["few-N"] is True
+    assert codes(recommend(table(sizes=(1e5, 4e5)), N=2e5, D=5e6, space=WIDE))["few-N"] is False  # between the two
+    one = codes(recommend(table(tokens=(6e5,)), N=8e5, D=5e6, space=WIDE))
+    assert one["few-D"] is True
+    assert one["few-groups"] is False
+
+
+def test_two_groups_still_answer_and_are_not_trusted() -> None:
+    answer = recommend(table(sizes=(1e5, 4e5), tokens=(6e5,)), N=1e6, D=1e6)
+    assert not answer.trustworthy
+    assert codes(answer)["few-groups"] is True
+    assert answer.loss_interval[0] < answer.loss < answer.loss_interval[1]
+
+
+def test_one_batch_size_is_not_trusted() -> None:
+    answer = recommend(RUNS.assign(batch_tokens=2048.0), N=8e5, D=5e6)
+    assert codes(answer)["batch_tokens-unidentified"] is True
+    assert "One batch" in str(answer)
+
+
+def test_the_count_of_parameters_is_named() -> None:
+    counted = RUNS.assign(N_total=RUNS["N"] * 1.5, N_nonembedding=RUNS["N"] * 0.8)
+    answer = recommend(counted, N=8e5, D=5e6)
+    assert answer.provenance["N_convention"].startswith("parameters that multiply tokens")
+    assert any("N_total 600,000" in f.text for f in answer.flags if f.code == "n-convention")
+    chinchilla = recommend(RUNS.assign(N_total=RUNS["N"]), N=8e5, D=5e6)
+    assert "Chinchilla" in chinchilla.provenance["N_convention"]
+
+
+def test_more_noise_between_runs_widens_the_interval_of_one_run() -> None:
+    width = [
+        float(np.ptp(np.log(recommend(table(per=40, noise=s), N=2e5, D=6e5).loss_interval))) for s in (0.001, 0.02)
+    ]
+    assert width[1] > 2 * 1.645 * 0.02 * 0.8  # at least the noise itself
+    assert width[1] > 2 * width[0]
+
+
+def test_the_table_shows_every_number_and_flag() -> None:
+    answer = recommend(RUNS, N=40 * 4e5, D=5e6)
+    text = str(answer)
+    for shown in (f"{answer.lr:.4g}", f"{answer.batch_tokens:,.0f}", f"{answer.loss:.4f}", "90 % interval", "SERIOUS"):
+        assert shown in text
+    assert all(f.text in text for f in answer.flags)
+    assert "No serious doubt" in str(dataclasses.replace(answer, flags=()))
+
+
+def test_a_law_that_moves_with_size_is_followed() -> None:
+    moving = HPLaw(MUP.lr_coef * 2e5**0.5, -0.5, -0.25, MUP.batch_coef, 0.0, 0.5)
+    answer = recommend(sweep(moving, per=20, seed=3), N=8e5, D=5e6)
+    assert answer.lr_interval[0] < float(moving(8e5, 5e6)[0]) < answer.lr_interval[1]

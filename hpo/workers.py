@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hpo.search import Job, Search
 
 POLL_SECONDS = 0.5
+OVERHEAD_SECONDS = 0.4  # of asking, evaluating and recording one run; only for the time left
 GRACE_SECONDS = 30.0  # for a worker that was told to stop: the step in hand, one checkpoint
 
 
@@ -339,32 +340,39 @@ class Progress:
 
     def __init__(self, search: Search, cost: Estimate, workers: int) -> None:
         self.search, self.cost, self.workers = search, cost, workers
-        self.started = time.monotonic()
         self.seen = {t.number for t in outcomes(search)}
+        self.total = len(self.seen) + cost.evaluations
+        self.began: float | None = (
+            None  # seconds since the epoch; when the first run of this launch started, imports over
+        )
         self.done = 0.0  # seconds of one worker by the estimate, of what has ended since
 
     def show(self) -> None:
         ended = outcomes(self.search)
-        for trial in ended:
-            if trial.number in self.seen:
-                continue
+        best = min((t.value for t in ended if t.value is not None), default=math.nan)
+        for trial in sorted(
+            (t for t in ended if t.number not in self.seen), key=lambda t: t.datetime_complete or t.number
+        ):
             self.seen.add(trial.number)
-            attrs, now = trial.user_attrs, self.search.progress
+            attrs = trial.user_attrs
             extra = attrs["tokens"] - int(attrs.get("resumed_tokens") or 0)
-            self.done += extra / self.cost.speeds[attrs["N"]]
-            loss = "diverged" if trial.value is None else f"{trial.value:.4f}"
-            best = min((t.value for t in ended if t.value is not None), default=math.nan)
-            params = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
+            self.done += extra / self.cost.speeds[attrs["N"]] + OVERHEAD_SECONDS
             took = trial.duration.total_seconds() if trial.duration else math.nan
+            if self.began is None:
+                self.began = time.time() - took
+            loss = "diverged" if trial.value is None else f"{trial.value:.4f}"
+            params = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
             say(
-                f"trial {now.done} of {now.planned or '?'}  N {attrs['N']:,.0f}  D {attrs['tokens']:,}  {params}  loss {loss}  best {best:.4f}  "
-                f"{extra / took:,.0f} tokens/s  left {self.left()}"
+                f"trial {len(self.seen)} of {max(self.total, len(self.seen))}  N {attrs['N']:,.0f}  D {attrs['tokens']:,}  {params}  "
+                f"loss {loss}  best {best:.4f}  {extra / took:,.0f} tokens/s  left {self.left()}"
             )
 
     def left(self) -> str:
-        """Time left, by the pace so far and the estimate of what is left."""
-        total = self.cost.seconds * self.workers
-        seconds = (time.monotonic() - self.started) * max(total - self.done, 0.0) / self.done
+        """Time left, at the pace so far, by the estimate of what is left."""
+        if self.began is None:
+            return "?"
+        total = self.cost.seconds * self.workers + OVERHEAD_SECONDS * self.cost.evaluations
+        seconds = (time.time() - self.began) * max(total - self.done, 0.0) / self.done
         return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 

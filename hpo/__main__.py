@@ -46,7 +46,7 @@ def launch(study: Study, dry_run: DryRun = False, tracking_uri: Uri = None) -> N
         config, trainer = load_study(files.toml)
         if not dry_run:
             workers.refuse_existing(files, uri=tracking_uri)
-        cost = workers.estimate(workers.open_search(config, trainer, None), trainer, config.workers.count)
+        cost = workers.estimate(workers.open_search(config, trainer, None), config, trainer)
     typer.echo(f"{files.name}: {describe(cost)}", err=True)
     if dry_run:
         return
@@ -164,7 +164,7 @@ def go_on(study: str, max_tokens: int | None, dry_run: bool, tracking_uri: str |
             problems = trainer.problems(config.distributions, (config.search.tokens.min, max_tokens))
             if problems:
                 raise ValueError("; ".join(problems))
-        cost = workers.estimate(search, trainer, config.workers.count, max_tokens=max_tokens)
+        cost = workers.estimate(search, config, trainer, max_tokens=max_tokens)
         if max_tokens is not None and not dry_run:
             search.extend(max_tokens)
     typer.echo(f"{files.name}: {describe(cost)}", err=True)

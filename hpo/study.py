@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -66,8 +67,8 @@ class Trainer(Protocol):
     def describe(self, params: Mapping[str, Any], fidelity: Fidelity) -> dict[str, Any]:
         """Every setting of one run, resolved, for the record: N, lr, batch_tokens, seq_len, ... and the data's hash."""
 
-    def seconds(self, fidelities: Sequence[Fidelity]) -> list[float]:
-        """About how long runs of these sizes take one worker."""
+    def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity]) -> list[float]:
+        """About how long runs of these sizes take one worker, with these parameters."""
 
     def __call__(
         self,
@@ -190,6 +191,21 @@ class StudyConfig(_Table):
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
         return {name: dimension.distribution() for name, dimension in self.space.items()}
+
+    @property
+    def middle(self) -> dict[str, Any]:
+        """The middle of the space (of a log range its geometric one; of choices the first), to estimate costs at."""
+        point: dict[str, Any] = {}
+        for name, dimension in self.space.items():
+            if dimension.choices is not None:
+                point[name] = dimension.choices[0]
+                continue
+            assert dimension.low is not None
+            assert dimension.high is not None
+            low, high = dimension.low, dimension.high
+            value = math.sqrt(low * high) if dimension.log else (low + high) / 2
+            point[name] = round(value) if dimension.type == "int" else value
+        return point
 
     def make_trainer(self) -> Trainer:
         """The trainer that the study names, made with its settings."""

@@ -108,17 +108,21 @@ def open_existing(files: StudyFiles, study: StudyConfig, trainer: Trainer) -> Se
     return open_search(study, trainer, str(files.journal), files.name)
 
 
-def estimate(search: Search, trainer: Trainer, workers: int, *, max_tokens: int | None = None) -> Estimate:
+def estimate(search: Search, study: StudyConfig, trainer: Trainer, *, max_tokens: int | None = None) -> Estimate:
     """What is left of the search (raised to max_tokens if given), with times from a few measured steps of every size."""
     plan = search.plan(max_tokens)
     sizes = [Fidelity(n, 1e6) for n in search.sizes]
-    speeds = {f.N: f.D / s for f, s in zip(sizes, trainer.seconds(sizes), strict=True)} if plan.increments else {}
+    speeds = (
+        {f.N: f.D / s for f, s in zip(sizes, trainer.seconds(study.middle, sizes), strict=True)}
+        if plan.increments
+        else {}
+    )
     return Estimate(
         evaluations=len(plan.increments),
         configurations=plan.configurations,
         tokens=int(sum(f.D for f in plan.increments)),
         flops=sum(f.C for f in plan.increments),
-        seconds=sum(f.D / speeds[f.N] for f in plan.increments) / workers,
+        seconds=sum(f.D / speeds[f.N] for f in plan.increments) / study.workers.count,
         speeds=speeds,
     )
 

@@ -137,7 +137,8 @@ def launch(
             made, folder = launching.read_plan(path), path.parent
         else:
             _, toml = read_family(plan)
-            made, folder = launching.make_plan(toml, uri=tracking_uri), toml.parent / toml.stem / "target"
+            made = launching.make_plan(toml, uri=tracking_uri)
+            folder = toml.parent / toml.stem / f"target-{made.id}"
     if only:
         try:
             with sigterm_as_interrupt():

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
@@ -35,11 +35,14 @@ SEARCHABLE = (
 
 
 class Target(BaseModel):
-    """The `[target]` table: a width of the same family, and how long to train it."""
+    """The `[target]` table: a width of the same family, how long to train it, and how to grow its start from a proxy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     d_model: PositiveInt
     tokens: PositiveInt
+    method: Literal["shrink-pad-perturb", "pad", "duplicate"] = "shrink-pad-perturb"
+    shrink: float = Field(0.4, ge=0, le=1)
+    noise: float | None = Field(None, ge=0, description="default: the method's own")
 
 
 class ProxyFamily(ProxySettings):
@@ -119,12 +122,12 @@ class ProxyFamily(ProxySettings):
         """Every setting of the run, resolved, and the data's hash."""
         return describe(self.config(params, fidelity))
 
-    def seconds(self, fidelities: Sequence[Fidelity]) -> list[float]:
-        """Measured on a few steps of each size, at the family's own batch size."""
+    def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity]) -> list[float]:
+        """Measured on a few steps of each size."""
         speed: dict[float, float] = {}
         for fidelity in fidelities:
             if fidelity.N not in speed:
-                speed[fidelity.N] = measure_speed(self.config({}, fidelity))
+                speed[fidelity.N] = measure_speed(self.config(params, fidelity))
         return [f.D / speed[f.N] for f in fidelities]
 
     def __call__(

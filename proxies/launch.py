@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -57,6 +58,11 @@ class LaunchPlan(BaseModel):
     because: dict[str, Any]  # the Recommendation, as scaling wrote it
 
     @property
+    def id(self) -> str:
+        """Names what is trained: another configuration, length or start is another target."""
+        return hashlib.sha256(self.model_dump_json(include={"config", "tokens", "warm"}).encode()).hexdigest()[:8]
+
+    @property
     def flops(self) -> float:
         """Training FLOPs of one arm, with attention (PaLM convention)."""
         return self.config.flops_per_token * self.tokens
@@ -77,7 +83,7 @@ class LaunchPlan(BaseModel):
         if self.warm:
             lines.append(
                 f"  warm start from {self.warm.name} (N {self.warm.N:,.0f}, {self.warm.tokens:,.0f} tokens, loss {self.warm.loss:.4f}) "
-                f"by {self.warm.method}"
+                f"by {self.warm.method}, shrink {self.warm.shrink:g}"
             )
         return "\n".join(lines)
 
@@ -112,20 +118,27 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
         study=study,
         config=config,
         tokens=target.tokens,
-        warm=best_proxy(load_runs(study, tracking_uri=uri)),
+        warm=best_proxy(load_runs(study, tracking_uri=uri), target),
         because=because,
     )
 
 
-def best_proxy(runs: pd.DataFrame) -> WarmStart | None:
-    """The run of the largest size with the lowest loss whose checkpoint is still there."""
+def best_proxy(runs: pd.DataFrame, target: Target) -> WarmStart | None:
+    """The run of the largest size with the lowest loss whose checkpoint is still there, to be grown as the target says."""
     there = runs["checkpoint"].map(lambda p: isinstance(p, str) and Path(p).exists())
     usable = runs[(runs["role"] == "proxy") & ~runs["diverged"] & there]
     if usable.empty:
         return None
     row = usable[usable["N"] == usable["N"].max()].sort_values("loss").iloc[0]
     return WarmStart(
-        name=str(row["name"]), checkpoint=Path(row["checkpoint"]), N=row["N"], tokens=row["D"], loss=row["loss"]
+        name=str(row["name"]),
+        checkpoint=Path(row["checkpoint"]),
+        N=row["N"],
+        tokens=row["D"],
+        loss=row["loss"],
+        method=target.method,
+        shrink=target.shrink,
+        noise=target.noise,
     )
 
 
@@ -136,7 +149,13 @@ def train_arm(plan: LaunchPlan, arm: Arm, folder: Path, *, uri: str | None = Non
 
     client = tracking.connect(uri)
     parent = tracking.find_study_run(client, plan.study)
-    name = f"target-{arm}"
+    name = f"target-{arm}-{plan.id}"
+    save, keep = folder / f"{arm}.pt", folder / f"{arm}.partial.pt"
+    done = tracking.find_child(client, parent, name)
+    if done is not None and "rung_0/loss" in done.data.metrics:
+        loss = float(done.data.metrics["rung_0/loss"])
+        say(f"{name}: trained before, loss {loss:.4f}")
+        return loss
     params = describe(plan.config) | {"tokens": plan.tokens, "arm": arm}
     init = None
     if arm == "warm":
@@ -148,7 +167,6 @@ def train_arm(plan: LaunchPlan, arm: Arm, folder: Path, *, uri: str | None = Non
         params |= {f"warm.{k}": v for k, v in plan.warm.model_dump(mode="json").items()}
     run = tracking.child_run(client, parent, name, role="target", params=params)
     tracking.finish(client, run, status="RUNNING")
-    save, keep = folder / f"{name}.pt", folder / f"{name}.partial.pt"
     folder.mkdir(parents=True, exist_ok=True)
     resume = keep if keep.exists() else None
     started, last, said = time.perf_counter(), None, 0.0
@@ -160,7 +178,7 @@ def train_arm(plan: LaunchPlan, arm: Arm, folder: Path, *, uri: str | None = Non
                 said = took
                 left = took * (plan.tokens - last.tokens) / max(last.tokens, 1)
                 say(
-                    f"{name}: {last.tokens:,} of {plan.tokens:,} tokens, loss {last.loss:.4f}"
+                    f"target, {arm}: {last.tokens:,} of {plan.tokens:,} tokens, loss {last.loss:.4f}"
                     f"{' (annealed)' if last.final else ''}, {last.tokens / took:,.0f} tokens/s, left {int(left // 60)}:{int(left % 60):02d}"
                 )
     if last is None or not last.final:
@@ -192,10 +210,8 @@ def launch(plan: LaunchPlan, folder: Path, *, uri: str | None = None) -> dict[st
         try:
             codes = [p.wait() for p in running]
         except KeyboardInterrupt:
-            for p in (
-                running
-            ):  # after Ctrl-C they know already; after SIGTERM they do not. Either way they save where they are
-                p.terminate()
+            for p in running:
+                p.terminate()  # after Ctrl-C they know already, after SIGTERM not; either way they save where they are
             for p in running:
                 p.wait()
             raise
@@ -213,15 +229,16 @@ def score(plan: LaunchPlan, *, uri: str | None = None) -> dict[str, Any]:
 
     client = tracking.connect(uri)
     runs = load_runs(plan.study, tracking_uri=uri)
-    targets = {str(r["name"]): r for _, r in runs[runs["role"] == "target"].iterrows()}
+    arms = {f"target-{arm}-{plan.id}": arm for arm in plan.arms}
+    targets = {arms[str(r["name"])]: r for _, r in runs[runs["name"].isin(list(arms))].iterrows()}
     lo, hi = plan.because["loss_interval"]
     outcome: dict[str, Any] = {}
     for arm in plan.arms:
-        loss = float(targets[f"target-{arm}"]["loss"])
+        loss = float(targets[arm]["loss"])
         outcome[f"loss at {plan.tokens:,} tokens, {arm}"] = round(loss, 4)
         outcome[f"{arm} in the predicted interval"] = bool(lo <= loss <= hi)
     if plan.warm:
-        curves = {a: tracking.read_curve(client, str(targets[f"target-{a}"]["run_id"])) for a in plan.arms}
+        curves = {a: tracking.read_curve(client, str(targets[a]["run_id"])) for a in plan.arms}
         tokens, losses = curves["scratch"]
         level = losses[-1]
         reached = tokens_to_reach(*curves["warm"], level)
@@ -232,7 +249,9 @@ def score(plan: LaunchPlan, *, uri: str | None = None) -> dict[str, Any]:
             base = plan.warm.flops / (6.0 * plan.config.counts.N)  # the proxy's compute in tokens of the target
             outcome["speed-up in tokens"] = round(tokens[-1] / reached, 2)
             outcome["speed-up when the proxy's own training is paid, too"] = round(tokens[-1] / (reached + base), 2)
-    tracking.write_note(client, tracking.find_study_run(client, plan.study), "warm_start", outcome)
+    parent = tracking.find_study_run(client, plan.study)
+    tracking.write_note(client, parent, "warm_start", outcome)
+    tracking.write_note(client, parent, "targets", {arm: str(row["run_id"]) for arm, row in targets.items()})
     return outcome
 
 

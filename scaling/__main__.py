@@ -161,7 +161,7 @@ def report(
         note = tracking.read_note(client, parent, "recommendation")
         answer = Recommendation.from_dict(note) if note else None
         warm = tracking.read_note(client, parent, "warm_start")
-        curves = target_curves(client, runs)
+        curves = target_curves(client, runs, tracking.read_note(client, parent, "targets") or {})
         page = render(source, runs, recommendation=answer, targets=curves, warm_start=warm)
         path = out or Path("studies") / source / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,14 +218,16 @@ def quantiles(values: list[float]) -> tuple[float, float]:
     return float(lo), float(hi)
 
 
-def target_curves(client: Any, runs: pd.DataFrame) -> list[TargetCurve]:
+def target_curves(client: Any, runs: pd.DataFrame, arms: dict[str, str]) -> list[TargetCurve]:
+    """The curves of the target launched last. arms: its name of each arm -> run id."""
     from scaling import tracking
     from scaling.report import TargetCurve
 
     curves = []
-    for row in runs[runs["role"] == "target"].sort_values("name").itertuples():
-        tokens, loss = tracking.read_curve(client, str(row.run_id))
-        curves.append(TargetCurve(str(row.name), tokens, loss, float(str(row.D)), float(str(row.loss))))
+    for arm, run_id in arms.items():
+        tokens, loss = tracking.read_curve(client, run_id)
+        end = runs[runs["run_id"] == run_id].iloc[0]
+        curves.append(TargetCurve(arm, tokens, loss, float(end["D"]), float(end["loss"])))
     return curves
 
 

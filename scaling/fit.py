@@ -277,9 +277,10 @@ def _huber_optimum(n: Array, d: Array, y: Array, delta: float) -> tuple[Array, f
     theta, value = ends.theta[best], float(ends.value[best])
 
     doubts = []
-    if not ends.converged[best]:
+    no_floor = bool(theta[4] < y.min() + np.log(0.01))
+    if not ends.converged[best] and not no_floor:  # towards E = 0 the valley is flat without end; that is said below
         doubts.append("The search for the optimum ran out of iterations.")
-    if theta[4] < y.min() + np.log(0.01):
+    if no_floor:
         doubts.append(
             "The floor E is about 0: these runs do not bend, so the law far beyond them is too low if there is one."
         )
@@ -290,7 +291,7 @@ def _huber_optimum(n: Array, d: Array, y: Array, delta: float) -> tuple[Array, f
         if not 0.01 < theta[i] < STEEPEST - 0.01:
             doubts.append(f"{name} = {theta[i]:.2f} is at its bound.")
     near = ends.value <= value * 1.001
-    apart = np.abs(ends.theta[near] - theta)[:, [1, 3, 4]].max(axis=0)
+    apart = np.abs(ends.theta[near] - theta)[:, [1, 3, 4]].max(axis=0) * np.array([1, 1, 0 if no_floor else 1])
     if np.any(apart > 0.1) and np.ptp(n) > 0 and np.ptp(d) > 0:
         doubts.append(
             "Starts that fit equally well disagree "

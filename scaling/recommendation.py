@@ -270,17 +270,20 @@ def _scales(hp: HPFit, N: float, D: float) -> list[Flag]:
 def _edges(hp: HPFit, searched: dict[str, tuple[float, float]], lr: float, batch: float) -> list[Flag]:
     """Optima at or over the edge of what was searched: those of the data's groups, and the recommended one."""
     flags = []
-    for name, value, fitted in zip(WORDS, (lr, batch), hp.law(hp.floors["N"], hp.floors["D"]), strict=True):
+    groups = [hp.interval(N, D, mass=0.9) for N, D in zip(hp.floors["N"], hp.floors["D"], strict=True)]
+    for i, (name, value) in enumerate(zip(WORDS, (lr, batch), strict=True)):
         low, high = searched[name]
         if low == high:
             continue  # one value was tried: `_doubts` says that the optimum is not identified
         margin = EDGE * math.log(high / low)
-        for side, over in (("low", fitted < low), ("high", fitted > high)):
-            if over.mean() > 0.5:
+        # A group's optimum counts as outside when its whole interval is: a bowl seen from one side only.
+        below, above = sum(g[i][1] < low for g in groups), sum(g[i][0] > high for g in groups)
+        for side, outside in (("low", below), ("high", above)):
+            if outside > len(groups) / 2:
                 beyond, further = ("below", "lower") if side == "low" else ("above", "higher")
                 text = (
-                    f"The best {WORDS[name]} lies {beyond} the searched range ({low:.4g}, {high:.4g}) "
-                    f"in {int(over.sum())} of {len(fitted)} groups: search {further}."
+                    f"The best {WORDS[name]} lies {beyond} the searched range ({low:.4g}, {high:.4g}), with its whole 90 % "
+                    f"interval, in {outside} of {len(groups)} groups: search {further}."
                 )
                 flags.append(Flag(f"{name}-unbracketed-{side}", text, serious=True))
         for side, edge, depth in (("low", low, math.log(value / low)), ("high", high, math.log(high / value))):

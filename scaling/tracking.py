@@ -45,10 +45,10 @@ def connect(uri: str | None = None) -> MlflowClient:
     """A client of the store at `uri`, which is created and migrated first, by one process at a time."""
     import logging
 
-    for name in ("mlflow", "alembic"):  # each start of a fresh store would print a page of migrations
-        logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
+    for name in ("mlflow", "alembic"):  # each start of a fresh store would print a page of migrations
+        logging.getLogger(name).setLevel(logging.WARNING)
     uri = uri or default_uri()
     if uri.startswith("sqlite:///"):
         # Several processes that open a fresh file at once all fail, so the first to come makes it while the others wait.
@@ -109,13 +109,19 @@ def forget_study(client: MlflowClient, study: str) -> bool:
     return True
 
 
-def child_run(client: MlflowClient, parent: str, name: str, *, role: str, params: Mapping[str, Any]) -> str:
-    """The id of the parent's child run called `name` (one per configuration or target), made when it is not there yet."""
+def find_child(client: MlflowClient, parent: str, name: str) -> Any:
+    """The MLflow run called `name` among the parent's children, or None."""
     experiment = client.get_run(parent).info.experiment_id
     mine = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`muscale.name` = '{name}'"
-    found = client.search_runs([experiment], filter_string=mine, max_results=1)
-    if found:
-        return cast(str, found[0].info.run_id)
+    return next(iter(client.search_runs([experiment], filter_string=mine, max_results=1)), None)
+
+
+def child_run(client: MlflowClient, parent: str, name: str, *, role: str, params: Mapping[str, Any]) -> str:
+    """The id of the parent's child run called `name` (one per configuration or target), made when it is not there yet."""
+    found = find_child(client, parent, name)
+    if found is not None:
+        return cast(str, found.info.run_id)
+    experiment = client.get_run(parent).info.experiment_id
     tags = {
         "mlflow.parentRunId": parent,
         "muscale.kind": "run",

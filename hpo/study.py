@@ -193,19 +193,22 @@ class StudyConfig(_Table):
         return {name: dimension.distribution() for name, dimension in self.space.items()}
 
     @property
-    def middle(self) -> dict[str, Any]:
-        """The middle of the space (of a log range its geometric one; of choices the first), to estimate costs at."""
-        point: dict[str, Any] = {}
+    def probes(self) -> list[dict[str, Any]]:
+        """The low end, the middle (geometric on a log range) and the high end of the space, to estimate costs at."""
+        probes: list[dict[str, Any]] = [{}, {}, {}]
         for name, dimension in self.space.items():
             if dimension.choices is not None:
-                point[name] = dimension.choices[0]
-                continue
-            assert dimension.low is not None
-            assert dimension.high is not None
-            low, high = dimension.low, dimension.high
-            value = math.sqrt(low * high) if dimension.log else (low + high) / 2
-            point[name] = round(value) if dimension.type == "int" else value
-        return point
+                values: list[Any] = [dimension.choices[0]] * 3
+            else:
+                assert dimension.low is not None
+                assert dimension.high is not None
+                low, high = dimension.low, dimension.high
+                values = [low, math.sqrt(low * high) if dimension.log else (low + high) / 2, high]
+                if dimension.type == "int":
+                    values = [round(v) for v in values]
+            for probe, value in zip(probes, values, strict=True):
+                probe[name] = value
+        return probes
 
     def make_trainer(self) -> Trainer:
         """The trainer that the study names, made with its settings."""

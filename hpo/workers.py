@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hpo.study import StudyConfig, StudyError, Trainer, Workers, load_study
 from scaling import tracking
 from scaling.cli import say, sigterm_as_interrupt
@@ -112,17 +114,17 @@ def estimate(search: Search, study: StudyConfig, trainer: Trainer, *, max_tokens
     """What is left of the search (raised to max_tokens if given), with times from a few measured steps of every size."""
     plan = search.plan(max_tokens)
     sizes = [Fidelity(n, 1e6) for n in search.sizes]
-    speeds = (
-        {f.N: f.D / s for f, s in zip(sizes, trainer.seconds(study.middle, sizes), strict=True)}
-        if plan.increments
-        else {}
-    )
+    speeds = {}
+    if plan.increments:  # seconds, not speeds, are averaged over the space: it is the slow settings that take the time
+        seconds = np.mean([trainer.seconds(probe, sizes) for probe in study.probes], axis=0)
+        speeds = {f.N: f.D / float(s) for f, s in zip(sizes, seconds, strict=True)}
+    work = sum(f.D / speeds[f.N] + OVERHEAD_SECONDS for f in plan.increments)
     return Estimate(
         evaluations=len(plan.increments),
         configurations=plan.configurations,
         tokens=int(sum(f.D for f in plan.increments)),
         flops=sum(f.C for f in plan.increments),
-        seconds=sum(f.D / speeds[f.N] for f in plan.increments) / study.workers.count,
+        seconds=work / study.workers.count,
         speeds=speeds,
     )
 
@@ -375,7 +377,7 @@ class Progress:
         """Time left, at the pace so far, by the estimate of what is left."""
         if self.began is None:
             return "?"
-        total = self.cost.seconds * self.workers + OVERHEAD_SECONDS * self.cost.evaluations
+        total = self.cost.seconds * self.workers
         seconds = (time.time() - self.began) * max(total - self.done, 0.0) / self.done
         return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 

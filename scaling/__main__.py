@@ -176,7 +176,8 @@ def report(
                 f"measured, {curve.name:8s} {curve.final_loss:.4f}: {place} the {100 * answer.mass:.0f} % interval ({lo:.4f}, {hi:.4f})"
             )
     for name, value in (warm or {}).items():
-        typer.echo(f"{name}: {value}")
+        if "interval" not in name:  # said above, with the interval
+            typer.echo(f"{name}: {value}")
     typer.echo(f"\nreport     {path}")
     typer.echo(f"runs       mlflow ui --backend-store-uri {client.tracking_uri}")
     journal = Path("studies") / source / "study.journal"

@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from scaling.fit import Fit, FitError, fit_loss_law
 from scaling.hpfit import HPFit, fit_hp_law
@@ -129,6 +129,8 @@ def _svg(draw: Callable[[Figure], None], *, width: float = 7.5, height: float = 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
+        for ax in figure.axes:  # labels between the decades run into each other
+            ax.xaxis.set_minor_formatter(NullFormatter())
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()

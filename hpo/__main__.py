@@ -79,7 +79,7 @@ def extend(
     go_on(study, max_tokens, dry_run, tracking_uri)
 
 
-@app.command(hidden=True)
+@app.command()
 def worker(study: Study, tracking_uri: Uri = None) -> None:
     """One worker of a study that was launched; more of them may run, here or on another machine that sees its files.
 

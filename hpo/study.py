@@ -67,6 +67,9 @@ class Trainer(Protocol):
     def describe(self, params: Mapping[str, Any], fidelity: Fidelity) -> dict[str, Any]:
         """Every setting of one run, resolved, for the record: N, lr, batch_tokens, seq_len, ... and the data's hash."""
 
+    def manifest(self) -> list[dict[str, Any]]:
+        """The data's files, one record each (path, size, split, ...), for the record."""
+
     def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity]) -> list[float]:
         """About how long runs of these sizes take one worker, with these parameters."""
 

@@ -1,7 +1,7 @@
 """Running a study: local worker processes that ask, train and tell, and the launcher that starts and watches them.
 
 A study's files live in studies/<name>/: `study.journal` (the Optuna study, which is the state of the search), `study.json` (the
-settings it was launched with) and `checkpoints/`. A worker may die at any moment: its trial is taken up by the next one that asks.
+settings it was launched with), `data.json` (the files it trains on) and `checkpoints/`. A worker may die at any moment: its trial is taken up by the next one that asks.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class StudyFiles:
     @property
     def settings(self) -> Path:
         return self.folder / "study.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "data.json"
 
     def checkpoint(self, config: int, tokens: int) -> Path:
         return self.folder / "checkpoints" / f"{config:04d}-{tokens}.pt"
@@ -158,8 +162,9 @@ def create(files: StudyFiles, study: StudyConfig, trainer: Trainer, *, uri: str 
     if study.target:
         target = trainer.target(**study.target)
         tracking.write_note(client, run, "target", {"N": target.N, "D": target.D})
-    files.settings.write_text(json.dumps(settings, indent=2) + "\n")
-    tracking.log_file(client, run, files.settings)
+    for path, value in ((files.settings, settings), (files.manifest, trainer.manifest())):
+        path.write_text(json.dumps(value, indent=1) + "\n")
+        tracking.log_file(client, run, path)
     return open_search(study, trainer, str(files.journal), files.name)
 
 

@@ -6,6 +6,7 @@ import difflib
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -121,6 +122,12 @@ class ProxyFamily(ProxySettings):
     def describe(self, params: Mapping[str, Any], fidelity: Fidelity) -> dict[str, Any]:
         """Every setting of the run, resolved, and the data's hash."""
         return describe(self.config(params, fidelity))
+
+    def manifest(self) -> list[dict[str, Any]]:
+        """Path, size in bytes and split of every file of the corpus."""
+        from proxies.data import load_corpus
+
+        return [asdict(file) for file in load_corpus(self.corpus, vocab=self.vocab).files]
 
     def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity]) -> list[float]:
         """Measured on a few steps of each size."""

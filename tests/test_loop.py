@@ -96,7 +96,10 @@ def test_curves_and_settings_are_in_mlflow(loop: Loop) -> None:
         "muscale.warm_start",
         "muscale.git_commit",
     } <= parent.data.tags.keys()
-    assert "report.html" in {f.path for f in client.list_artifacts(parent.info.run_id)}
+    assert {"report.html", "study.json", "data.json"} <= {f.path for f in client.list_artifacts(parent.info.run_id)}
+    files = json.loads((loop.folder / "studies" / "small" / "data.json").read_text())
+    assert len(files) == int(params["data_files"]) > 1000
+    assert {f["split"] for f in files} == {"train", "val"}
 
 
 def test_the_target_is_launched_as_recommended_and_scored(loop: Loop) -> None:
@@ -159,6 +162,14 @@ def test_questions_that_cannot_be_answered_are_refused(loop: Loop) -> None:
     loop.run("scaling", "recommend", "small.csv", "--target", codes=(2,))
     loop.run("proxies", "launch", "nowhere.json", codes=(2,))
     loop.run("proxies", "train", "small", "--width", "17", "--tokens", "20000", codes=(2,))
+
+
+def test_the_coordinate_check_passes_under_mup_and_fails_without(loop: Loop) -> None:
+    assert "passed" in loop.run("proxies", "check", "small", "--seeds", "1").lower()
+    answer = json.loads(
+        loop.run("proxies", "check", "small", "--seeds", "1", "--parametrization", "standard", "--json", codes=(1,))
+    )
+    assert answer["passed"] is False
 
 
 def test_one_proxy_can_be_trained_and_grown_by_hand(loop: Loop) -> None:

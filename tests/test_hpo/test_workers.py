@@ -56,9 +56,17 @@ class Study:
         self.env.pop("MLFLOW_TRACKING_URI", None)
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "hpo", *words]
+        def hear_sigint() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and theirs, are born deaf to it
+
         return subprocess.Popen(
-            command, cwd=self.folder, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [sys.executable, "-m", "hpo", *words],
+            cwd=self.folder,
+            env=self.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=hear_sigint,
         )
 
     def run(self, *words: str, code: int = 0) -> str:

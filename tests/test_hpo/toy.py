@@ -33,6 +33,9 @@ class ToyTrainer(BaseModel):
     def describe(self, params: Mapping[str, Any], fidelity: Fidelity) -> dict[str, Any]:
         return {"N": fidelity.N, "lr": params["lr"], "batch_tokens": 256, "seq_len": 128}
 
+    def manifest(self) -> list[dict[str, Any]]:
+        return []
+
     def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity]) -> list[float]:
         return [f.D / 1000 * (self.pause + 1e-4) for f in fidelities]
 

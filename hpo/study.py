@@ -3,19 +3,19 @@
     seed = 0
 
     [search]
-    tokens = { min = 40_960, max = 368_640 }   # the ladder: max, max / eta, ... down to min
+    tokens = { min = 81_920, max = 737_280 }   # the ladder: max, max / eta, ... down to min
 
     [space]
     lr = { low = 1e-3, high = 1.0, log = true }
-    batch_seqs = { low = 2, high = 32, log = true, type = "int" }
+    batch_seqs = { low = 1, high = 16, log = true, type = "int" }
 
     [trainer]                                   # every other key goes to the trainer
     use = "proxies:ProxyFamily"
-    widths = [32, 64, 128]
+    widths = [16, 32, 64]
 
     [target]                                    # the run that all this is for, in the trainer's words
-    d_model = 256
-    tokens = 1_105_920
+    d_model = 128
+    tokens = 1_474_560
 
 All mistakes are reported at once in a StudyError, each by field name.
 """

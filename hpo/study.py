@@ -58,8 +58,8 @@ class Trainer(Protocol):
     def sizes(self) -> Sequence[float]:
         """N of every proxy size, ascending."""
 
-    def problems(self, space: Mapping[str, BaseDistribution], tokens: tuple[int, int]) -> list[str]:
-        """Why this space, from the smallest to the largest run, cannot be trained (no such corpus, ...); cheap."""
+    def problems(self, space: Mapping[str, BaseDistribution], tokens: tuple[int, int] | None) -> list[str]:
+        """Why this space, from the smallest to the largest run (None: not known yet), cannot be trained; cheap."""
 
     def target(self, **table: Any) -> Fidelity:
         """N and D of the `[target]` table."""
@@ -267,26 +267,37 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
             f"trainer.use: cannot import {named.use!r} ({error}); the built-in one is 'proxies:ProxyFamily'"
         )
         return None
-    try:
-        trainer = cast(Trainer, make(**named.model_extra or {}))
-    except ValidationError as error:
-        problems += [f"trainer.{p}" for p in explain(error, make)]
+    trainer = _make(make, named.model_extra or {}, problems)
+    if trainer is None:
         return None
-    except (ValueError, TypeError) as error:
-        problems.append(f"trainer: {error}")
-        return None
-    space = study.distributions if study else _readable_space(table)
     tokens = study.search.tokens if study else _readable_tokens(table)
-    if tokens is not None:
-        problems += trainer.problems(space, (tokens.min, tokens.max))
+    space = study.distributions if study else _readable_space(table)
+    problems += trainer.problems(space, (tokens.min, tokens.max) if tokens else None)
     if isinstance(table.get("target"), dict):
         try:
             trainer.target(**table["target"])
         except ValidationError as error:
-            problems += [f"target.{p}" for p in explain(error, None)]
+            # a trainer may say which keys its [target] knows, for the hint
+            problems += [f"target.{p}" for p in explain(error, getattr(trainer, "target_table", None))]
         except (ValueError, TypeError) as error:
             problems.append(f"target: {error}")
     return trainer
+
+
+def _make(make: Any, settings: dict[str, Any], problems: list[str]) -> Trainer | None:
+    """The trainer; after a mistake one without the wrong settings, so that the rest of the file can still be checked."""
+    try:
+        return cast(Trainer, make(**settings))
+    except ValidationError as error:
+        problems += [f"trainer.{p}" for p in explain(error, make)]
+        wrong = {item["loc"][0] for item in error.errors() if item["loc"]}
+    except (ValueError, TypeError) as error:
+        problems.append(f"trainer: {error}")
+        return None
+    try:
+        return cast(Trainer, make(**{k: v for k, v in settings.items() if k not in wrong}))
+    except (ValueError, TypeError):
+        return None  # its mistakes are named already, or follow from those
 
 
 def _readable_space(table: dict[str, Any]) -> dict[str, BaseDistribution]:

@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from proxies.config import ProxyConfig, ProxySettings
 from scaling.compute import Fidelity
@@ -34,6 +34,17 @@ SEARCHABLE = (
     "weight_decay",
 )
 
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "max_lr": "lr",
+    "batch": "batch_seqs",
+    "batch_size": "batch_seqs",
+    "batch_tokens": "batch_seqs",
+    "wd": "weight_decay",
+    "warmup": "warmup_tokens",
+    "warmup_steps": "warmup_tokens",
+}
+
 
 class Target(BaseModel):
     """The `[target]` table: a width of the same family, how long to train it, and how to grow its start from a proxy."""
@@ -49,21 +60,34 @@ class Target(BaseModel):
 class ProxyFamily(ProxySettings):
     """The `[trainer]` table of a study: what all proxies share, and their widths."""
 
-    widths: tuple[PositiveInt, ...] = Field(min_length=1, description="d_model of each proxy size")
+    target_table: ClassVar[type[BaseModel]] = Target
+    widths: tuple[PositiveInt, ...] = Field((32, 64, 128), min_length=1, description="d_model of each proxy size")
 
-    @model_validator(mode="after")
-    def _widths_make_whole_heads(self) -> Self:
-        wrong = []
-        for width in self.widths:
-            try:
-                self.member(width)
-            except ValidationError as error:
-                wrong += [str(e["ctx"]["error"]) if "ctx" in e else e["msg"] for e in error.errors()]
-        if len(set(self.widths)) < len(self.widths):
-            wrong.append(f"they must differ, got {list(self.widths)}")
+    # Checked by field, so that every mistake is found in one reading of the file.
+
+    @field_validator("corpus")
+    @classmethod
+    def _corpus_is_there(cls, corpus: str, info: ValidationInfo) -> str:
+        from proxies.data import check_corpus
+
+        wrong = check_corpus(corpus, vocab=info.data.get("vocab", 256), seq_len=info.data.get("seq_len", 1))
         if wrong:
-            raise ValueError("widths: " + "; ".join(wrong))
-        return self
+            raise ValueError("; ".join(wrong))
+        return corpus
+
+    @field_validator("widths")
+    @classmethod
+    def _widths_make_whole_heads(cls, widths: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        group = info.data.get("d_head", 1) * info.data.get("q_per_kv", 1)
+        broken = [w for w in (*widths, info.data.get("base_width", group)) if w % group]
+        if broken:
+            raise ValueError(
+                f"d_model must be a multiple of d_head * q_per_kv = {group} (whole heads, whole groups), as must base_width; "
+                f"got {', '.join(map(str, broken))}"
+            )
+        if len(set(widths)) < len(widths):
+            raise ValueError(f"they must differ, got {list(widths)}")
+        return widths
 
     def member(self, d_model: int, params: Mapping[str, Any] | None = None) -> ProxyConfig:
         """The family's proxy of this width, with searched parameters in place of its own."""
@@ -87,15 +111,14 @@ class ProxyFamily(ProxySettings):
         config = ProxyConfig.model_validate(self.member(target.d_model).model_dump())
         return Fidelity(float(config.counts.N), float(target.tokens))
 
-    def problems(self, space: Mapping[str, Any], tokens: tuple[int, int]) -> list[str]:
-        """Names that cannot be searched, values that cannot be trained, a missing or empty corpus, runs below one step."""
-        from proxies.data import check_corpus
-
-        said = [f"trainer.corpus: {p}" for p in check_corpus(self.corpus, vocab=self.vocab, seq_len=self.seq_len)]
+    def problems(self, space: Mapping[str, Any], tokens: tuple[int, int] | None) -> list[str]:
+        """Names that cannot be searched, values that cannot be trained, runs too short for their steps and warm-up."""
+        said = []
         width = min(self.widths)
         for name, dimension in space.items():
             if name not in SEARCHABLE:
-                near = difflib.get_close_matches(name, SEARCHABLE, n=1, cutoff=0.4)
+                near = [OTHER_NAMES[name.lower()]] if name.lower() in OTHER_NAMES else []
+                near += difflib.get_close_matches(name, SEARCHABLE, n=1, cutoff=0.6)
                 hint = f"did you mean {near[0]}?" if near else f"searchable: {', '.join(SEARCHABLE)}"
                 said.append(f"space.{name}: unknown parameter; {hint}")
                 continue
@@ -107,6 +130,8 @@ class ProxyFamily(ProxySettings):
                     said += [f"space.{name}: {e['msg']}, got {end!r}" for e in error.errors()]
         batch = space.get("batch_seqs")
         largest = int(batch.high if batch is not None and hasattr(batch, "high") else self.batch_seqs) * self.seq_len
+        if tokens is None:
+            return said
         if tokens[0] < 2 * largest:
             said.append(
                 f"search.tokens.min: the smallest run must hold at least two of the largest steps "

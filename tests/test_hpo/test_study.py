@@ -86,6 +86,9 @@ tokns = 3
         "space.batch_seqs.hi: unknown key; did you mean high?",
         "trainer.optimizer: needed 'adamw', got 'adamv'; did you mean adamw?",
         "trainer.corpsu: unknown key; did you mean corpus?",
+        "trainer.widths: d_model must be a multiple of d_head * q_per_kv = 16",
+        "space.learning_rate: unknown parameter; did you mean lr?",
+        "target.tokns: unknown key; did you mean tokens?",
     ):
         assert expected in said, f"{expected!r} is not in\n{said}"
 

@@ -24,7 +24,7 @@ class ToyTrainer(BaseModel):
     pause: float = 0.0
     steps: Path | None = None  # a folder where every process writes the steps that it has trained
 
-    def problems(self, space: Mapping[str, Any], tokens: tuple[int, int]) -> list[str]:
+    def problems(self, space: Mapping[str, Any], tokens: tuple[int, int] | None) -> list[str]:
         return []
 
     def target(self, **table: Any) -> Fidelity:

@@ -76,7 +76,9 @@ class Recommendation:
     def __str__(self) -> str:
         low, high = self.batch_interval
         best, worst = self.loss_interval
-        sequences = "" if self.batch_seqs is None else f"   {self.batch_seqs:,} sequences of {self.seq_len:,}"
+        sequences = ""
+        if self.batch_seqs is not None:
+            sequences = f"   {self.batch_seqs:,} sequence{'' if self.batch_seqs == 1 else 's'} of {self.seq_len:,}"
         lines = [
             f"Recommendation for N = {self.N:,.0f}, D = {self.D:,.0f} (C = {self.C:.3g} FLOPs)",
             f"{'':26}{'best guess':>14}   {100 * self.mass:.0f} % interval",

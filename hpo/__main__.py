@@ -155,6 +155,7 @@ def forget(
 def go_on(study: str, max_tokens: int | None, dry_run: bool, tracking_uri: str | None) -> None:
     from hpo import workers
     from hpo.study import load_study, study_path
+    from scaling import tracking
 
     with refusing():
         files = workers.StudyFiles(study_path(study))
@@ -165,8 +166,11 @@ def go_on(study: str, max_tokens: int | None, dry_run: bool, tracking_uri: str |
             if problems:
                 raise ValueError("; ".join(problems))
         cost = workers.estimate(search, config, trainer, max_tokens=max_tokens)
-        if max_tokens is not None and not dry_run:
-            search.extend(max_tokens)
+        if not dry_run:
+            client = tracking.connect(tracking_uri)
+            workers.note_target(client, tracking.find_study_run(client, files.name), config, trainer)
+            if max_tokens is not None:
+                search.extend(max_tokens)
     typer.echo(f"{files.name}: {describe(cost)}", err=True)
     if dry_run:
         return

@@ -80,7 +80,6 @@ def checked_settings(
         "variant": variant,
         "iterations": iterations,
         "scheduler": scheduler,
-        "target": None if target is None else [float(target.N), float(target.D)],
         "resumable": resumable,
     }
 

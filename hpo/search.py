@@ -81,6 +81,7 @@ class Search:
     tokens: smallest and largest run; the ladder between them is max / eta^i.
     sizes: parameter counts N of the proxies, one Hyperband each, kept in ascending order. Default: the target's, or 1.
     target: where the settings are to be good. Default: the largest size at the largest run; it then follows extend().
+    It only says where the sampler looks, so a study may be opened again with another one.
     sampler: "mfbo", "random", "qmc", which give the same sequence when killed and resumed, or any Optuna sampler, which
         then answers for its own seeds.
     iterations: how often Hyperband is run. None: without end.

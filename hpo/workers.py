@@ -159,13 +159,18 @@ def create(files: StudyFiles, study: StudyConfig, trainer: Trainer, *, uri: str 
         client, files.name, artifacts=files.folder / "artifacts", params={f"study.{k}": v for k, v in settings.items()}
     )
     tracking.write_note(client, run, "space", ranges)
-    if study.target:
-        target = trainer.target(**study.target)
-        tracking.write_note(client, run, "target", {"N": target.N, "D": target.D})
+    note_target(client, run, study, trainer)
     for path, value in ((files.settings, settings), (files.manifest, trainer.manifest())):
         path.write_text(json.dumps(value, indent=1) + "\n")
         tracking.log_file(client, run, path)
     return open_search(study, trainer, str(files.journal), files.name)
+
+
+def note_target(client: MlflowClient, run: str, study: StudyConfig, trainer: Trainer) -> None:
+    """Keep the target that the file now has, for `scaling recommend --target`."""
+    if study.target:
+        target = trainer.target(**study.target)
+        tracking.write_note(client, run, "target", {"N": target.N, "D": target.D})
 
 
 def forget(files: StudyFiles, *, uri: str | None) -> bool:

@@ -19,6 +19,7 @@ import pytest
 from optuna.trial import FrozenTrial
 
 from hpo.workers import differences
+from scaling import tracking
 from scaling.runs import load_runs
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +148,11 @@ def test_a_study_from_launch_to_extend(study: Study) -> None:
     said = study.run("launch", "toy", code=2)
     assert "hpo resume toy" in said
     assert "hpo forget toy" in said
+    toml = study.folder / "studies" / "toy.toml"
+    toml.write_text(toml.read_text().replace("D = 100_000", "D = 200_000"))
     assert "nothing left to run" in study.run("resume", "toy")
+    client = tracking.connect(f"sqlite:///{study.folder}/mlflow.db")
+    assert tracking.read_note(client, tracking.find_study_run(client, "toy"), "target") == {"N": 10_000, "D": 200_000}
     status = study.json("status", "toy")
     assert (status["done"], status["planned"], status["finished"]) == (44, 44, True)
     assert study.json("best", "toy")["lr"] == pytest.approx(0.01, rel=1.0)
@@ -163,7 +168,6 @@ def test_a_study_from_launch_to_extend(study: Study) -> None:
     assert by_rung[0] == 2 * 27
     assert by_rung[3] >= 2 * (1 + 1 + 2 + 4)
 
-    toml = study.folder / "studies" / "toy.toml"
     toml.write_text(toml.read_text().replace("low = 1e-4", "low = 1e-5"))
     assert "space.lr.low: launched with 0.0001, the file now says 1e-05" in study.run("resume", "toy", code=2)
     toml.write_text(toml.read_text().replace("low = 1e-5", "low = 1e-4"))

@@ -184,12 +184,8 @@ def forget(files: StudyFiles, *, uri: str | None) -> bool:
 
 def searched_ranges(study: StudyConfig, trainer: Trainer) -> dict[str, list[float]]:
     """The searched ranges of lr and batch_tokens, in the run table's terms, for the recommendation's edge warning."""
-    ends = []
-    for end in ("low", "high"):
-        params = {n: getattr(d, end) for n, d in study.space.items() if d.choices is None}
-        params = {n: int(v) if study.space[n].type == "int" else v for n, v in params.items()}
-        ends.append(trainer.describe(params, Fidelity(min(trainer.sizes), study.search.tokens.min)))
-    low, high = ends
+    smallest = Fidelity(min(trainer.sizes), study.search.tokens.min)
+    low, _, high = (trainer.describe(probe, smallest) for probe in study.probes)
     names = [n for n in ("lr", "batch_tokens") if n in low and n in high and low[n] < high[n]]
     return {n: [float(low[n]), float(high[n])] for n in names}
 

@@ -32,9 +32,8 @@ FAR = 0.30  # runs farther above their group's best, in ln L, are another regime
 LEAST_SD = 7e-4  # of ln L
 DRIFT = 0.08  # sd of each exponent beyond the data, set on that table: without it 80 % intervals held 43 and 68 %
 SHIFTS = np.array([0.03, 0.05, 0.08, 0.12, 0.2, 0.3])  # sd of one group's own optimum about the law
-VAGUE = (
-    0.5  # an optimum known no better than this (sd of ln lr or ln B, at the data's centre) is not identified: assumed
-)
+# An optimum known no better than this (sd of ln lr or ln B, at the data's centre) is not identified. Assumed.
+VAGUE = 0.5
 DRAWS = 4000
 
 

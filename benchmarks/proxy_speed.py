@@ -11,8 +11,6 @@ import argparse
 import itertools
 import statistics
 
-import torch
-
 from proxies.config import ProxyConfig
 from proxies.family import measure_speed
 
@@ -28,8 +26,9 @@ def main() -> None:
     speeds: dict[tuple[int, int, int], list[float]] = {setting: [] for setting in settings}
     for _ in range(options.rounds):
         for threads, width, batch in settings:
-            torch.set_num_threads(threads)
-            speeds[threads, width, batch].append(measure_speed(ProxyConfig(d_model=width, batch_seqs=batch)))
+            speeds[threads, width, batch].append(
+                measure_speed(ProxyConfig(d_model=width, batch_seqs=batch), threads=threads)
+            )
     print(f"{'threads':>8}{'width':>8}{'N':>12}{'batch':>8}{'tokens/s':>12}{'GFLOP/s':>10}")
     for (threads, width, batch), values in speeds.items():
         config = ProxyConfig(d_model=width, batch_seqs=batch)

@@ -28,7 +28,8 @@ def validate(study: Study) -> None:
 
     with refusing():
         path = study_path(study)
-        load_study(path)
+        _, trainer = load_study(path)
+        trainer.manifest()  # reads the data: what cannot be read is refused, too
     typer.echo(f"{path}: good")
 
 
@@ -44,13 +45,15 @@ def launch(study: Study, dry_run: DryRun = False, tracking_uri: Uri = None) -> N
     with refusing():
         files = workers.StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
+        trainer.manifest()  # reads the data: what cannot be read is refused before anything is written
         if not dry_run:
             workers.refuse_existing(files, uri=tracking_uri)
         cost = workers.estimate(workers.open_search(config, trainer, None), config, trainer)
     typer.echo(f"{files.name}: {describe(cost)}", err=True)
     if dry_run:
         return
-    search = workers.create(files, config, trainer, uri=tracking_uri)
+    with refusing():
+        search = workers.create(files, config, trainer, uri=tracking_uri)
     finish(workers.supervise(files, search, config.workers, cost, uri=tracking_uri), files.name)
 
 

@@ -68,10 +68,10 @@ class Trainer(Protocol):
         """Every setting of one run, resolved, for the record: N, lr, batch_tokens, seq_len, ... and the data's hash."""
 
     def manifest(self) -> list[dict[str, Any]]:
-        """The data's files, one record each (path, size, split, ...), for the record."""
+        """The data's files, one record each (path, size, split, ...). ValueError when they cannot be read."""
 
-    def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity]) -> list[float]:
-        """About how long runs of these sizes take one worker, with these parameters."""
+    def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity], *, threads: int) -> list[float]:
+        """About how long runs of these sizes take one worker of so many threads, with these parameters."""
 
     def __call__(
         self,

@@ -120,7 +120,9 @@ def estimate(search: Search, study: StudyConfig, trainer: Trainer, *, max_tokens
     sizes = [Fidelity(n, 1e6) for n in search.sizes]
     speeds = {}
     if plan.increments:  # seconds, not speeds, are averaged over the space: it is the slow settings that take the time
-        seconds = np.mean([trainer.seconds(probe, sizes) for probe in study.probes], axis=0)
+        seconds = np.mean(
+            [trainer.seconds(probe, sizes, threads=study.workers.threads) for probe in study.probes], axis=0
+        )
         speeds = {f.N: f.D / float(s) for f, s in zip(sizes, seconds, strict=True)}
     work = sum(f.D / speeds[f.N] + OVERHEAD_SECONDS for f in plan.increments)
     return Estimate(
@@ -152,9 +154,9 @@ def refuse_existing(files: StudyFiles, *, uri: str | None) -> MlflowClient:
 def create(files: StudyFiles, study: StudyConfig, trainer: Trainer, *, uri: str | None) -> Search:
     """Make the study's folder, its Optuna study and its MLflow run. ValueError when it exists."""
     client = refuse_existing(files, uri=uri)
-    files.folder.mkdir(parents=True, exist_ok=True)
     settings = study.model_dump(mode="json")
     ranges = searched_ranges(study, trainer)
+    files.folder.mkdir(parents=True, exist_ok=True)
     run = tracking.study_run(
         client, files.name, artifacts=files.folder / "artifacts", params={f"study.{k}": v for k, v in settings.items()}
     )

@@ -49,7 +49,7 @@ class ProxySettings(BaseModel):
     # data
     corpus: str = Field("stdlib", description="'stdlib', or a text file, a folder, or a .bin file of uint16 tokens")
     eval_windows: PositiveInt = Field(64, description="held-out windows of seq_len tokens, always the same ones")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _rope_needs_pairs(self) -> Self:

@@ -154,12 +154,12 @@ class ProxyFamily(ProxySettings):
 
         return [asdict(file) for file in load_corpus(self.corpus, vocab=self.vocab).files]
 
-    def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity]) -> list[float]:
+    def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity], *, threads: int) -> list[float]:
         """Measured on a few steps of each size."""
         speed: dict[float, float] = {}
         for fidelity in fidelities:
             if fidelity.N not in speed:
-                speed[fidelity.N] = measure_speed(self.config(params, fidelity))
+                speed[fidelity.N] = measure_speed(self.config(params, fidelity), threads=threads)
         return [f.D / speed[f.N] for f in fidelities]
 
     def __call__(
@@ -193,13 +193,15 @@ def describe(config: ProxyConfig) -> dict[str, Any]:
     }
 
 
-def measure_speed(config: ProxyConfig, *, min_seconds: float = 0.15) -> float:
+def measure_speed(config: ProxyConfig, *, threads: int, min_seconds: float = 0.15) -> float:
     """Training tokens per second with this configuration on this machine, from a few steps: the median one's."""
     import torch
 
     from proxies.model import build, loss_of
     from proxies.optimizers import make_optimizer
 
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     model = build(config)
     optimizer = make_optimizer(model, config)
     generator = torch.Generator().manual_seed(0)
@@ -212,4 +214,5 @@ def measure_speed(config: ProxyConfig, *, min_seconds: float = 0.15) -> float:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         took.append(time.perf_counter() - began)
+    torch.set_num_threads(before)
     return config.batch_tokens / statistics.median(took)

@@ -100,27 +100,29 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
     target = Target.model_validate(table["target"])
     study = toml.stem
     client = tracking.connect(uri)
-    because = tracking.read_note(client, tracking.find_study_run(client, study), "recommendation")
+    parent = tracking.find_study_run(client, study)
+    because = tracking.read_note(client, parent, "recommendation")
     if because is None:
         raise ValueError(f"study {study!r} has no recommendation yet: run `scaling recommend {study} --target`")
-    batch_seqs = max(1, round(because["batch_tokens"] / family.seq_len))
-    config = ProxyConfig.model_validate(
-        family.member(target.d_model).model_dump() | {"lr": because["lr"], "batch_seqs": batch_seqs}
-    )
+    # lr and batch by the laws; what else was searched by the search's own answer for the target
+    settings = (tracking.read_note(client, parent, "best") or {}) | {
+        "lr": because["lr"],
+        "batch_seqs": max(1, round(because["batch_tokens"] / family.seq_len)),
+    }
+    config = ProxyConfig.model_validate(family.member(target.d_model, settings).model_dump())
     if because["N"] != config.counts.N or because["D"] != target.tokens:
         raise ValueError(
             f"the recommendation is for N {because['N']:,.0f}, D {because['D']:,.0f}, the target in {toml} has N {config.counts.N:,}, "
             f"D {target.tokens:,}: run `scaling recommend {study} --target` again after `hpo resume {study}`"
         )
+    from proxies.training import load_model
+    from proxies.warmstart import check_growth
     from scaling.runs import load_runs
 
-    return LaunchPlan(
-        study=study,
-        config=config,
-        tokens=target.tokens,
-        warm=best_proxy(load_runs(study, tracking_uri=uri), target),
-        because=because,
-    )
+    warm = best_proxy(load_runs(study, tracking_uri=uri), target)
+    if warm:
+        check_growth(load_model(warm.checkpoint)[0], config, warm.method)
+    return LaunchPlan(study=study, config=config, tokens=target.tokens, warm=warm, because=because)
 
 
 def best_proxy(runs: pd.DataFrame, target: Target) -> WarmStart | None:
@@ -237,8 +239,8 @@ def score(plan: LaunchPlan, *, uri: str | None = None) -> dict[str, Any]:
         loss = float(targets[arm]["loss"])
         outcome[f"loss at {plan.tokens:,} tokens, {arm}"] = round(loss, 4)
         outcome[f"{arm} in the predicted interval"] = bool(lo <= loss <= hi)
-    if plan.warm:
-        curves = {a: tracking.read_curve(client, str(targets[a]["run_id"])) for a in plan.arms}
+    curves = {a: tracking.read_curve(client, str(targets[a]["run_id"])) for a in plan.arms}
+    if plan.warm and all(points for points, _ in curves.values()):  # none, when an arm diverged before its first
         tokens, losses = curves["scratch"]
         level = losses[-1]
         reached = tokens_to_reach(*curves["warm"], level)
@@ -256,8 +258,8 @@ def score(plan: LaunchPlan, *, uri: str | None = None) -> dict[str, Any]:
 
 
 def estimate_seconds(plan: LaunchPlan) -> float:
-    """About how long the arms take here, from a few measured steps."""
-    return len(plan.arms) * plan.tokens / measure_speed(plan.config)
+    """About how long all arms take one core of this machine, from a few measured steps."""
+    return len(plan.arms) * plan.tokens / measure_speed(plan.config, threads=1)
 
 
 def read_plan(path: Path) -> LaunchPlan:

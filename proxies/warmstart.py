@@ -54,15 +54,7 @@ def grow(
     units of 1/sqrt(fan_in) (default 0: exact, but tune it before training such a model). Norm gains are copied and new ones start at 1: neither shrunk nor perturbed. ValueError names every setting in which the two models
     may not differ.
     """
-    problems = [
-        f"{n}: {getattr(small, n)} to {getattr(large, n)}" for n in SAME if getattr(small, n) != getattr(large, n)
-    ]
-    if problems:
-        raise ValueError(f"growth keeps everything but the width; these differ: {'; '.join(problems)}")
-    if large.d_model < small.d_model:
-        raise ValueError(
-            f"needed a large model at least as wide as the small one ({small.d_model}), got d_model {large.d_model}"
-        )
+    check_growth(small, large, method)
     fresh = build(large).state_dict()
     missing = sorted(set(fresh) ^ set(state))
     if missing:
@@ -86,6 +78,24 @@ def grow(
     return grown
 
 
+def check_growth(small: ProxyConfig, large: ProxyConfig, method: Method) -> None:
+    """ValueError that names why a model of `small` cannot be grown into one of `large`."""
+    problems = [
+        f"{n}: {getattr(small, n)} to {getattr(large, n)}" for n in SAME if getattr(small, n) != getattr(large, n)
+    ]
+    if problems:
+        raise ValueError(f"growth keeps everything but the width; these differ: {'; '.join(problems)}")
+    if large.d_model < small.d_model:
+        raise ValueError(
+            f"needed a large model at least as wide as the small one ({small.d_model}), got d_model {large.d_model}"
+        )
+    if method == "duplicate" and large.d_model % small.d_model:
+        raise ValueError(
+            f"duplication needs a whole growth factor, got {small.d_model} to {large.d_model}: choose a multiple of {small.d_model} "
+            "or the method shrink-pad-perturb"
+        )
+
+
 def _preserve(state: Mapping[str, Tensor], small: ProxyConfig, large: ProxyConfig) -> dict[str, Tensor]:
     """Logits equal but for the norm's epsilon: RMSNorm of a zero-padded stream is larger by sqrt(d_large / d_small)."""
     correction = math.sqrt(small.d_model / large.d_model)
@@ -101,12 +111,7 @@ def _preserve(state: Mapping[str, Tensor], small: ProxyConfig, large: ProxyConfi
 
 
 def _duplicate(state: Mapping[str, Tensor], small: ProxyConfig, large: ProxyConfig, noise: float) -> dict[str, Tensor]:
-    k, rest = divmod(large.d_model, small.d_model)
-    if rest:
-        raise ValueError(
-            f"duplication needs a whole growth factor, got {small.d_model} to {large.d_model}: choose a multiple of {small.d_model} "
-            "or the method shrink-pad-perturb"
-        )
+    k = large.d_model // small.d_model
     generator = torch.Generator().manual_seed(large.seed)
     grown = {}
     for name, value in state.items():

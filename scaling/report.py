@@ -286,6 +286,7 @@ def _target(figure: Figure, targets: Sequence[TargetCurve], recommendation: Reco
         ax.plot(t.tokens, t.loss, color=COLOURS[i], lw=1.3, label=f"{t.name}, trunk")
         if math.isfinite(t.final_loss):
             ax.scatter([t.final_tokens], [t.final_loss], marker="*", s=90, color=COLOURS[i], zorder=5)
+        if math.isfinite(t.final_loss) and t.tokens:  # no points, when it was too short for one on the trunk
             ax.plot([t.tokens[-1], t.final_tokens], [t.loss[-1], t.final_loss], ls=":", color=COLOURS[i], lw=1)
     if recommendation is not None:
         r = recommendation

@@ -24,6 +24,7 @@ tokens = { min = 16_384, max = 49_152 }
 [space]
 lr = { low = 1e-3, high = 0.5, log = true }
 batch_seqs = { low = 2, high = 8, log = true, type = "int" }
+weight_decay = { low = 0.01, high = 1.0, log = true }
 [trainer]
 widths = [16, 32, 48]
 seq_len = 64
@@ -106,6 +107,8 @@ def test_the_target_is_launched_as_recommended_and_scored(loop: Loop) -> None:
     plan = read_plan(next((loop.folder / "studies" / "small").glob("target-*/plan.json")))
     assert plan.config.lr == plan.because["lr"]
     assert plan.config.d_model == 64
+    best = json.loads(loop.run("hpo", "best", "small", "--json"))
+    assert plan.config.weight_decay == best["weight_decay"], "what no law covers comes from the search's own answer"
     assert plan.warm is not None
     assert plan.warm.N == load_runs("small", tracking_uri=loop.uri).query("role == 'proxy'")["N"].max()
     targets = load_runs("small", tracking_uri=loop.uri).query("role == 'target'").set_index("name")

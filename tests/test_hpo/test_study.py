@@ -111,6 +111,7 @@ tokns = 3
         ("d_model = 128", "d_model = 100", "target"),
         ("[trainer]", "[trainer]\nuse = 'nowhere:Nothing'", "trainer.use: cannot import 'nowhere:Nothing'"),
         ("seed = 3", "seed = -3", "seed: "),
+        ("widths = [32, 64]", "widths = [32, 64]\nseed = -3", "trainer.seed: "),
         ("[space]", "[spaec]", "spaec: unknown key; did you mean space?"),
     ],
 )
@@ -125,6 +126,20 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     text = GOOD.replace("widths = [32, 64]", f"widths = [32, 64]\ncorpus = '{tmp_path / 'empty'}'")
     with pytest.raises(StudyError, match=r"trainer\.corpus: "):
         load_study(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("command", ["validate", "launch"])
+def test_data_that_cannot_be_read_is_refused_before_anything_is_written(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes are checked with the file; that the text is none is known when it is read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "image.dat").write_bytes(bytes(range(256)) * 400)
+    write(tmp_path, GOOD.replace("widths = [32, 64]", "widths = [32, 64]\ncorpus = 'image.dat'"))
+    result = CliRunner().invoke(app, [command, "s.toml"])
+    assert result.exit_code == 2
+    assert "needed utf-8 text" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["image.dat", "s.toml"]
 
 
 def test_broken_toml_is_refused(tmp_path: Path) -> None:

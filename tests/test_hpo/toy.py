@@ -36,7 +36,7 @@ class ToyTrainer(BaseModel):
     def manifest(self) -> list[dict[str, Any]]:
         return []
 
-    def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity]) -> list[float]:
+    def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity], *, threads: int) -> list[float]:
         return [f.D / 1000 * (self.pause + 1e-4) for f in fidelities]
 
     def __call__(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from hpo.search import Job, Search
+    from scaling.runs import Measurement
 
 POLL_SECONDS = 0.5
 OVERHEAD_SECONDS = 0.4  # of asking, evaluating and recording one run; only for the time left
@@ -281,16 +282,20 @@ def work(files: StudyFiles, *, uri: str | None = None) -> int:
                 time.sleep(POLL_SECONDS)  # the rung that would follow waits for another worker's run
                 continue
             try:
-                with stop.interrupting():
-                    loss = run_job(job, trainer, files, client, parent)
+                loss = run_job(job, trainer, files, client, parent, stop)
             except KeyboardInterrupt:
                 return 130  # the trial stays as it is; whoever asks next takes it up from the partial checkpoint
             search.tell(job, loss)
     return 130
 
 
-def run_job(job: Job, trainer: Trainer, files: StudyFiles, client: MlflowClient, parent: str) -> float:
-    """Train one (configuration, rung) and record it; the loss, NaN when it diverged."""
+def run_job(
+    job: Job, trainer: Trainer, files: StudyFiles, client: MlflowClient, parent: str, stop: StopSignals
+) -> float:
+    """Train one (configuration, rung) and record it; the loss, NaN when it diverged.
+
+    KeyboardInterrupt when `stop` was asked for, but only while it trains: a run that has ended is recorded.
+    """
     tokens = int(job.fidelity.D)
     save, keep = files.checkpoint(job.config, tokens), files.partial(job.config, tokens)
     save.parent.mkdir(parents=True, exist_ok=True)
@@ -302,9 +307,9 @@ def run_job(job: Job, trainer: Trainer, files: StudyFiles, client: MlflowClient,
     started, last = time.perf_counter(), None
     points = trainer(job.params, job.fidelity, resume=resume, save=save, keep=keep)
     with contextlib.closing(points), tracking.CurveWriter(client, run) as curve:  # type: ignore[type-var]
-        for last in points:
+        for last in stop.interrupting(points):
             curve.add(last)
-            if last.diverged:
+            if last.final:
                 break
     if last is None or not last.final:
         raise RuntimeError(f"the trainer ended {job} without a final measurement: it must yield one with final=True")
@@ -391,7 +396,7 @@ class Progress:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: noted at once, but raised only inside a run, never in the middle of asking or telling."""
+    """SIGINT and SIGTERM: noted at once, but raised only inside a trainer's steps, never while asking, telling or recording."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -413,13 +418,16 @@ class StopSignals:
         if self._inside and first:
             raise KeyboardInterrupt
 
-    @contextlib.contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """A stretch of code that a signal may interrupt; one that came before interrupts at once."""
-        self._inside = True
-        try:
-            if self.requested:
-                raise KeyboardInterrupt
-            yield
-        finally:
-            self._inside = False
+    def interrupting(self, points: Iterator[Measurement]) -> Iterator[Measurement]:
+        """The same points; a signal interrupts the making of one, and one that came before interrupts at once."""
+        while True:
+            self._inside = True
+            try:
+                if self.requested:
+                    raise KeyboardInterrupt
+                point = next(points, None)
+            finally:
+                self._inside = False
+            if point is None:
+                return
+            yield point

@@ -272,9 +272,11 @@ def _measurements(
         if keep is not None and whole:
             write_state(run.partial(), keep)
         raise
-    if keep is not None:
-        keep.unlink(missing_ok=True)
-    yield last
+    try:
+        yield last
+    finally:  # not before the measurement is out: an interrupt in between would lose both
+        if keep is not None:
+            keep.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import psutil
 import pytest
 from optuna.trial import FrozenTrial
 
-from hpo.workers import differences
+from hpo.workers import StopSignals, differences
 from scaling import tracking
-from scaling.runs import load_runs
+from scaling.runs import Measurement, load_runs
 
 ROOT = Path(__file__).parents[2]
 # A worker's start is imports; each command here takes seconds.
@@ -223,3 +223,28 @@ def test_a_stopped_study_goes_on_where_it_was(number: int, slow_study: Study) ->
 def test_differences_are_named_by_their_path() -> None:
     then, now = {"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 1, "c": [2]}, "e": 3}
     assert list(differences(then, now)) == [("a.c", [1], [2]), ("d", 2, None), ("e", None, 3)]
+
+
+def test_a_signal_interrupts_training_but_not_the_recording_of_its_result() -> None:
+    made = []
+
+    def points() -> Iterator[Measurement]:
+        for i in range(3):
+            made.append(i)
+            if i == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield Measurement(i, 3.0, final=i == 1)
+
+    with StopSignals() as stop:
+        training = stop.interrupting(points())
+        next(training)
+        last = next(training)
+        os.kill(os.getpid(), signal.SIGTERM)  # while the result is being recorded
+        assert last.final
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            next(training)
+        assert made == [0, 1], "what follows is not begun"
+    with StopSignals() as stop, pytest.raises(KeyboardInterrupt):
+        list(stop.interrupting(points()))
+    assert made == [0, 1, 0, 1, 2]

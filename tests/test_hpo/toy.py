@@ -50,7 +50,7 @@ class ToyTrainer(BaseModel):
     ) -> Iterator[Measurement]:
         state = json.loads(resume.read_text()) if resume else {"lr": params["lr"], "N": fidelity.N, "tokens": 0}
         assert (state["lr"], state["N"]) == (params["lr"], fidelity.N), "resumed another configuration's checkpoint"
-        assert state["tokens"] < fidelity.D
+        assert state["tokens"] <= fidelity.D
         try:
             while state["tokens"] < fidelity.D:
                 time.sleep(self.pause)
@@ -62,13 +62,15 @@ class ToyTrainer(BaseModel):
                     yield Measurement(state["tokens"], math.nan, final=True, diverged=True)
                     return
                 yield Measurement(state["tokens"], 3.0, lr=params["lr"])
+            if save is not None:
+                save.write_text(json.dumps(state))
         except (GeneratorExit, KeyboardInterrupt):
             if keep is not None:
                 keep.write_text(json.dumps(state))
             raise
-        if save is not None:
-            save.write_text(json.dumps(state))
-        if keep is not None:
-            keep.unlink(missing_ok=True)
         loss = 2 + math.log(params["lr"] / 0.01) ** 2 / 20 + fidelity.N**-0.3 + fidelity.D**-0.3
-        yield Measurement(int(fidelity.D), loss, lr=params["lr"], final=True)
+        try:
+            yield Measurement(int(fidelity.D), loss, lr=params["lr"], final=True)
+        finally:
+            if keep is not None:
+                keep.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaling.cli import DryRun, Json, Uri, refusing
+from scaling.cli import DryRun, Json, Uri, refusing, say
 
 if TYPE_CHECKING:
     from hpo.workers import Estimate
@@ -83,27 +83,33 @@ def extend(
 
 
 @app.command()
-def worker(study: Study, tracking_uri: Uri = None) -> None:
+def worker(
+    study: Study,
+    confirm: Annotated[bool, typer.Option("--confirm", help="train what `hpo confirm` has planned")] = False,
+    tracking_uri: Uri = None,
+) -> None:
     """One worker of a study that was launched; more of them may run, here or on another machine that sees its files.
 
     Example: hpo worker studies/quickstart.toml
     """
-    from hpo import workers
+    from hpo import rematch, workers
     from hpo.study import study_path
 
     with refusing():
         files = workers.StudyFiles(study_path(study))
-        code = workers.work(files, uri=tracking_uri)
+        code = rematch.work(files, uri=tracking_uri) if confirm else workers.work(files, uri=tracking_uri)
     raise typer.Exit(code)
 
 
 @app.command()
 def status(study: Study, as_json: Json = False) -> None:
-    """How far a study is, what it spent, and what resuming saved.
+    """How far a study is, what it spent, and what resuming and raising saved.
 
     Example: hpo status quickstart
     """
     from dataclasses import asdict
+
+    from hpo.workers import spent_in_words
 
     search, _ = open_existing(study)
     now = search.progress
@@ -114,25 +120,86 @@ def status(study: Study, as_json: Json = False) -> None:
     typer.echo(
         f"{now.done}{planned} evaluations done, {now.running} running, {now.diverged} diverged, {now.configurations} configurations"
     )
-    typer.echo(f"{now.tokens_spent:,} tokens trained; resuming checkpoints saved {now.tokens_saved:,} more")
+    typer.echo(spent_in_words(now))
     typer.echo("finished" if search.finished else f"unfinished: `hpo resume {study}` goes on")
 
 
 @app.command()
 def best(study: Study, as_json: Json = False) -> None:
-    """The search's own answer for the target: the parameters it would train there.
+    """The search's own answer for the target, how much of its lead may be noise, and what `hpo confirm` found.
+
+    --json prints the parameters alone.
 
     Example: hpo best quickstart --json
     """
-    search, target = open_existing(study)
+    from hpo import rematch
+    from hpo.confirm import in_words, is_of, lead_in_words
+
+    search, files = open_existing(study)
     with refusing():
         answer = search.best()
     if as_json:
         typer.echo(json.dumps(answer))
         return
-    typer.echo(f"for N {target.N:,.0f}, D {target.D:,.0f}:")
+    typer.echo(f"for N {search.target.N:,.0f}, D {search.target.D:,.0f}:")
     for name, value in answer.items():
         typer.echo(f"  {name} = {value:.4g}" if isinstance(value, float) else f"  {name} = {value}")
+    typer.echo(lead_in_words(search, answer, files.name))
+    confirmed = rematch.read_confirmation(files)
+    if confirmed:
+        of = (
+            "confirmed"
+            if is_of(confirmed, search, answer)
+            else "not of today's answer and size, but of an earlier one:"
+        )
+        typer.echo(f"{of} {in_words(confirmed)}")
+
+
+@app.command()
+def confirm(
+    study: Study,
+    seeds: Annotated[int, typer.Option(min=2, help="fresh seeds for each of the two")] = 5,
+    against: Annotated[
+        int | None,
+        typer.Option(metavar="CONFIG", help="number of the configuration to compare with; default: the runner-up"),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    tracking_uri: Uri = None,
+) -> None:
+    """Train the search's answer and its runner-up at the largest run on fresh seeds, and say whether the lead held.
+
+    Run it again to go on with one that was stopped, or with more seeds: what is trained is kept.
+
+    Example: hpo confirm quickstart --seeds 5
+    """
+    from dataclasses import asdict
+
+    from hpo import rematch, workers
+    from hpo.confirm import in_words
+    from hpo.study import load_study, study_path
+
+    with refusing():
+        files = workers.StudyFiles(study_path(study))
+        config, trainer = load_study(files.toml)
+        search = workers.open_existing(files, config, trainer)
+        plan = rematch.make_plan(search, rematch.files_of(files), seeds, against)
+        cost = rematch.estimate(plan, rematch.files_of(files), config, trainer)
+    say(f"{files.name}: {plan.answer} against {plan.rival}, {seeds} fresh seeds each at {plan.at}")
+    say(f"{files.name}: {cost.evaluations} of {len(plan.runs)} runs left, {describe_work(cost)}")
+    if not search.finished:
+        say("the search is not finished: its answer may change")
+    if dry_run:
+        if as_json:
+            typer.echo(plan.model_dump_json())
+        return
+    if cost.evaluations:
+        code = rematch.supervise(files, plan, config, cost, uri=tracking_uri)
+        if code:
+            raise typer.Exit(code)
+    with refusing():
+        outcome = asdict(rematch.conclude(files, plan, uri=tracking_uri))
+    typer.echo(json.dumps(outcome) if as_json else in_words(outcome))
 
 
 @app.command()
@@ -191,14 +258,15 @@ def open_existing(study: str) -> tuple[Any, Any]:
         files = workers.StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
         search = workers.open_existing(files, config, trainer)
-    return search, search.target
+    return search, files
 
 
 def describe(cost: Estimate) -> str:
-    return (
-        f"{cost.evaluations} evaluations of {cost.configurations} configurations to run, {cost.tokens:,} tokens, {cost.flops:.2e} FLOPs, "
-        f"about {cost.seconds / 60:.1f} minutes here"
-    )
+    return f"{cost.evaluations} evaluations of {cost.configurations} configurations to run, {describe_work(cost)}"
+
+
+def describe_work(cost: Estimate) -> str:
+    return f"{cost.tokens:,} tokens, {cost.flops:.2e} FLOPs, about {cost.seconds / 60:.1f} minutes here"
 
 
 def finish(code: int, name: str) -> None:

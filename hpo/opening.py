@@ -9,10 +9,10 @@ import os
 import socket
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import optuna
 import psutil
@@ -20,12 +20,15 @@ from filelock import FileLock
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from hpo.hyperband import VARIANTS
 from scaling.compute import Fidelity
 
 SCHEDULERS = ("incremental-hyperband",)
+Promotion = Literal["rank", "predicted"]
+# What a study has that was made before these settings existed.
+BEFORE: dict[str, Any] = {"seeds": [1], "promote": "rank", "asynchronous": False}
 CLOCK_SECONDS = 1.0  # two readings of one process's start may differ by this much when the clock is set in between
 
 _locks: weakref.WeakKeyDictionary[BaseStorage, threading.RLock] = weakref.WeakKeyDictionary()
@@ -44,6 +47,8 @@ def checked_settings(
     variant: str,
     iterations: int | None,
     resumable: bool,
+    promote: str,
+    asynchronous: bool,
 ) -> dict[str, Any]:
     """The settings of a search as they are stored, or ValueError. (min <= max and eta are checked by Ladder.make.)"""
     if not space:
@@ -58,6 +63,9 @@ def checked_settings(
             )
     one_of("scheduler", scheduler, SCHEDULERS)
     one_of("variant", variant, VARIANTS)
+    one_of("promote", promote, get_args(Promotion))
+    if not isinstance(asynchronous, bool):
+        raise ValueError(f"asynchronous is True or False, got {asynchronous!r}")
     if len(tokens) != 2:
         raise ValueError(f"tokens are (smallest run, largest run), got {tokens}")
     lowest, highest = (whole_tokens(t) for t in tokens)
@@ -81,15 +89,33 @@ def checked_settings(
         "iterations": iterations,
         "scheduler": scheduler,
         "resumable": resumable,
+        "promote": promote,
+        "asynchronous": asynchronous,
     }
+
+
+def checked_seeds(seeds: int | Sequence[int], levels: Sequence[int]) -> tuple[int, ...]:
+    """Training seeds by rung, without repetition of the last number, which holds for all rungs above. ValueError when
+    it is neither one number nor one per level. (That they are whole, positive and do not fall is checked by Ladder.)
+    """
+    given = tuple(seeds) if isinstance(seeds, Sequence) else (seeds,)
+    if isinstance(seeds, str) or len(given) not in (1, len(levels)):
+        raise ValueError(
+            f"seeds needs one number, or one for each of the {len(levels)} rungs {tuple(levels)}, cheapest first, got "
+            f"{seeds!r}"
+        )
+    while len(given) > 1 and given[-1] == given[-2]:
+        given = given[:-1]
+    return given
 
 
 def check_same(study: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """ValueError that lists all differences. The largest run may be the original one or the one it was raised to."""
     found = []
     for key in given.keys() - {"space", "tokens", "max_tokens"}:
-        if stored[key] != given[key]:
-            found.append(f"{key}: the study has {stored[key]}, got {given[key]}")
+        old = stored[key] if key in stored else BEFORE[key]
+        if old != given[key]:
+            found.append(f"{key}: the study has {old}, got {given[key]}")
     (lowest, highest), (low, high) = stored["tokens"], given["tokens"]
     if low != lowest or high not in (highest, stored["max_tokens"]):
         raised = "" if highest == stored["max_tokens"] else f" raised to {stored['max_tokens']}"
@@ -177,6 +203,27 @@ def process_of(worker: str) -> tuple[str, int, float] | None:
         return parts[0], int(parts[1]), float(parts[2])
     except (IndexError, ValueError):
         return None
+
+
+def abandoned(trials: Iterable[FrozenTrial], worker: str, held: Container[int]) -> list[FrozenTrial]:
+    """Trials of a search that nobody works on: given back, of a dead worker, or waiting in Optuna's queue.
+
+    worker: who asks; held: numbers of the trials that were handed out to it since it was started.
+    """
+    alive: dict[str, bool] = {}
+    found = []
+    for trial in trials:
+        if trial.state.is_finished() or "bracket" not in trial.user_attrs:
+            continue
+        if trial.state == TrialState.RUNNING:
+            owner = str(trial.user_attrs.get("worker") or "")
+            if owner not in alive:
+                alive[owner] = is_alive(owner)
+            restarted = owner == worker and process_of(owner) is None and trial.number not in held
+            if alive[owner] and not restarted:
+                continue
+        found.append(trial)
+    return found
 
 
 def is_alive(worker: str) -> bool:

@@ -1,4 +1,4 @@
-"""What the trials of a search's study say: its configurations and results, what it spent, and what is still to come.
+"""What the trials of a search's study say: jobs, configurations, results, what was spent and what is still to come.
 
 A pure reading of the trial list; the attributes that are read here are written by hpo.search.
 """
@@ -8,26 +8,50 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.hyperband import Bracket, Entry, Ladder, Variant, remaining
+from hpo.hyperband import Bracket, Entry, Ladder, Variant, remaining, standing
 from scaling.compute import Fidelity
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is still to be run, runs in progress included. After a raise a lower bound: see hyperband.remaining."""
+class Job:
+    """What to run next: train `params` at `fidelity`, with `seeds` different random seeds, then tell the losses."""
 
-    increments: list[Fidelity]  # one per evaluation; D is what it trains itself, without what it resumes
+    params: dict[str, Any]
+    fidelity: Fidelity
+    resume_from: int | None  # number of the trial that it continues; None: from the beginning
+    number: int  # of its trial
+    config: int  # number of the configuration's first trial
+    rung: int
+    bracket: Bracket
+    resume_tokens: int | None = None  # where the trial that it continues ended
+    seeds: int = 1  # how many trainings it is
+    resume_seeds: int = 0  # how many of them, the first ones, go on from resume_tokens; the others start at zero
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is still to be run, runs in progress included. After a raise, or asynchronously, a lower bound: see
+    hyperband.remaining."""
+
+    increments: list[Fidelity]  # one per evaluation; D is what its seeds train together, without what they resume
     configurations: int  # new ones among them
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a search is. Counts are of evaluations, (configuration, rung) pairs; planned is None when it has no
-    end."""
+    """How far a search is. Counts are of evaluations, (configuration, rung) pairs, each with all its seeds; planned is
+    None when it has no end.
+
+    reused: what raising saved. Evaluations that were started before the last raise and hold a place in today's
+    Hyperband: a study of the same configurations that begins with today's largest run would train them again, and pay
+    tokens_reused for them (resuming its own). Places count when their rung is decided, so that the numbers grow until
+    the search is finished; results that lost their place are not among them. 0 when never raised (or before this was
+    recorded).
+    """
 
     done: int
     planned: int | None
@@ -37,13 +61,15 @@ class Progress:
     tokens_spent: int
     tokens_saved: int  # by resuming
     tokens_planned: int | None  # spent ones included
+    reused: int = 0
+    tokens_reused: int = 0
 
 
 @dataclass(frozen=True)
 class View:
     """A search, read once."""
 
-    ladder: Ladder
+    ladder: Ladder  # of today
     trials: list[FrozenTrial]
     entries: list[Entry]
     at: dict[
@@ -57,7 +83,7 @@ class View:
 
 
 def read_trials(trials: list[FrozenTrial], ladder: Ladder, parameters: Iterable[str]) -> View:
-    """trials: all of the study, by number. parameters: the names in the space."""
+    """trials: all of the study, by number. parameters: the names in the space. Every ask reads all: this is its cost."""
     names = set(parameters)
     entries: dict[int, Entry] = {}
     at: dict[tuple[int, int], FrozenTrial] = {}
@@ -65,12 +91,12 @@ def read_trials(trials: list[FrozenTrial], ladder: Ladder, parameters: Iterable[
         attrs = trial.user_attrs
         if "bracket" not in attrs:
             continue  # someone else's, or enqueued by hand and not taken yet
-        number, config, rung = trial.number, config_of(trial), int(attrs["rung"])
+        config, rung = config_of(trial), int(attrs["rung"])
         loss = loss_of(trial) if trial.state.is_finished() else None
         lost = loss is not None and math.isnan(loss)
         entry = entries.get(config)
         if entry is None:
-            if lost and config == number and not names <= trial.params.keys():
+            if lost and config == trial.number and not names <= trial.params.keys():
                 continue  # it failed before it had parameters: not a configuration
             entry = entries[config] = Entry(config, Bracket(*attrs["bracket"]), {})
         losses = cast(dict[int, float | None], entry.losses)  # nobody else has it yet
@@ -82,27 +108,29 @@ def read_trials(trials: list[FrozenTrial], ladder: Ladder, parameters: Iterable[
 
 def plan_of(view: View, sizes: tuple[float, ...], variant: Variant, iterations: int, *, resumable: bool) -> Plan:
     """What is still to be run of a search that ends."""
-    levels = view.ladder.levels
-    increments = [
-        Fidelity(t.user_attrs["N"], t.user_attrs["tokens"] - int(t.user_attrs.get("resumed_tokens") or 0))
-        for t in view.pending
-    ]
+    increments = [Fidelity(t.user_attrs["N"], trained_tokens(t)) for t in view.pending]
     configurations = 0
     for bracket, rung, missing in remaining(
         view.entries, view.ladder, variant=variant, sizes=len(sizes), iterations=iterations
     ):
         first = rung == bracket.start
-        below = levels[rung - 1] if resumable and not first else 0
-        increments += [Fidelity(sizes[bracket.size], levels[rung] - below)] * missing
+        increments += [
+            Fidelity(sizes[bracket.size], view.ladder.tokens(rung, resumed=resumable and not first))
+        ] * missing
         configurations += missing if first else 0
     return Plan(increments, configurations)
 
 
-def progress_of(view: View, plan: Plan | None) -> Progress:
-    """plan: what is still to be run, None when the search has no end."""
+def progress_of(view: View, plan: Plan | None, variant: Variant, raised_at: int) -> Progress:
+    """plan: what is still to be run, None when the search has no end. raised_at: how many trials there were when the
+    largest run was last raised; 0: never.
+    """
     done = [t for t in view.at.values() if t.state.is_finished()]
-    saved = sum(int(t.user_attrs.get("resumed_tokens") or 0) for t in done)
-    spent = sum(int(t.user_attrs["tokens"]) for t in done) - saved
+    spent, saved = sum(map(trained_tokens, done)), sum(map(resumed_tokens, done))
+    reused = []
+    if raised_at:
+        places = standing(view.entries, view.ladder, variant=variant)
+        reused = [trial for place, trial in view.at.items() if place in places and trial.number < raised_at]
     return Progress(
         done=len(done),
         planned=None if plan is None else len(done) + len(plan.increments),
@@ -112,6 +140,42 @@ def progress_of(view: View, plan: Plan | None) -> Progress:
         tokens_spent=spent,
         tokens_saved=saved,
         tokens_planned=None if plan is None else spent + int(sum(f.D for f in plan.increments)),
+        reused=len(reused),
+        tokens_reused=sum(map(trained_tokens, reused)),
+    )
+
+
+def seeds_of(trial: FrozenTrial) -> int:
+    """How many trainings a trial is."""
+    return int(trial.user_attrs.get("seeds", 1))  # absent from studies older than this attribute
+
+
+def resumed_tokens(trial: FrozenTrial) -> int:
+    """Tokens that a trial did not train because it went on from checkpoints, all its seeds together."""
+    below = int(trial.user_attrs.get("resumed_tokens") or 0)
+    return below * int(trial.user_attrs.get("resumed_seeds", 1))
+
+
+def trained_tokens(trial: FrozenTrial) -> int:
+    """Tokens that a trial trains itself, all its seeds together."""
+    return int(trial.user_attrs["tokens"]) * seeds_of(trial) - resumed_tokens(trial)
+
+
+def job_of(trial: FrozenTrial, parameters: Iterable[str], *, resumable: bool) -> Job:
+    """A running trial as the job that it is. resumable: whether promotions go on from checkpoints."""
+    attrs = trial.user_attrs
+    resume = attrs.get("continues") if resumable else None
+    return Job(
+        params={name: trial.params[name] for name in parameters},
+        fidelity=Fidelity(attrs["N"], attrs["tokens"]),
+        resume_from=resume,
+        number=trial.number,
+        config=config_of(trial),
+        rung=int(attrs["rung"]),
+        bracket=Bracket(*attrs["bracket"]),
+        resume_tokens=None if resume is None else attrs.get("resumed_tokens"),
+        seeds=seeds_of(trial),
+        resume_seeds=0 if resume is None else int(attrs.get("resumed_seeds", 1)),
     )
 
 
@@ -122,6 +186,6 @@ def config_of(trial: FrozenTrial) -> int:
 
 def loss_of(trial: FrozenTrial) -> float:
     """Of a finished trial: inf when it diverged, NaN when it has no result and is to be run again."""
-    if trial.state == TrialState.COMPLETE and trial.value is not None:
-        return trial.value
+    if trial.state == TrialState.COMPLETE and (value := trial.value) is not None:
+        return value
     return math.inf if trial.state == TrialState.FAIL and trial.user_attrs.get("diverged") is True else math.nan

@@ -4,7 +4,8 @@ The study is the only state. Every (configuration, rung) evaluation is one trial
 the one it continues. What to run next is worked out from the list of trials at every ask, so that a restart is just
 asking again, and a second process sees the same. The user attributes of a trial: tokens, N, config (number of the
 configuration's first trial), rung, bracket [iteration, size index, start rung], continues (trial number or None),
-resumed_tokens, worker, and diverged (True) on a run whose loss was not finite.
+resumed_tokens (where each resumed seed went on), seeds, resumed_seeds, worker, losses (one per seed, when there are
+several; the value is their mean), and diverged (True) on a run of which a loss was not finite.
 
 Decisions are taken under a lock, and a trial is created with its attributes in one write, so that a kill at any point
 leaves either nothing or a running trial of a dead worker, which the next ask takes over. A trial that failed without
@@ -16,63 +17,37 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from hpo.hyperband import Bracket, Ladder, Promote, Start, Variant, moves
+from hpo.hyperband import Bracket, Ladder, Promote, Scores, Start, Variant, moves
 from hpo.opening import (
+    Promotion,
+    abandoned,
     check_fresh,
     check_same,
+    checked_seeds,
     checked_settings,
-    is_alive,
     open_storage,
     process_name,
-    process_of,
     whole_tokens,
 )
-from hpo.record import Plan, Progress, View, config_of, loss_of, plan_of, progress_of, read_trials
+from hpo.parameters import FidelitySampler, Predictor, draw, fill_in, made_sampler
+from hpo.record import Job as Job
+from hpo.record import Plan, Progress, View, config_of, job_of, loss_of, plan_of, progress_of, read_trials, seeds_of
 from scaling.compute import Fidelity
 
 SETTINGS = "muscale"  # the study's user attribute
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to run next: train `params` at `fidelity`, then tell the loss."""
-
-    params: dict[str, Any]
-    fidelity: Fidelity
-    resume_from: int | None  # number of the trial that it continues; None: from the beginning
-    number: int  # of its trial
-    config: int  # number of the configuration's first trial
-    rung: int
-    bracket: Bracket
-    resume_tokens: int | None = None  # where the trial that it continues ended
-
-
-@runtime_checkable
-class FidelitySampler(Protocol):
-    """A sampler that chooses where to start, and has an answer of its own."""
-
-    def propose(
-        self,
-        study: optuna.Study,
-        space: dict[str, BaseDistribution],
-        slots: Sequence[Fidelity],
-        cost: Callable[[Fidelity], float],
-        target: Fidelity,
-    ) -> tuple[dict[str, Any], int]: ...
-
-    def best(self, study: optuna.Study, space: dict[str, BaseDistribution], target: Fidelity) -> dict[str, Any]: ...
 
 
 class Search:
@@ -85,8 +60,15 @@ class Search:
     sampler: "mfbo", "random", "qmc", which give the same sequence when killed and resumed, or any Optuna sampler, which
         then answers for its own seeds.
     iterations: how often Hyperband is run. None: without end.
-    cost: of a run from the beginning, any unit. Default: FLOPs.
+    cost: of one training from the beginning, any unit. Default: FLOPs.
     resumable: a promotion continues the run that it promotes, and pays only the difference.
+    seeds: how many trainings with different random seeds an evaluation is, whose mean loss counts: one number for all
+        rungs, or one per rung, cheapest first, never falling; the last one holds for rungs that are added on top.
+    promote: who goes on to the next rung: "rank", the lowest losses at this one; "predicted", the lowest losses at the
+        target that the sampler predicts (the losses rank until it has a model). Places once taken are then kept, as in
+        the efficient variant, whatever `variant` says.
+    asynchronous: promote good runs before all of their rung have finished: the top is reached sooner, at the price of
+        some promotions that prove wrong; see hpo.hyperband.
     storage: None (memory), a path that ends in .journal, a URL, or an Optuna storage. An existing study called `name`
         ("search" by default) is opened and must have been made with the same settings.
     worker: who runs the jobs; unique among live workers. Default: this process. Jobs of a dead process of this host are
@@ -110,6 +92,9 @@ class Search:
         iterations: int | None = None,
         cost: Callable[[Fidelity], float] | None = None,
         resumable: bool = True,
+        seeds: int | Sequence[int] = 1,
+        promote: Promotion = "rank",
+        asynchronous: bool = False,
         storage: str | Path | BaseStorage | None = None,
         name: str | None = None,
         seed: int = 0,
@@ -126,22 +111,33 @@ class Search:
             variant=variant,
             iterations=iterations,
             resumable=resumable,
+            promote=promote,
+            asynchronous=asynchronous,
         )
         ladder = Ladder.make(settings["tokens"][0], settings["tokens"][1], eta)
+        ladder = replace(ladder, seeds=checked_seeds(seeds, ladder.levels))
+        settings["seeds"] = list(ladder.seeds)
         if seed < 0:
             raise ValueError(f"seed must be a non-negative integer, got {seed}")
         if worker == "":
             raise ValueError("worker must not be empty: leave it out for host and process")
         self.space = dict(space)
         self.sizes: tuple[float, ...] = tuple(settings["sizes"])
-        self.variant: Variant = variant
+        self.variant: Variant = variant if promote == "rank" else "efficient"
+        self.promote: Promotion = promote
+        self.asynchronous = asynchronous
         self.iterations = iterations
         self.resumable = resumable
         self.cost = cost if cost is not None else _flops
         self.seed = seed
         self.worker = worker if worker is not None else process_name()
         self._target = target
-        self._sampler = _made_sampler(sampler, seed)
+        self._sampler = made_sampler(sampler, seed)
+        if promote == "predicted" and not isinstance(self._sampler, Predictor):
+            raise ValueError(
+                'promote="predicted" needs a sampler that has a method predict, such as "mfbo", got '
+                f'{sampler!r}: use one, or promote="rank"'
+            )
         self._named = sampler if isinstance(sampler, str) else None
         self._held: set[int] = set()  # numbers of the trials that this object handed out
         self._storage, self._lock = open_storage(storage, lock)
@@ -184,7 +180,9 @@ class Search:
     @property
     def progress(self) -> Progress:
         view = self._read()
-        return progress_of(view, None if self.iterations is None else self._plan(view, self.iterations))
+        plan = None if self.iterations is None else self._plan(view, self.iterations)
+        raises = self.study.user_attrs[SETTINGS].get("raises") or [(0, 0)]
+        return progress_of(view, plan, self.variant, raised_at=raises[-1][1])
 
     def plan(self, max_tokens: int | None = None) -> Plan:
         """What is still to be run; with max_tokens: what would be after extend(max_tokens). Writes nothing.
@@ -219,27 +217,37 @@ class Search:
         """
         with self._lock:
             view = self._read()
-            for trial in self._abandoned(view):
+            for trial in abandoned(view.trials, self.worker, self._held):
                 number = self._start(trial.number).number
                 first = view.at[config_of(trial), int(trial.user_attrs["rung"])]
                 if first is trial and not trial.user_attrs.get("diverged"):
-                    return self._job(number)
+                    return self._handed_out(number)
                 # A second run of the same, or one whose worker was killed between the two writes of a divergence.
                 self.study.tell(number, state=TrialState.FAIL)
                 view = self._read()
-            created = self._next(view, self._moves(view))
-            return None if created is None else self._job(created)
+            created = self._next(view, self._moves(view, self._predictions(view)))
+            return None if created is None else self._handed_out(created)
 
-    def tell(self, job: Job, loss: float) -> None:
-        """Record the loss. Not finite: diverged, which ranks last and is not asked again.
+    def tell(self, job: Job, loss: float | Sequence[float]) -> None:
+        """Record the loss of each of the job's seeds, in their order; a number will do where there is one seed. Any
+        that is not finite: diverged, which ranks last and is not asked again.
 
-        ValueError, and nothing is changed, for a job that is unknown or was told already.
+        ValueError, and nothing is changed, for a job that is unknown or was told already, or another number of losses.
         """
-        loss = float(loss)
+        losses = [float(x) for x in loss] if isinstance(loss, Sequence | np.ndarray) else [float(loss)]
         trial_id = self._running(job)
+        seeds = seeds_of(self._storage.get_trial(trial_id))
+        if len(losses) != seeds:
+            raise ValueError(
+                f"trial {job.number} is {seeds} training{'s' if seeds > 1 else ''}, got {len(losses)} "
+                f"loss{'es' if len(losses) != 1 else ''}: tell one per seed"
+            )
         try:
-            if math.isfinite(loss):
-                self.study.tell(job.number, loss)
+            if seeds > 1:
+                kept = [x if math.isfinite(x) else None for x in losses]
+                self._storage.set_trial_user_attr(trial_id, "losses", kept)
+            if all(math.isfinite(x) for x in losses):
+                self.study.tell(job.number, sum(x / seeds for x in losses))
             else:
                 self._storage.set_trial_user_attr(trial_id, "diverged", True)
                 self.study.tell(job.number, state=TrialState.FAIL)
@@ -262,7 +270,12 @@ class Search:
         with self._lock:
             self.check_extend(max_tokens)
             settings = self.study.user_attrs[SETTINGS]
-            self.study.set_user_attr(SETTINGS, settings | {"max_tokens": whole_tokens(max_tokens)})
+            if whole_tokens(max_tokens) == settings["max_tokens"]:
+                return
+            # to how many tokens, and how many trials there were then: what they found is what the raise reuses
+            raised = [whole_tokens(max_tokens), len(self.study.get_trials(deepcopy=False))]
+            new = {"max_tokens": raised[0], "raises": [*settings.get("raises", []), raised]}
+            self.study.set_user_attr(SETTINGS, settings | new)
 
     # How
 
@@ -272,25 +285,36 @@ class Search:
     def _plan(self, view: View, iterations: int) -> Plan:
         return plan_of(view, self.sizes, self.variant, iterations, resumable=self.resumable)
 
-    def _moves(self, view: View) -> list[Promote | Start]:
-        return moves(view.entries, view.ladder, variant=self.variant, sizes=len(self.sizes), iterations=self.iterations)
+    def _moves(self, view: View, scores: Scores | None = None) -> list[Promote | Start]:
+        """What may be run. Whether there is anything does not depend on the scores."""
+        return moves(
+            view.entries,
+            view.ladder,
+            variant=self.variant,
+            sizes=len(self.sizes),
+            iterations=self.iterations,
+            asynchronous=self.asynchronous,
+            scores=scores,
+        )
 
-    def _abandoned(self, view: View) -> list[FrozenTrial]:
-        """Trials of ours that nobody works on: given back, of a dead worker, or waiting in Optuna's queue."""
-        alive: dict[str, bool] = {}
-        found = []
-        for trial in view.trials:
-            if trial.state.is_finished() or "bracket" not in trial.user_attrs:
-                continue
-            if trial.state == TrialState.RUNNING:
-                worker = str(trial.user_attrs.get("worker") or "")
-                if worker not in alive:
-                    alive[worker] = is_alive(worker)
-                restarted = worker == self.worker and process_of(worker) is None and trial.number not in self._held
-                if alive[worker] and not restarted:
-                    continue
-            found.append(trial)
-        return found
+    def _predictions(self, view: View) -> Scores | None:
+        """Predicted losses at the target, by configuration; None when ranks decide."""
+        sampler = self._sampler
+        if self.promote == "rank" or not isinstance(sampler, Predictor):
+            return None
+
+        def scores(configs: Sequence[int]) -> Sequence[float] | None:
+            params = [{name: view.trials[c].params[name] for name in self.space} for c in configs]
+            predicted = sampler.predict(self.study, self.space, params, self.target)
+            return None if predicted is None else [float(x) for x in predicted]
+
+        return scores
+
+    def _start_cost(self, view: View, fidelity: Fidelity) -> float:
+        """Of all seeds of an evaluation at a fidelity, from the beginning."""
+        levels = view.ladder.levels
+        rung = next((k for k, level in enumerate(levels) if level >= fidelity.D), view.ladder.top)
+        return view.ladder.seeds_at(rung) * self.cost(fidelity)
 
     def _next(self, view: View, possible: list[Promote | Start]) -> int | None:
         """Create the trial of the best move; its number."""
@@ -303,7 +327,8 @@ class Search:
             bracket = next(e.bracket for e in view.entries if e.config == first.config)
             return self._create(view, params, first.rung, bracket, config=first.config, continues=before)
         starts = sorted(
-            (m.bracket for m in possible if isinstance(m, Start)), key=lambda b: self.cost(self._at(view, b))
+            (m.bracket for m in possible if isinstance(m, Start)),
+            key=lambda b: self._start_cost(view, self._at(view, b)),
         )
         for trial in view.trials:
             if trial.state == TrialState.WAITING and "bracket" not in trial.user_attrs and self._in_range(trial):
@@ -312,9 +337,12 @@ class Search:
                 return self._start(trial.number).number
         if isinstance(self._sampler, FidelitySampler):
             slots = [self._at(view, bracket) for bracket in starts]
-            params, chosen = self._sampler.propose(self.study, self.space, slots, self.cost, self.target)
+            cost = partial(self._start_cost, view)
+            params, chosen = self._sampler.propose(self.study, self.space, slots, cost, self.target)
             return self._create(view, params, starts[chosen].start, starts[chosen])
-        return self._create(view, {}, starts[0].start, starts[0])
+        random = self._random(len(view.trials))
+        params = {} if random is None else draw(self.space, self.study, random)
+        return self._create(view, params, starts[0].start, starts[0])
 
     def _at(self, view: View, bracket: Bracket) -> Fidelity:
         return Fidelity(self.sizes[bracket.size], view.ladder.levels[bracket.start])
@@ -323,13 +351,16 @@ class Search:
         self, view: View, rung: int, bracket: Bracket, config: int, continues: FrozenTrial | None
     ) -> dict[str, Any]:
         """The attribute that makes a trial ours, bracket, comes last."""
+        resumed = continues if self.resumable else None
         return {
             "tokens": view.ladder.levels[rung],
             "N": self.sizes[bracket.size],
             "config": config,
             "rung": rung,
             "continues": None if continues is None else continues.number,
-            "resumed_tokens": continues.user_attrs["tokens"] if continues is not None and self.resumable else 0,
+            "resumed_tokens": 0 if resumed is None else resumed.user_attrs["tokens"],
+            "seeds": view.ladder.seeds_at(rung),
+            "resumed_seeds": 0 if resumed is None else seeds_of(resumed),
             "worker": self.worker,
             "bracket": list(bracket),
         }
@@ -370,26 +401,19 @@ class Search:
         if trial.state == TrialState.WAITING:
             self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         if not self.space.keys() <= trial.params.keys():
-            # A study object of its own, because Optuna caches the list of trials between ask and tell.
-            study = optuna.load_study(
-                study_name=self.study.study_name, storage=self._storage, sampler=self._sampler_of(number)
-            )
-            asked = Trial(study, trial_id)
-            for name, distribution in self.space.items():
-                _suggest(asked, name, distribution)
+            fill_in(self.space, self.study.study_name, self._storage, self._random(number) or self._sampler, trial_id)
         return self._storage.get_trial(trial_id)
 
-    def _sampler_of(self, number: int) -> BaseSampler:
-        """Random draws come from one stream per trial, so that neither a restart nor a second worker repeats them.
-
-        Optuna's quasi-random sampler draws at random, too, until a trial is complete.
+    def _random(self, number: int) -> RandomSampler | None:
+        """What draws the parameters of a trial, when that is done at random: from one stream per trial, so that neither
+        a restart nor a second worker repeats them. Optuna's quasi-random sampler, too, begins at random, until a trial
+        is complete.
         """
         random = self._named == "random"
         if self._named == "qmc":
             random = not self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if not random:
-            return self._sampler
-        return _made_sampler("random", int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
+        stream = np.random.SeedSequence([self.seed, number])
+        return RandomSampler(seed=int(stream.generate_state(1)[0])) if random else None
 
     def _in_range(self, trial: FrozenTrial) -> bool:
         """Whether the values of a trial enqueued by hand lie in the space; if not, it is failed with a warning."""
@@ -403,21 +427,9 @@ class Search:
             return False
         return True
 
-    def _job(self, number: int) -> Job:
-        trial = self._storage.get_trial(self._id(number))
+    def _handed_out(self, number: int) -> Job:
         self._held.add(number)
-        attrs = trial.user_attrs
-        resume = attrs.get("continues") if self.resumable else None
-        return Job(
-            params={name: trial.params[name] for name in self.space},
-            fidelity=Fidelity(attrs["N"], attrs["tokens"]),
-            resume_from=resume,
-            number=number,
-            config=config_of(trial),
-            rung=int(attrs["rung"]),
-            bracket=Bracket(*attrs["bracket"]),
-            resume_tokens=attrs.get("resumed_tokens") if resume is not None else None,
-        )
+        return job_of(self._storage.get_trial(self._id(number)), self.space, resumable=self.resumable)
 
     def _running(self, job: Job) -> int:
         """The id of a job's trial. ValueError when it is not running or not this search's."""
@@ -438,25 +450,3 @@ class Search:
 
 def _flops(fidelity: Fidelity) -> float:
     return fidelity.C
-
-
-def _made_sampler(sampler: str | BaseSampler, seed: int) -> BaseSampler:
-    if isinstance(sampler, BaseSampler):
-        return sampler
-    if not isinstance(sampler, str):
-        raise ValueError(f"sampler must be a name or an Optuna sampler, got {sampler!r}")
-    from hpo.samplers import make_sampler
-
-    return make_sampler(sampler, seed=seed)
-
-
-def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
-    """Have Optuna's sampler choose a parameter."""
-    if isinstance(distribution, FloatDistribution):
-        trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
-    elif isinstance(distribution, IntDistribution):
-        trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
-    elif isinstance(distribution, CategoricalDistribution):
-        trial.suggest_categorical(name, distribution.choices)
-    else:
-        raise ValueError(f"parameter {name!r} must be a float, int or categorical distribution, got {distribution}")

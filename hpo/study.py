@@ -4,6 +4,7 @@
 
     [search]
     tokens = { min = 81_920, max = 737_280 }   # the ladder: max, max / eta, ... down to min
+    seeds = [1, 1, 3]                           # trainings of a configuration at each rung; one number for all
 
     [space]
     lr = { low = 1e-3, high = 1.0, log = true }
@@ -23,18 +24,30 @@ All mistakes are reported at once in a StudyError, each by field name.
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, cast, get_args
+from typing import Annotated, Any, Literal, Protocol, Self, cast, get_args
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hpo.hyperband import Ladder
+from hpo.opening import Promotion, checked_seeds
+from hpo.samplers import SAMPLERS
 from scaling.compute import Fidelity
 from scaling.runs import Measurement
 
@@ -51,6 +64,9 @@ class StudyError(ValueError):
 class Trainer(Protocol):
     """What a study's `[trainer] use = "module:name"` must make when it is called with the table's other keys.
 
+    `repeat`: 0 is a run on the trainer's own random seed; others are the same settings with other initial weights and
+    another order of the data, each always the same.
+
     A trainer made from bad settings raises ValueError (or pydantic's ValidationError, whose every mistake is then named).
     """
 
@@ -64,7 +80,7 @@ class Trainer(Protocol):
     def target(self, **table: Any) -> Fidelity:
         """N and D of the `[target]` table."""
 
-    def describe(self, params: Mapping[str, Any], fidelity: Fidelity) -> dict[str, Any]:
+    def describe(self, params: Mapping[str, Any], fidelity: Fidelity, *, repeat: int = 0) -> dict[str, Any]:
         """Every setting of one run, resolved, for the record: N, lr, batch_tokens, seq_len, ... and the data's hash."""
 
     def manifest(self) -> list[dict[str, Any]]:
@@ -81,6 +97,7 @@ class Trainer(Protocol):
         resume: Path | None = None,
         save: Path | None = None,
         keep: Path | None = None,
+        repeat: int = 0,
     ) -> Iterator[Measurement]:
         """Train. `resume`: a file that an earlier call wrote to `save` (a shorter run) or `keep` (an interrupted one)."""
 
@@ -107,20 +124,49 @@ class SearchTable(_Table):
 
     tokens: Tokens
     eta: int = Field(3, ge=2, description="each rung keeps the best 1/eta and trains them eta times longer")
-    sampler: Literal["mfbo", "random", "qmc"] = "mfbo"
+    sampler: str = Field("mfbo", description=", ".join(SAMPLERS))
     scheduler: Literal["incremental-hyperband"] = "incremental-hyperband"
     variant: Literal["discarding", "preserving", "efficient"] = "discarding"
     iterations: PositiveInt = Field(1, description="how often Hyperband runs through its brackets at every size")
 
+    seeds: Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda x: (x,) if type(x) is int else x)] = Field(
+        (1,),
+        min_length=1,
+        description="trainings of a configuration with different seeds: one number, or one per rung, cheapest first",
+    )
+    promote: Promotion = Field("rank", description="by the losses of the rung, or by the model's at the target")
+    asynchronous: bool = Field(False, description="promote the best so far instead of waiting for their rung")
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, name: str) -> str:
+        if name not in SAMPLERS:
+            near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"needed one of {', '.join(SAMPLERS)}, got {name!r}{hint}")
+        return name
+
     @model_validator(mode="after")
     def _whole_rungs(self) -> Self:
-        levels = Ladder.make(self.tokens.min, self.tokens.max, self.eta).levels
+        ladder = Ladder.make(self.tokens.min, self.tokens.max, self.eta)
+        levels = ladder.levels
+        problems = []
         if levels[0] != self.tokens.min:
             up = self.tokens.min * self.eta ** (len(levels) - 1)
-            raise ValueError(
+            problems.append(
                 f"tokens.max must be tokens.min times a power of eta, got {self.tokens.max:,} = {self.tokens.min:,} x "
                 f"{self.tokens.max / self.tokens.min:.4g}: the nearest are {up:,} and {up * self.eta:,}"
             )
+        try:
+            Ladder(levels, self.eta, checked_seeds(self.seeds, levels))
+        except ValueError as error:
+            problems.append(str(error))
+        if self.promote == "predicted" and self.sampler != "mfbo":
+            problems.append(
+                f"promote = 'predicted' needs a model of the loss, which sampler = 'mfbo' has, got {self.sampler!r}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -270,6 +316,7 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
     trainer = _make(make, named.model_extra or {}, problems)
     if trainer is None:
         return None
+    problems += _without_repeat(trainer, named.use)
     tokens = study.search.tokens if study else _readable_tokens(table)
     space = study.distributions if study else _readable_space(table)
     problems += trainer.problems(space, (tokens.min, tokens.max) if tokens else None)
@@ -282,6 +329,18 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
         except (ValueError, TypeError) as error:
             problems.append(f"target: {error}")
     return trainer
+
+
+def _without_repeat(trainer: Trainer, name: str) -> list[str]:
+    """A trainer written before there were repeats would fail in the first worker."""
+    said = []
+    for method in ("__call__", "describe"):
+        takes = inspect.signature(getattr(trainer, method)).parameters
+        if "repeat" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            said.append(
+                f"trainer.use: {name}'s {method} needs a keyword `repeat: int = 0`, the index of the random seed to train with"
+            )
+    return said
 
 
 def _make(make: Any, settings: dict[str, Any], problems: list[str]) -> Trainer | None:

@@ -6,23 +6,22 @@ settings it was launched with), `data.json` (the files it trains on) and `checkp
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpo import record
+from hpo.repeats import StopSignals, run_job, suffix
 from hpo.study import StudyConfig, StudyError, Trainer, Workers, load_study
 from scaling import tracking
 from scaling.cli import say, sigterm_as_interrupt
@@ -32,8 +31,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from optuna.trial import FrozenTrial
 
-    from hpo.search import Job, Search
-    from scaling.runs import Measurement
+    from hpo.search import Search
 
 POLL_SECONDS = 0.5
 OVERHEAD_SECONDS = 0.4  # of asking, evaluating and recording one run; only for the time left
@@ -66,11 +64,18 @@ class StudyFiles:
     def manifest(self) -> Path:
         return self.folder / "data.json"
 
-    def checkpoint(self, config: int, tokens: int) -> Path:
-        return self.folder / "checkpoints" / f"{config:04d}-{tokens}.pt"
+    def checkpoint(self, config: int, tokens: int, repeat: int = 0) -> Path:
+        return self._of_run(config, tokens, repeat, ".pt")
 
-    def partial(self, config: int, tokens: int) -> Path:
-        return self.folder / "checkpoints" / f"{config:04d}-{tokens}.partial.pt"
+    def partial(self, config: int, tokens: int, repeat: int = 0) -> Path:
+        return self._of_run(config, tokens, repeat, ".partial.pt")
+
+    def result(self, config: int, tokens: int, repeat: int) -> Path:
+        """The loss of a repeat that has ended, kept until the last one has and the mean can be told."""
+        return self._of_run(config, tokens, repeat, ".json")
+
+    def _of_run(self, config: int, tokens: int, repeat: int, ending: str) -> Path:
+        return self.folder / "checkpoints" / f"{config:04d}-{tokens}{suffix(repeat)}{ending}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,9 @@ def open_search(study: StudyConfig, trainer: Trainer, storage: str | None, name:
         scheduler=search.scheduler,
         variant=search.variant,
         iterations=search.iterations,
+        seeds=search.seeds,
+        promote=search.promote,
+        asynchronous=search.asynchronous,
         storage=storage,
         name=name,
         seed=study.seed,
@@ -197,7 +205,9 @@ def check_same_settings(files: StudyFiles, study: StudyConfig) -> None:
     """StudyError that lists what the file says otherwise than it did at launch (workers and target may change)."""
     if not files.journal.exists():
         raise ValueError(f"study {files.name!r} has not been launched: `hpo launch {files.toml}` starts it")
-    then, now = json.loads(files.settings.read_text()), study.model_dump(mode="json")
+    # read by the model, so that a study launched before a setting existed has its default
+    then = StudyConfig.model_validate_json(files.settings.read_text()).model_dump(mode="json")
+    now = study.model_dump(mode="json")
     problems = [
         f"{where}: launched with {json.dumps(old)}, the file now says {json.dumps(new)}"
         for where, old, new in differences(then, now)
@@ -223,21 +233,10 @@ def supervise(files: StudyFiles, search: Search, workers: Workers, cost: Estimat
     client = tracking.connect(uri)
     parent = tracking.find_study_run(client, files.name)
     tracking.finish(client, parent, status="RUNNING")
-    environment = os.environ | {"OMP_NUM_THREADS": str(workers.threads), "MLFLOW_TRACKING_URI": client.tracking_uri}
-    command = [sys.executable, "-m", "hpo", "worker", str(files.toml)]
-    running = [subprocess.Popen(command, env=environment) for _ in range(workers.count)]
-    progress = Progress(search, cost, workers.count)
-    stopped = False
-    try:
-        with sigterm_as_interrupt():
-            while any(w.poll() is None for w in running):
-                progress.show()
-                time.sleep(POLL_SECONDS)
-    except KeyboardInterrupt:
-        stopped = True
-        stop_all(running)
-    progress.show()
+    running = start(files, workers, client, workers.count)
+    stopped = watch(running, Progress(search, cost, workers.count).show)
     log_outcome(client, parent, search)
+    say(spent_in_words(search.progress))
     if search.finished:
         tracking.finish(client, parent)
         return 0
@@ -249,6 +248,30 @@ def supervise(files: StudyFiles, search: Search, workers: Workers, cost: Estimat
     codes = ", ".join(str(w.returncode) for w in running)
     say(f"the workers ended before the study did (exit codes {codes}); mend the cause, then `hpo resume {files.name}`")
     return 1
+
+
+def start(
+    files: StudyFiles, workers: Workers, client: MlflowClient, count: int, *options: str
+) -> list[subprocess.Popen[bytes]]:
+    """So many worker processes of the study."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(workers.threads), "MLFLOW_TRACKING_URI": client.tracking_uri}
+    command = [sys.executable, "-m", "hpo", "worker", str(files.toml), *options]
+    return [subprocess.Popen(command, env=environment) for _ in range(count)]
+
+
+def watch(running: Sequence[subprocess.Popen[bytes]], show: Callable[[], None]) -> bool:
+    """Show progress while workers run, and once more at the end; whether a signal had them stopped."""
+    stopped = False
+    try:
+        with sigterm_as_interrupt():
+            while any(w.poll() is None for w in running):
+                show()
+                time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        stopped = True
+        stop_all(running)
+    show()
+    return stopped
 
 
 def stop_all(running: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -282,50 +305,11 @@ def work(files: StudyFiles, *, uri: str | None = None) -> int:
                 time.sleep(POLL_SECONDS)  # the rung that would follow waits for another worker's run
                 continue
             try:
-                loss = run_job(job, trainer, files, client, parent, stop)
+                losses = run_job(job, trainer, files, client, parent, stop)
             except KeyboardInterrupt:
-                return 130  # the trial stays as it is; whoever asks next takes it up from the partial checkpoint
-            search.tell(job, loss)
+                return 130  # the trial stays as it is; whoever asks next takes it up from what is on disk
+            search.tell(job, losses)
     return 130
-
-
-def run_job(
-    job: Job, trainer: Trainer, files: StudyFiles, client: MlflowClient, parent: str, stop: StopSignals
-) -> float:
-    """Train one (configuration, rung) and record it; the loss, NaN when it diverged.
-
-    KeyboardInterrupt when `stop` was asked for, but only while it trains: a run that has ended is recorded.
-    """
-    tokens = int(job.fidelity.D)
-    save, keep = files.checkpoint(job.config, tokens), files.partial(job.config, tokens)
-    save.parent.mkdir(parents=True, exist_ok=True)
-    resume = keep if keep.exists() else None
-    if resume is None and job.resume_tokens:
-        resume = files.checkpoint(job.config, job.resume_tokens)
-    params = trainer.describe(job.params, job.fidelity) | {"config": job.config, "bracket": list(job.bracket)}
-    run = tracking.child_run(client, parent, f"config-{job.config:04d}", role="proxy", params=params)
-    started, last = time.perf_counter(), None
-    points = trainer(job.params, job.fidelity, resume=resume, save=save, keep=keep)
-    with contextlib.closing(points), tracking.CurveWriter(client, run) as curve:  # type: ignore[type-var]
-        for last in stop.interrupting(points):
-            curve.add(last)
-            if last.final:
-                break
-    if last is None or not last.final:
-        raise RuntimeError(f"the trainer ended {job} without a final measurement: it must yield one with final=True")
-    loss = math.nan if last.diverged else last.loss
-    seconds = time.perf_counter() - started
-    tracking.log_result(
-        client,
-        run,
-        rung=job.rung,
-        tokens=tokens,
-        loss=loss,
-        seconds=seconds,
-        checkpoint=None if last.diverged else save,
-    )
-    tracking.finish(client, run)
-    return loss
 
 
 def outcomes(search: Search) -> list[FrozenTrial]:
@@ -333,7 +317,7 @@ def outcomes(search: Search) -> list[FrozenTrial]:
     return [
         t
         for t in search.study.get_trials(deepcopy=False)
-        if t.state.is_finished() and (t.value is not None or t.user_attrs.get("diverged"))
+        if t.state.is_finished() and "bracket" in t.user_attrs and (t.value is not None or t.user_attrs.get("diverged"))
     ]
 
 
@@ -347,11 +331,20 @@ def log_outcome(client: MlflowClient, parent: str, search: Search) -> None:
         "diverged": float(now.diverged),
         "tokens_spent": float(now.tokens_spent),
         "tokens_saved": float(now.tokens_saved),
+        "tokens_reused": float(now.tokens_reused),
     }
     if losses:
         figures["best_loss"] = min(losses)
         tracking.write_note(client, parent, "best", search.best())
     tracking.log_summary(client, parent, figures)
+
+
+def spent_in_words(now: record.Progress) -> str:
+    """What was trained, and what was not because it had been trained before."""
+    said = f"{now.tokens_spent:,} tokens trained; resuming checkpoints saved {now.tokens_saved:,}"
+    if now.reused:
+        said += f", and results from before the raise {now.tokens_reused:,} ({now.reused} evaluations)"
+    return said
 
 
 class Progress:
@@ -374,15 +367,14 @@ class Progress:
         ):
             self.seen.add(trial.number)
             attrs = trial.user_attrs
-            extra = attrs["tokens"] - int(attrs.get("resumed_tokens") or 0)
+            extra = record.trained_tokens(trial)
             self.done += extra / self.cost.speeds[attrs["N"]] + OVERHEAD_SECONDS
             took = trial.duration.total_seconds() if trial.duration else math.nan
             if self.began is None:
                 self.began = time.time() - took
             loss = "diverged" if trial.value is None else f"{trial.value:.4f}"
-            params = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
             say(
-                f"trial {len(self.seen)} of {max(self.total, len(self.seen))}  N {attrs['N']:,.0f}  D {attrs['tokens']:,}  {params}  "
+                f"trial {len(self.seen)} of {max(self.total, len(self.seen))}  N {attrs['N']:,.0f}  D {attrs['tokens']:,}  {words(trial.params)}  "
                 f"loss {loss}  best {best:.4f}  {extra / took:,.0f} tokens/s  left {self.left()}"
             )
 
@@ -392,42 +384,14 @@ class Progress:
             return "?"
         total = self.cost.seconds * self.workers
         seconds = (time.time() - self.began) * max(total - self.done, 0.0) / self.done
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+        return clock(seconds)
 
 
-class StopSignals:
-    """SIGINT and SIGTERM: noted at once, but raised only inside a trainer's steps, never while asking, telling or recording."""
+def words(params: Mapping[str, Any]) -> str:
+    """Parameters in one line."""
+    return " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in params.items())
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._inside = False
-        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, _: int, __: FrameType | None) -> None:
-        first = not self.requested
-        self.requested = True
-        if self._inside and first:
-            raise KeyboardInterrupt
-
-    def interrupting(self, points: Iterator[Measurement]) -> Iterator[Measurement]:
-        """The same points; a signal interrupts the making of one, and one that came before interrupts at once."""
-        while True:
-            self._inside = True
-            try:
-                if self.requested:
-                    raise KeyboardInterrupt
-                point = next(points, None)
-            finally:
-                self._inside = False
-            if point is None:
-                return
-            yield point
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"

@@ -98,12 +98,13 @@ class ProxyFamily(ProxySettings):
         """N of every width, ascending."""
         return tuple(float(self.member(w).counts.N) for w in sorted(self.widths))
 
-    def config(self, params: Mapping[str, Any], fidelity: Fidelity) -> ProxyConfig:
-        """The proxy with these parameters whose N is `fidelity.N`, validated."""
+    def config(self, params: Mapping[str, Any], fidelity: Fidelity, *, repeat: int = 0) -> ProxyConfig:
+        """The proxy with these parameters whose N is `fidelity.N`, validated. repeat: added to the family's seed."""
         by_size = {float(self.member(w).counts.N): w for w in self.widths}
         if fidelity.N not in by_size:
             raise ValueError(f"no width of this family has N = {fidelity.N:g}; it has {sorted(by_size)}")
-        return ProxyConfig.model_validate(self.member(by_size[fidelity.N], params).model_dump())
+        settings = self.member(by_size[fidelity.N], params).model_dump()
+        return ProxyConfig.model_validate(settings | {"seed": self.seed + repeat})
 
     def target(self, **table: Any) -> Fidelity:
         """N and D of the target, which must be a width that the family can have."""
@@ -144,9 +145,9 @@ class ProxyFamily(ProxySettings):
             )
         return said
 
-    def describe(self, params: Mapping[str, Any], fidelity: Fidelity) -> dict[str, Any]:
+    def describe(self, params: Mapping[str, Any], fidelity: Fidelity, *, repeat: int = 0) -> dict[str, Any]:
         """Every setting of the run, resolved, and the data's hash."""
-        return describe(self.config(params, fidelity))
+        return describe(self.config(params, fidelity, repeat=repeat))
 
     def manifest(self) -> list[dict[str, Any]]:
         """Path, size in bytes and split of every file of the corpus."""
@@ -170,11 +171,13 @@ class ProxyFamily(ProxySettings):
         resume: Path | None = None,
         save: Path | None = None,
         keep: Path | None = None,
+        repeat: int = 0,
     ) -> Iterator[Measurement]:
-        """Train the proxy with these parameters and this N for D tokens."""
+        """Train the proxy with these parameters and this N for D tokens, on the `repeat`-th seed after its own."""
         from proxies.training import train
 
-        return train(self.config(params, fidelity), int(fidelity.D), resume=resume, save=save, keep=keep)
+        config = self.config(params, fidelity, repeat=repeat)
+        return train(config, int(fidelity.D), resume=resume, save=save, keep=keep)
 
 
 def describe(config: ProxyConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("hpo", "scaling", "proxies")
 COMMANDS = {
-    "hpo": ("validate", "launch", "resume", "extend", "worker", "status", "best", "forget"),
+    "hpo": ("validate", "launch", "resume", "extend", "worker", "status", "best", "forget", "confirm"),
     "scaling": ("import", "fit", "recommend", "report"),
     "proxies": ("check", "train", "grow", "launch"),
 }

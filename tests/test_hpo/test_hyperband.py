@@ -1,7 +1,8 @@
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from statistics import mean
 
 import pytest
@@ -37,14 +38,19 @@ def run_to_the_end(
     rng: random.Random | None = None,
     workers: int = 1,
     stop_after: int | None = None,
+    asynchronous: bool = False,
+    scores: Callable[[Table, Sequence[int]], list[float] | None] | None = None,
 ) -> list[tuple[int, int]]:
     """Run all moves; with workers > 1 results come back in any order. Asserts that nothing is ever run twice."""
     rng = rng or random.Random(0)
     running: list[tuple[int, int]] = []
     ran: list[tuple[int, int]] = []
+    given = None if scores is None else partial(scores, table)
     while True:
-        possible = moves(table.values(), ladder, variant=variant)
-        if possible and len(running) < workers and (stop_after is None or len(ran) < stop_after):
+        possible = []
+        if len(running) < workers and (stop_after is None or len(ran) < stop_after):
+            possible = moves(table.values(), ladder, variant=variant, asynchronous=asynchronous, scores=given)
+        if possible:
             move = possible[0]
             if isinstance(move, Promote):
                 config, rung = move.config, move.rung
@@ -365,3 +371,18 @@ def test_what_remains_after_a_raise_is_a_lower_bound() -> None:
         expected = sum(missing for _, _, missing in remaining(table.values(), ladder, variant=variant))
         ran = len(run_to_the_end(table, ladder, variant, loss))
         assert expected <= ran <= 1.15 * expected
+
+
+def test_tokens_count_every_seed_and_new_ones_start_at_zero() -> None:
+    ladder = Ladder((100, 300, 900), 3, (1, 1, 3))
+    assert [ladder.seeds_at(k) for k in range(5)] == [1, 1, 3, 3, 3]
+    assert [ladder.tokens(k) for k in range(3)] == [100, 300, 2700]
+    assert ladder.tokens(1, resumed=True) == 200
+    assert ladder.tokens(2, resumed=True) == (900 - 300) + 2 * 900
+    assert ladder.raised(2700).tokens(3, resumed=True) == 3 * (2700 - 900)
+
+
+@pytest.mark.parametrize("seeds", [(), (0,), (2, 1), (1.5,), (True,), (-1, 2)])
+def test_seeds_that_cannot_be_are_refused(seeds: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="seeds are whole numbers of at least 1 that never fall"):
+        Ladder((1, 3), 3, seeds)

@@ -104,6 +104,8 @@ def test_a_trial_says_what_it_is() -> None:
         "bracket": list(promoted.bracket),
         "continues": promoted.resume_from,
         "resumed_tokens": promoted.resume_tokens,
+        "seeds": 1,
+        "resumed_seeds": 1,
         "worker": "me",
     }
     assert trial.params == promoted.params

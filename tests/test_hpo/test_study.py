@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from typer.testing import CliRunner
 
 from hpo.__main__ import app
+from hpo.samplers import SAMPLERS
 from hpo.study import StudyError, load_study, study_path
+from hpo.workers import StudyFiles, check_same_settings
 from proxies.family import ProxyFamily
+from tests.test_hpo.toy import ToyTrainer
 
 GOOD = """
 seed = 3
@@ -63,6 +68,9 @@ sede = 3
 [search]
 tokens = { min = 200_000, max = 100_000 }
 sampler = "mbfo"
+seeds = [1, 0]
+promote = "rnk"
+asynchronous = "soon"
 eta = "three"
 [space]
 lr = { low = 1.0, high = 0.1, log = true }
@@ -80,7 +88,11 @@ tokns = 3
     for expected in (
         "sede: unknown key; did you mean seed?",
         "search.tokens: min must not exceed max, got min 200,000 > max 100,000",
-        "search.sampler: needed 'mfbo', 'random' or 'qmc', got 'mbfo'; did you mean mfbo?",
+        "search.sampler: needed one of mfbo, random, qmc",
+        "got 'mbfo'; did you mean mfbo?",
+        "search.seeds.1: input should be greater than 0, got 0",
+        "search.promote: needed 'rank' or 'predicted', got 'rnk'; did you mean rank?",
+        "search.asynchronous: input should be a valid boolean",
         "search.eta: ",
         "space.lr: low must be below high",
         "space.batch_seqs.hi: unknown key; did you mean high?",
@@ -111,6 +123,15 @@ tokns = 3
         ("d_model = 128", "d_model = 100", "target"),
         ("[trainer]", "[trainer]\nuse = 'nowhere:Nothing'", "trainer.use: cannot import 'nowhere:Nothing'"),
         ("seed = 3", "seed = -3", "seed: "),
+        ("[space]", "seeds = [1, 2]\n[space]", "search: seeds needs one number, or one for each of the 3 rungs"),
+        ("[space]", "seeds = [3, 2, 2]\n[space]", "search: seeds are whole numbers of at least 1 that never fall"),
+        ("[space]", "seeds = 1.5\n[space]", "search.seeds: "),
+        ("[space]", "seeds = true\n[space]", "search.seeds: "),
+        (
+            "[space]",
+            "promote = 'predicted'\nsampler = 'random'\n[space]",
+            "search: promote = 'predicted' needs a model of the loss, which sampler = 'mfbo' has, got 'random'",
+        ),
         ("widths = [32, 64]", "widths = [32, 64]\nseed = -3", "trainer.seed: "),
         ("[space]", "[spaec]", "spaec: unknown key; did you mean space?"),
     ],
@@ -119,6 +140,56 @@ def test_each_mistake_is_named_by_its_field(old: str, new: str, expected: str, t
     assert old in GOOD
     said = "\n".join(problems(tmp_path, GOOD.replace(old, new)))
     assert expected in said, said
+
+
+def test_mistakes_of_one_table_together_are_all_named(tmp_path: Path) -> None:
+    text = GOOD.replace("max = 147_456 }", "max = 147_000 }\nseeds = [2, 1]\npromote = 'predicted'\nsampler = 'qmc'")
+    said = "\n".join(problems(tmp_path, text))
+    for expected in ("the nearest are 49,152 and 147,456", "never fall", "got 'qmc'"):
+        assert expected in said, said
+
+
+@pytest.mark.parametrize(("written", "read"), [("2", (2,)), ("[1, 1, 3]", (1, 1, 3))])
+def test_seeds_are_one_number_or_one_per_rung(written: str, read: tuple[int, ...], tmp_path: Path) -> None:
+    text = GOOD.replace("[space]", f"seeds = {written}\nasynchronous = true\npromote = 'predicted'\n[space]")
+    search = load_study(write(tmp_path, text))[0].search
+    assert (search.seeds, search.asynchronous, search.promote) == (read, True, "predicted")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_may_be_named(sampler: str, tmp_path: Path) -> None:
+    text = GOOD.replace("[space]", f"sampler = '{sampler}'\n[space]")
+    assert load_study(write(tmp_path, text))[0].search.sampler == sampler
+
+
+class Unrepeatable(ToyTrainer):
+    """A trainer written before there were repeats."""
+
+    def describe(self, params: Any, fidelity: Any) -> dict[str, Any]:  # type: ignore[override]
+        return {}
+
+
+def test_a_trainer_that_takes_no_repeat_is_refused_before_it_is_started(tmp_path: Path) -> None:
+    text = "[search]\ntokens = { min = 1_000, max = 9_000 }\n[space]\nlr = { low = 1.0, high = 2.0 }\n[trainer]\nuse = "
+    load_study(write(tmp_path, text + "'tests.test_hpo.toy:ToyTrainer'"))
+    said = problems(tmp_path, text + "'tests.test_hpo.test_study:Unrepeatable'")
+    assert len(said) == 1
+    assert "Unrepeatable's describe needs a keyword `repeat: int = 0`" in said[0]
+
+
+def test_a_study_launched_before_a_setting_existed_has_its_default(tmp_path: Path) -> None:
+    files = StudyFiles(write(tmp_path, GOOD))
+    study = load_study(files.toml)[0]
+    then = study.model_dump(mode="json")
+    for name in ("seeds", "promote", "asynchronous"):
+        del then["search"][name]
+    files.folder.mkdir()
+    files.journal.touch()
+    files.settings.write_text(json.dumps(then))
+    check_same_settings(files, study)
+    files.toml.write_text(GOOD.replace("[space]", "seeds = 2\n[space]"))
+    with pytest.raises(StudyError, match=r"search\.seeds: launched with \[1\], the file now says \[2\]"):
+        check_same_settings(files, load_study(files.toml)[0])
 
 
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:

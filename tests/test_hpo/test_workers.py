@@ -18,7 +18,8 @@ import psutil
 import pytest
 from optuna.trial import FrozenTrial
 
-from hpo.workers import StopSignals, differences
+from hpo.repeats import StopSignals
+from hpo.workers import differences
 from scaling import tracking
 from scaling.runs import Measurement, load_runs
 
@@ -31,11 +32,13 @@ seed = 1
 [search]
 tokens = {{ min = 2_000, max = 18_000 }}
 sampler = "random"
+seeds = {seeds}
 [space]
 lr = {{ low = 1e-4, high = 1.0, log = true }}
 [trainer]
 use = "tests.test_hpo.toy:ToyTrainer"
 pause = {pause}
+noise = 0.002
 steps = "{steps}"
 [target]
 N = 10_000
@@ -48,11 +51,11 @@ count = 2
 class Study:
     """A study in a folder of its own, and the commands on it."""
 
-    def __init__(self, folder: Path, pause: float) -> None:
+    def __init__(self, folder: Path, pause: float, seeds: str = "1") -> None:
         self.folder, self.steps = folder, folder / "steps"
         self.steps.mkdir()
         (folder / "studies").mkdir()
-        (folder / "studies" / "toy.toml").write_text(STUDY.format(pause=pause, steps=self.steps))
+        (folder / "studies" / "toy.toml").write_text(STUDY.format(pause=pause, seeds=seeds, steps=self.steps))
         self.env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.env.pop("MLFLOW_TRACKING_URI", None)
 
@@ -175,6 +178,100 @@ def test_a_study_from_launch_to_extend(study: Study) -> None:
     assert "removed" in study.run("forget", "toy", "--yes")
     assert not (study.folder / "studies" / "toy").exists()
     assert "44 evaluations" in study.run("launch", "toy")
+
+
+@pytest.fixture
+def repeated(tmp_path: Path) -> Study:
+    return Study(tmp_path, pause=0.02, seeds="[1, 2, 3]")
+
+
+def test_repeats_are_trained_and_recorded_once_each_whenever_the_study_is_stopped(repeated: Study) -> None:
+    """Stopped where evaluations of several seeds are under way; killed once more, so that only files can remember."""
+    study = repeated
+    launcher = study.start("launch", "toy")
+    study.wait_until(lambda: any(json.loads(step)[2] == 1 for step in study.trained()), launcher)
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    said = study.run("resume", "toy")
+    study.check_whole()
+    assert set(study.trained().values()) == {1}, "a repeat goes on where it was, and a finished one is not repeated"
+    trained = sum(trial.user_attrs["tokens"] - trial.user_attrs["resumed_tokens"] for trial in study.trials)
+    assert study.trained().total() * 1000 > trained
+
+    seeds = (1, 2, 3)
+    runs = load_runs("toy", tracking_uri=f"sqlite:///{study.folder}/mlflow.db")
+    for trial in study.trials:
+        attrs = trial.user_attrs
+        config, tokens, count = attrs["config"], attrs["tokens"], seeds[attrs["rung"]]
+        names = [f"config-{config:04d}" + (f"-repeat{r}" if r else "") for r in range(count)]
+        of = runs[(runs["D"] == tokens) & runs["name"].isin(names)].set_index("name")
+        if trial.value is None:
+            assert of["diverged"].all()
+            assert len(of) == 1, "the others need not run"
+            continue
+        losses = [of.loc[name, "loss"] for name in names]
+        assert trial.value == pytest.approx(sum(losses) / count)
+        assert attrs.get("losses", [trial.value]) == pytest.approx(losses)
+        assert len(set(losses)) == count, "each repeat has a seed of its own"
+    assert (runs["role"] == "proxy").all()
+    status = study.json("status", "toy")
+    assert f"{status['tokens_spent']:,} tokens trained; resuming checkpoints saved {status['tokens_saved']:,}" in said
+    diverged = sum(trial.value is None for trial in study.trials)
+    spent = study.trained().total() * 1000
+    assert spent <= status["tokens_spent"] <= spent + diverged * 3 * 18_000, "diverged runs ended early"
+
+    said = study.run("best", "toy")
+    assert "seeds each of" in said
+    assert "truly better with probability" in said
+
+
+def test_a_confirmation_is_stopped_resumed_and_kept(slow_study: Study) -> None:
+    study = slow_study
+    study.run("launch", "toy")
+    assert "one seed per configuration cannot tell" in study.run("best", "toy")
+    tuned = study.trained()
+    said = study.run("confirm", "toy", "--seeds", "3", "--dry-run")
+    assert "6 of 6 runs left, 108,000 tokens" in said
+    assert not (study.folder / "studies" / "toy" / "confirm").exists()
+
+    confirming = study.start("confirm", "toy", "--seeds", "3")
+    study.wait_until(lambda: (study.trained() - tuned).total() > 30, confirming)
+    confirming.send_signal(signal.SIGTERM)
+    _, err = confirming.communicate(timeout=60)
+    assert confirming.returncode == 130
+    assert "hpo confirm toy --seeds 3" in err
+    found = study.json("confirm", "toy", "--seeds", "3")
+    fresh = study.trained() - tuned
+    assert set(fresh.values()) == {1}, "what was trained before the signal is not trained again"
+    assert fresh.total() == 6 * 18
+    assert {tuple(json.loads(step)[:3]) for step in fresh} == {
+        (4000.0, side["params"]["lr"], repeat)
+        for side in (found["answer"], found["rival"])
+        for repeat in (1000, 1001, 1002)
+    }
+    differences = [b - a for a, b in zip(found["answer"]["losses"], found["rival"]["losses"], strict=True)]
+    assert found["difference"]["mean"] == pytest.approx(sum(differences) / 3)
+    assert found["search_lead"] > 0
+
+    client = tracking.connect(f"sqlite:///{study.folder}/mlflow.db")
+    note = tracking.read_note(client, tracking.find_study_run(client, "toy"), "confirmed")
+    assert note is not None
+    assert note["verdict"] == found["verdict"]
+    runs = client.search_runs([tracking.experiment_id(client, "toy")], "tags.`muscale.role` = 'confirm'")
+    assert sorted(r.data.metrics["confirm/loss"] for r in runs) == pytest.approx(
+        sorted(found["answer"]["losses"] + found["rival"]["losses"])
+    )
+    assert len(load_runs("toy", tracking_uri=f"sqlite:///{study.folder}/mlflow.db")) == 44, (
+        "no law takes them for proxies"
+    )
+
+    said = study.run("best", "toy")
+    assert "confirmed on 3 fresh seeds at N 4,000, D 18,000" in said
+    assert found["verdict"] in said
+    assert "0 of 6 runs left" in study.run("confirm", "toy", "--seeds", "3"), "done is done"
+    assert (study.trained() - tuned).total() == 6 * 18
+    assert "2 of 8 runs left" in study.run("confirm", "toy", "--seeds", "4", "--dry-run")
 
 
 def test_a_killed_worker_loses_no_configuration(slow_study: Study) -> None:

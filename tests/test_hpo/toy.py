@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,15 @@ from scaling.runs import Measurement
 
 
 class ToyTrainer(BaseModel):
-    """Loss 2 + (ln(lr / 0.01))^2 / 20 + N^-0.3 + D^-0.3; diverges above lr 0.5. Trains 1000 tokens a step, after `pause` seconds."""
+    """Loss 2 + (ln(lr / 0.01))^2 / 20 + N^-0.3 + D^-0.3; diverges above lr 0.5. Trains 1000 tokens a step, after `pause` seconds.
+
+    Repeats above 0 add `noise` times a normal number of their own.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     sizes: tuple[float, ...] = (1000.0, 4000.0)
     pause: float = 0.0
+    noise: float = 0.0
     steps: Path | None = None  # a folder where every process writes the steps that it has trained
 
     def problems(self, space: Mapping[str, Any], tokens: tuple[int, int] | None) -> list[str]:
@@ -30,7 +35,7 @@ class ToyTrainer(BaseModel):
     def target(self, **table: Any) -> Fidelity:
         return Fidelity(float(table["N"]), float(table["D"]))
 
-    def describe(self, params: Mapping[str, Any], fidelity: Fidelity) -> dict[str, Any]:
+    def describe(self, params: Mapping[str, Any], fidelity: Fidelity, *, repeat: int = 0) -> dict[str, Any]:
         return {"N": fidelity.N, "lr": params["lr"], "batch_tokens": 256, "seq_len": 128}
 
     def manifest(self) -> list[dict[str, Any]]:
@@ -47,9 +52,15 @@ class ToyTrainer(BaseModel):
         resume: Path | None = None,
         save: Path | None = None,
         keep: Path | None = None,
+        repeat: int = 0,
     ) -> Iterator[Measurement]:
-        state = json.loads(resume.read_text()) if resume else {"lr": params["lr"], "N": fidelity.N, "tokens": 0}
-        assert (state["lr"], state["N"]) == (params["lr"], fidelity.N), "resumed another configuration's checkpoint"
+        state = (
+            json.loads(resume.read_text())
+            if resume
+            else {"lr": params["lr"], "N": fidelity.N, "repeat": repeat, "tokens": 0}
+        )
+        own = (params["lr"], fidelity.N, repeat)
+        assert (state["lr"], state["N"], state["repeat"]) == own, "resumed another run's checkpoint"
         assert state["tokens"] <= fidelity.D
         try:
             while state["tokens"] < fidelity.D:
@@ -57,7 +68,7 @@ class ToyTrainer(BaseModel):
                 state["tokens"] += 1000
                 if self.steps is not None:
                     with (self.steps / f"{os.getpid()}.jsonl").open("a") as log:
-                        log.write(json.dumps([fidelity.N, params["lr"], state["tokens"]]) + "\n")
+                        log.write(json.dumps([fidelity.N, params["lr"], repeat, state["tokens"]]) + "\n")
                 if params["lr"] > 0.5:
                     yield Measurement(state["tokens"], math.nan, final=True, diverged=True)
                     return
@@ -69,6 +80,8 @@ class ToyTrainer(BaseModel):
                 keep.write_text(json.dumps(state))
             raise
         loss = 2 + math.log(params["lr"] / 0.01) ** 2 / 20 + fidelity.N**-0.3 + fidelity.D**-0.3
+        if repeat:
+            loss += self.noise * random.Random(f"{params['lr']} {fidelity} {repeat}").gauss(0.0, 1.0)
         try:
             yield Measurement(int(fidelity.D), loss, lr=params["lr"], final=True)
         finally:

@@ -22,6 +22,26 @@ def test_sizes_ascend_and_lead_back_to_their_widths() -> None:
         assert (config.d_model, config.lr, config.batch_seqs, config.counts.N) == (width, 0.02, 3, N)
 
 
+def test_a_repeat_is_the_same_settings_on_another_seed() -> None:
+    family = FAMILY.model_copy(update={"seed": 7})
+    fidelity = Fidelity(family.sizes[0], 4096)
+    first, third = (family.config({"lr": 0.02}, fidelity, repeat=r) for r in (0, 2))
+    assert first == family.config({"lr": 0.02}, fidelity)
+    assert (first.seed, third.seed) == (7, 9)
+    assert third.model_copy(update={"seed": 7}) == first
+
+
+def test_a_repeat_trains_another_start_on_another_order(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("all the world's a stage, and all the men and women merely players " * 400)
+    family = FAMILY.model_copy(update={"corpus": str(text)})
+    fidelity = Fidelity(family.sizes[0], 4096)
+    losses = [[*family({}, fidelity, repeat=r)][-1].loss for r in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[2] == pytest.approx(losses[0], rel=0.3)
+    assert family.describe({}, fidelity, repeat=1)["seed"] == family.seed + 1
+
+
 def test_an_unknown_size_is_refused() -> None:
     with pytest.raises(ValueError, match="no width of this family has N = 12345"):
         FAMILY.config({}, Fidelity(12345, 4096))

@@ -1,0 +1,241 @@
+"""The answer and its runner-up, trained again on fresh seeds: `hpo confirm`.
+
+Tuning uses the repeats 0, 1, ... of a configuration, this 1000, 1001, ..., the same for both sides, so that what a seed
+does to both cancels in the difference.
+
+A rematch lives in studies/<name>/confirm/: `plan.json`, one small file for each run that ended, and at the end
+`confirmed.json`. Workers share its runs by locking one file each, so that a run is done once whoever dies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from hpo import workers
+from hpo.confirm import Confirmation, Contender, at, confirmation, contenders, largest
+from hpo.repeats import StopSignals, read_result, train_once, write_result, write_whole
+from hpo.study import StudyConfig, Trainer, load_study
+from scaling import tracking
+from scaling.cli import say
+from scaling.compute import Fidelity
+
+if TYPE_CHECKING:
+    from hpo.search import Search
+
+FIRST_REPEAT = 1000  # tuning never gets there
+
+
+class Rematch(BaseModel):
+    """What a confirmation trains; written down so that it is the same when it goes on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    N: float
+    D: int
+    seeds: PositiveInt
+    target: tuple[float, float]  # N, D that the answer is for
+    evaluations: int  # results of the search when this was planned
+    against: int | None
+    answer: Contender
+    rival: Contender
+
+    @property
+    def fidelity(self) -> Fidelity:
+        return Fidelity(self.N, self.D)
+
+    @property
+    def at(self) -> str:
+        return at(self.fidelity)
+
+    @property
+    def runs(self) -> list[tuple[Contender, int]]:
+        """(settings, repeat), seed by seed, so that a stopped confirmation has pairs."""
+        repeats = range(FIRST_REPEAT, FIRST_REPEAT + self.seeds)
+        return [(contender, repeat) for repeat in repeats for contender in (self.answer, self.rival)]
+
+
+@dataclass(frozen=True)
+class RematchFiles:
+    """Where a confirmation keeps what it makes. The files of a run hang on its settings, size and repeat alone."""
+
+    folder: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.json"
+
+    @property
+    def answer(self) -> Path:
+        return self.folder / "confirmed.json"
+
+    def run(self, plan: Rematch, contender: Contender, repeat: int) -> Path:
+        """The file of a run's result."""
+        return self.folder / f"{self.name(plan, contender, repeat)}.json"
+
+    @staticmethod
+    def name(plan: Rematch, contender: Contender, repeat: int) -> str:
+        text = json.dumps([contender.params, plan.N, plan.D], sort_keys=True)
+        return f"{hashlib.sha256(text.encode()).hexdigest()[:10]}-repeat{repeat}"
+
+    def left(self, plan: Rematch) -> list[tuple[Contender, int]]:
+        """The runs that have not ended."""
+        return [(c, r) for c, r in plan.runs if not self.run(plan, c, r).exists()]
+
+
+def files_of(files: workers.StudyFiles) -> RematchFiles:
+    return RematchFiles(files.folder / "confirm")
+
+
+def make_plan(search: Search, place: RematchFiles, seeds: int, against: int | None) -> Rematch:
+    """The plan on disk when the search has not gone on since (a model's answer is the same only to rounding); else afresh.
+
+    ValueError for fewer than 2 seeds, or when there is nothing to compare.
+    """
+    if seeds < 2:
+        raise ValueError(f"a confirmation needs at least 2 seeds for an interval, got {seeds}: 5 is a good number")
+    top, target, done = largest(search), (search.target.N, search.target.D), search.progress.done
+    if place.plan.exists():
+        old = Rematch.model_validate_json(place.plan.read_text())
+        if (old.target, old.evaluations, old.N, old.D, old.against) == (target, done, top.N, int(top.D), against):
+            return old.model_copy(update={"seeds": seeds})
+    answer, rival = contenders(search, search.best(), against)
+    return Rematch(
+        N=top.N,
+        D=int(top.D),
+        seeds=seeds,
+        target=target,
+        evaluations=done,
+        against=against,
+        answer=answer,
+        rival=rival,
+    )
+
+
+def estimate(plan: Rematch, place: RematchFiles, study: StudyConfig, trainer: Trainer) -> workers.Estimate:
+    """What is left of a confirmation."""
+    left = place.left(plan)
+    seconds = 0.0
+    for contender in (plan.answer, plan.rival):
+        count = sum(c is contender for c, _ in left)
+        if count:
+            each = trainer.seconds(contender.params, [plan.fidelity], threads=study.workers.threads)[0]
+            seconds += count * (each + workers.OVERHEAD_SECONDS)
+    return workers.Estimate(
+        evaluations=len(left),
+        configurations=len({c.model_dump_json() for c, _ in left}),
+        tokens=len(left) * plan.D,
+        flops=len(left) * plan.fidelity.C,
+        seconds=seconds / min(study.workers.count, max(len(left), 1)),
+        speeds={},
+    )
+
+
+def work(files: workers.StudyFiles, *, uri: str | None = None) -> int:
+    """One worker of a confirmation: train what nobody else trains. The exit code."""
+    study, trainer = load_study(files.toml)
+    workers.check_same_settings(files, study)
+    place = files_of(files)
+    plan = Rematch.model_validate_json(place.plan.read_text())
+    client = tracking.connect(uri)
+    parent = tracking.find_study_run(client, files.name)
+    with StopSignals() as stop:
+        for contender, repeat in plan.runs:
+            result = place.run(plan, contender, repeat)
+            try:
+                with FileLock(f"{result}.lock").acquire(timeout=0):
+                    if result.exists():
+                        continue
+                    params = trainer.describe(contender.params, plan.fidelity, repeat=repeat) | {"repeat": repeat}
+                    name = f"confirm-{result.stem}"
+                    run = tracking.child_run(client, parent, name, role="confirm", params=params)
+                    try:
+                        loss, seconds = train_once(
+                            trainer,
+                            contender.params,
+                            plan.fidelity,
+                            repeat,
+                            keep=result.with_suffix(".partial.pt"),
+                            client=client,
+                            run=run,
+                            stop=stop,
+                        )
+                    except KeyboardInterrupt:
+                        return 130
+                    # Not a rung's metrics: the run table, and so every law, is of the search's own runs.
+                    outcome = {"loss": loss, "tokens": plan.D, "seconds": seconds}
+                    tracking.log_summary(client, run, {f"confirm/{k}": v for k, v in outcome.items()})
+                    tracking.finish(client, run)
+                    write_result(result, loss)
+            except Timeout:
+                continue  # another worker is at it
+    return 0
+
+
+def supervise(
+    files: workers.StudyFiles, plan: Rematch, study: StudyConfig, cost: workers.Estimate, *, uri: str | None
+) -> int:
+    """Start workers on what is left, show progress until it is done; the exit code."""
+    place = files_of(files)
+    place.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(place.plan, plan.model_dump_json(indent=1) + "\n")
+    client = tracking.connect(uri)
+    total = len(plan.runs)
+    left = {place.run(plan, c, r) for c, r in place.left(plan)}
+    began, first = time.monotonic(), len(left)
+
+    def show() -> None:
+        for contender, repeat in plan.runs:
+            path = place.run(plan, contender, repeat)
+            if path not in left or not path.exists():
+                continue
+            left.remove(path)
+            loss = read_result(path)
+            seconds = (time.monotonic() - began) / (first - len(left)) * len(left)
+            say(
+                f"run {total - len(left)} of {total}  {'answer' if contender is plan.answer else 'runner-up':<9}  "
+                f"fresh seed {repeat - FIRST_REPEAT + 1}  loss {'diverged' if math.isnan(loss) else f'{loss:.4f}'}  "
+                f"left {workers.clock(seconds)}"
+            )
+
+    running = workers.start(files, study.workers, client, min(study.workers.count, cost.evaluations), "--confirm")
+    stopped = workers.watch(running, show)
+    if not place.left(plan):
+        return 0
+    if stopped:
+        say(f"stopped; nothing is lost: `hpo confirm {files.name} --seeds {plan.seeds}` carries on where it was")
+        return 130
+    codes = ", ".join(str(w.returncode) for w in running)
+    say(f"the workers ended early (exit codes {codes}); mend the cause, then run `hpo confirm {files.name}` again")
+    return 1
+
+
+def conclude(files: workers.StudyFiles, plan: Rematch, *, uri: str | None) -> Confirmation:
+    """Read all runs of a confirmation that is done, keep the outcome in its folder and on the study's run."""
+    place = files_of(files)
+    losses = [
+        [read_result(place.run(plan, c, FIRST_REPEAT + i)) for i in range(plan.seeds)]
+        for c in (plan.answer, plan.rival)
+    ]
+    made = confirmation(plan.answer, plan.rival, plan.fidelity, losses[0], losses[1])
+    value = asdict(made)
+    write_whole(place.answer, json.dumps(value, indent=1) + "\n")
+    client = tracking.connect(uri)
+    for side in ("answer", "rival"):
+        value[side].pop("losses")  # each is a run of its own there, and a note is short
+    tracking.write_note(client, tracking.find_study_run(client, files.name), "confirmed", value)
+    return made
+
+
+def read_confirmation(files: workers.StudyFiles) -> dict[str, Any] | None:
+    """What `conclude` kept, or None."""
+    path = files_of(files).answer
+    value: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return value

@@ -1,0 +1,174 @@
+"""One job: the repeats of a configuration, trained one after the other and recorded, and the signals that may stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from hpo.study import Trainer
+from scaling import tracking
+from scaling.compute import Fidelity
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from hpo.search import Job
+    from hpo.workers import StudyFiles
+    from scaling.runs import Measurement
+
+
+def run_job(
+    job: Job, trainer: Trainer, files: StudyFiles, client: MlflowClient, parent: str, stop: StopSignals
+) -> list[float]:
+    """Train one (configuration, rung), repeat by repeat, and record each; the losses, NaN where it diverged.
+
+    The first repeat that diverges ends it: the others are NaN, too. KeyboardInterrupt when `stop` was asked for, but only
+    while it trains: a repeat that has ended is recorded, and not trained again by whoever takes the job up.
+    """
+    tokens = int(job.fidelity.D)
+    losses: list[float] = []
+    for repeat in range(job.seeds):
+        result, save = files.result(job.config, tokens, repeat), files.checkpoint(job.config, tokens, repeat)
+        save.parent.mkdir(parents=True, exist_ok=True)
+        if result.exists():
+            loss = read_result(result)
+        else:
+            params = trainer.describe(job.params, job.fidelity, repeat=repeat) | {
+                "config": job.config,
+                "bracket": list(job.bracket),
+                "repeat": repeat,
+            }
+            run = tracking.child_run(
+                client, parent, f"config-{job.config:04d}{suffix(repeat)}", role="proxy", params=params
+            )
+            resume = None
+            if job.resume_tokens and repeat < job.resume_seeds:
+                resume = files.checkpoint(job.config, job.resume_tokens, repeat)
+            loss, seconds = train_once(
+                trainer,
+                job.params,
+                job.fidelity,
+                repeat,
+                resume=resume,
+                save=save,
+                keep=files.partial(job.config, tokens, repeat),
+                client=client,
+                run=run,
+                stop=stop,
+            )
+            tracking.log_result(
+                client,
+                run,
+                rung=job.rung,
+                tokens=tokens,
+                loss=loss,
+                seconds=seconds,
+                checkpoint=None if math.isnan(loss) else save,
+            )
+            tracking.finish(client, run)
+            if job.seeds > 1:
+                write_result(result, loss)
+        losses.append(loss)
+        if math.isnan(loss):
+            return losses + [math.nan] * (job.seeds - len(losses))
+    return losses
+
+
+def train_once(
+    trainer: Trainer,
+    params: Mapping[str, Any],
+    fidelity: Fidelity,
+    repeat: int,
+    *,
+    keep: Path,
+    client: MlflowClient,
+    run: str,
+    stop: StopSignals,
+    resume: Path | None = None,
+    save: Path | None = None,
+) -> tuple[float, float]:
+    """One training with its curve: (loss, seconds); NaN when it diverged. It goes on from `keep` if that exists.
+
+    KeyboardInterrupt, with the state in `keep`, when `stop` was asked for before the end.
+    """
+    started, last = time.perf_counter(), None
+    resume = keep if keep.exists() else resume
+    points = trainer(params, fidelity, resume=resume, save=save, keep=keep, repeat=repeat)
+    with contextlib.closing(points), tracking.CurveWriter(client, run) as curve:  # type: ignore[type-var]
+        for last in stop.interrupting(points):
+            curve.add(last)
+            if last.final:
+                break
+    if last is None or not last.final:
+        raise RuntimeError(
+            f"the trainer ended {dict(params)} at {fidelity} without a final measurement: it must yield one with final=True"
+        )
+    return math.nan if last.diverged else last.loss, time.perf_counter() - started
+
+
+def write_result(path: Path, loss: float) -> None:
+    """Keep the loss of one training, NaN when it diverged."""
+    write_whole(path, json.dumps({"loss": loss if math.isfinite(loss) else None}))
+
+
+def read_result(path: Path) -> float:
+    loss = json.loads(path.read_text())["loss"]
+    return math.nan if loss is None else float(loss)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write whole or not at all, whoever is killed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def suffix(repeat: int) -> str:
+    """What the files and the MLflow run of a repeat have at the end of their names: nothing for the first."""
+    return f"-repeat{repeat}" if repeat else ""
+
+
+class StopSignals:
+    """SIGINT and SIGTERM: noted at once, but raised only inside a trainer's steps, never while asking, telling or recording."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._inside = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, _: int, __: FrameType | None) -> None:
+        first = not self.requested
+        self.requested = True
+        if self._inside and first:
+            raise KeyboardInterrupt
+
+    def interrupting(self, points: Iterator[Measurement]) -> Iterator[Measurement]:
+        """The same points; a signal interrupts the making of one, and one that came before interrupts at once."""
+        while True:
+            self._inside = True
+            try:
+                if self.requested:
+                    raise KeyboardInterrupt
+                point = next(points, None)
+            finally:
+                self._inside = False
+            if point is None:
+                return
+            yield point

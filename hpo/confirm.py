@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict
 
+from hpo.cube import Cube
 from hpo.record import config_of
-from hpo.samplers import Cube
 from hpo.workers import outcomes, words
 from scaling.compute import Fidelity
 

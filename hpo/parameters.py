@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +19,7 @@ from scaling.compute import Fidelity
 
 @runtime_checkable
 class FidelitySampler(Protocol):
-    """A sampler that chooses where to start, and has an answer of its own."""
+    """A sampler that chooses what to run and how far, and has an answer of its own; see hpo.MultiFidelitySampler."""
 
     def propose(
         self,
@@ -27,7 +28,14 @@ class FidelitySampler(Protocol):
         slots: Sequence[Fidelity],
         cost: Callable[[Fidelity], float],
         target: Fidelity,
+        *,
+        continues: bool = False,
+        limit: float = math.inf,
     ) -> tuple[dict[str, Any], int]: ...
+
+    def is_hopeless(
+        self, study: optuna.Study, space: dict[str, BaseDistribution], params: dict[str, Any], target: Fidelity
+    ) -> bool: ...
 
     def best(self, study: optuna.Study, space: dict[str, BaseDistribution], target: Fidelity) -> dict[str, Any]: ...
 

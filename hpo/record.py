@@ -39,6 +39,7 @@ class Plan:
 
     increments: list[Fidelity]  # one per evaluation; D is what its seeds train together, without what they resume
     configurations: int  # new ones among them
+    counted: bool = True  # False: what a budget is worth in runs of the largest kind, not what will be run
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,15 @@ def plan_of(view: View, sizes: tuple[float, ...], variant: Variant, iterations: 
     return Plan(increments, configurations)
 
 
+def whole_runs_of(view: View, top: Fidelity, runs: float) -> Plan:
+    """What is still to be run when a budget for so many runs like `top` is left and nobody knows yet what they will be:
+    counted as such runs, the last one a shorter one."""
+    increments = [Fidelity(t.user_attrs["N"], trained_tokens(t)) for t in view.pending]
+    increments += [top] * int(runs)
+    rest = int(top.D * (runs - int(runs)))
+    return Plan(increments + ([Fidelity(top.N, rest)] if rest else []), 0, counted=False)
+
+
 def progress_of(view: View, plan: Plan | None, variant: Variant, raised_at: int) -> Progress:
     """plan: what is still to be run, None when the search has no end. raised_at: how many trials there were when the
     largest run was last raised; 0: never.
@@ -133,7 +143,7 @@ def progress_of(view: View, plan: Plan | None, variant: Variant, raised_at: int)
         reused = [trial for place, trial in view.at.items() if place in places and trial.number < raised_at]
     return Progress(
         done=len(done),
-        planned=None if plan is None else len(done) + len(plan.increments),
+        planned=None if plan is None or not plan.counted else len(done) + len(plan.increments),
         running=sum(t.state == TrialState.RUNNING for t in view.pending),
         diverged=sum(not math.isfinite(loss_of(t)) for t in done),
         configurations=len(view.entries),
@@ -150,10 +160,14 @@ def seeds_of(trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get("seeds", 1))  # absent from studies older than this attribute
 
 
+def resumed_seeds_of(trial: FrozenTrial) -> int:
+    """How many trainings of a trial go on from a checkpoint."""
+    return int(trial.user_attrs.get("resumed_seeds", 1)) if trial.user_attrs.get("resumed_tokens") else 0
+
+
 def resumed_tokens(trial: FrozenTrial) -> int:
     """Tokens that a trial did not train because it went on from checkpoints, all its seeds together."""
-    below = int(trial.user_attrs.get("resumed_tokens") or 0)
-    return below * int(trial.user_attrs.get("resumed_seeds", 1))
+    return int(trial.user_attrs.get("resumed_tokens") or 0) * resumed_seeds_of(trial)
 
 
 def trained_tokens(trial: FrozenTrial) -> int:

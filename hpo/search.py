@@ -30,6 +30,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from hpo.free import paid, wanted
 from hpo.hyperband import Bracket, Ladder, Promote, Scores, Start, Variant, moves
 from hpo.opening import (
     Promotion,
@@ -44,7 +45,19 @@ from hpo.opening import (
 )
 from hpo.parameters import FidelitySampler, Predictor, draw, fill_in, made_sampler
 from hpo.record import Job as Job
-from hpo.record import Plan, Progress, View, config_of, job_of, loss_of, plan_of, progress_of, read_trials, seeds_of
+from hpo.record import (
+    Plan,
+    Progress,
+    View,
+    config_of,
+    job_of,
+    loss_of,
+    plan_of,
+    progress_of,
+    read_trials,
+    seeds_of,
+    whole_runs_of,
+)
 from scaling.compute import Fidelity
 
 SETTINGS = "muscale"  # the study's user attribute
@@ -59,7 +72,10 @@ class Search:
     It only says where the sampler looks, so a study may be opened again with another one.
     sampler: "mfbo", "random", "qmc", which give the same sequence when killed and resumed, or any Optuna sampler, which
         then answers for its own seeds.
-    iterations: how often Hyperband is run. None: without end.
+    iterations: how often Hyperband is run: its brackets are then the plan, and the sampler fills them. None: without
+        end; a sampler with a model ("mfbo") is then free to choose settings, rungs and what to continue by itself.
+    budget: what a search without iterations may cost in all, in the unit of cost; None: without end. It is only a
+        stopping rule, so a study may be opened again with another one.
     cost: of one training from the beginning, any unit. Default: FLOPs.
     resumable: a promotion continues the run that it promotes, and pays only the difference.
     seeds: how many trainings with different random seeds an evaluation is, whose mean loss counts: one number for all
@@ -90,6 +106,7 @@ class Search:
         scheduler: str = "incremental-hyperband",
         variant: Variant = "discarding",
         iterations: int | None = None,
+        budget: float | None = None,
         cost: Callable[[Fidelity], float] | None = None,
         resumable: bool = True,
         seeds: int | Sequence[int] = 1,
@@ -117,6 +134,11 @@ class Search:
         ladder = Ladder.make(settings["tokens"][0], settings["tokens"][1], eta)
         ladder = replace(ladder, seeds=checked_seeds(seeds, ladder.levels))
         settings["seeds"] = list(ladder.seeds)
+        if budget is not None and (iterations is not None or not (math.isfinite(budget) and budget > 0)):
+            raise ValueError(
+                f"budget must be positive and finite, and stands in place of iterations, got {budget} and iterations "
+                f"{iterations}"
+            )
         if seed < 0:
             raise ValueError(f"seed must be a non-negative integer, got {seed}")
         if worker == "":
@@ -127,6 +149,7 @@ class Search:
         self.promote: Promotion = promote
         self.asynchronous = asynchronous
         self.iterations = iterations
+        self.budget = budget
         self.resumable = resumable
         self.cost = cost if cost is not None else _flops
         self.seed = seed
@@ -173,14 +196,16 @@ class Search:
 
     @property
     def finished(self) -> bool:
-        """Nothing is left, neither to be asked nor in progress. Never, when iterations is None."""
+        """Nothing is left, neither to be asked nor in progress. Never, without iterations and budget."""
         view = self._read()
+        if self.iterations is None:
+            return self._is_spent(view) and not view.pending
         return not view.pending and not self._moves(view)
 
     @property
     def progress(self) -> Progress:
         view = self._read()
-        plan = None if self.iterations is None else self._plan(view, self.iterations)
+        plan = None if self.iterations is None and self.budget is None else self._plan(view, self.iterations)
         raises = self.study.user_attrs[SETTINGS].get("raises") or [(0, 0)]
         return progress_of(view, plan, self.variant, raised_at=raises[-1][1])
 
@@ -189,8 +214,10 @@ class Search:
 
         ValueError when the search has no end, or the ladder cannot be raised so.
         """
-        if self.iterations is None:
-            raise ValueError("a search without end has no plan: give iterations, 1 for one Hyperband per size")
+        if self.iterations is None and self.budget is None:
+            raise ValueError(
+                "a search without end has no plan: give iterations, 1 for one Hyperband per size, or a budget"
+            )
         view = self._read()
         if max_tokens is not None:
             view = replace(view, ladder=view.ladder.raised(whole_tokens(max_tokens)))
@@ -225,7 +252,12 @@ class Search:
                 # A second run of the same, or one whose worker was killed between the two writes of a divergence.
                 self.study.tell(number, state=TrialState.FAIL)
                 view = self._read()
-            created = self._next(view, self._moves(view, self._predictions(view)))
+            if self._is_spent(view):
+                return None
+            if self.iterations is None and isinstance(self._sampler, FidelitySampler):
+                created: int | None = self._freely(view, self._sampler)
+            else:
+                created = self._next(view, self._moves(view, self._predictions(view)))
             return None if created is None else self._handed_out(created)
 
     def tell(self, job: Job, loss: float | Sequence[float]) -> None:
@@ -282,8 +314,23 @@ class Search:
     def _read(self) -> View:
         return read_trials(self.study.get_trials(deepcopy=False), self.ladder, self.space)
 
-    def _plan(self, view: View, iterations: int) -> Plan:
-        return plan_of(view, self.sizes, self.variant, iterations, resumable=self.resumable)
+    def _plan(self, view: View, iterations: int | None) -> Plan:
+        if iterations is not None:
+            return plan_of(view, self.sizes, self.variant, iterations, resumable=self.resumable)
+        top = Fidelity(self.sizes[-1], view.ladder.levels[-1])
+        runs = max(self._left(view), 0.0) / self.cost(top)
+        return whole_runs_of(view, top, runs)
+
+    def _left(self, view: View) -> float:
+        """Of the budget, when all that runs has ended; without end when there is none."""
+        if self.budget is None:
+            return math.inf
+        return self.budget - paid(view, self.cost)
+
+    def _is_spent(self, view: View) -> bool:
+        """Whether not even the cheapest run can be paid."""
+        cheapest = min(self._start_cost(view, Fidelity(size, view.ladder.levels[0])) for size in self.sizes)
+        return self._left(view) < cheapest * (1 - 1e-9)
 
     def _moves(self, view: View, scores: Scores | None = None) -> list[Promote | Start]:
         """What may be run. Whether there is anything does not depend on the scores."""
@@ -330,11 +377,9 @@ class Search:
             (m.bracket for m in possible if isinstance(m, Start)),
             key=lambda b: self._start_cost(view, self._at(view, b)),
         )
-        for trial in view.trials:
-            if trial.state == TrialState.WAITING and "bracket" not in trial.user_attrs and self._in_range(trial):
-                for key, value in self._attrs(view, starts[0].start, starts[0], trial.number, None).items():
-                    self._storage.set_trial_user_attr(self._id(trial.number), key, value)
-                return self._start(trial.number).number
+        enqueued = self._enqueued(view, starts[0])
+        if enqueued is not None:
+            return enqueued
         if isinstance(self._sampler, FidelitySampler):
             slots = [self._at(view, bracket) for bracket in starts]
             cost = partial(self._start_cost, view)
@@ -343,6 +388,41 @@ class Search:
         random = self._random(len(view.trials))
         params = {} if random is None else draw(self.space, self.study, random)
         return self._create(view, params, starts[0].start, starts[0])
+
+    def _enqueued(self, view: View, bracket: Bracket) -> int | None:
+        """Start the first trial that was enqueued by hand, if there is one; its number."""
+        for trial in view.trials:
+            if trial.state == TrialState.WAITING and "bracket" not in trial.user_attrs and self._in_range(trial):
+                for key, value in self._attrs(view, bracket.start, bracket, trial.number, None).items():
+                    self._storage.set_trial_user_attr(self._id(trial.number), key, value)
+                return self._start(trial.number).number
+        return None
+
+    def _freely(self, view: View, sampler: FidelitySampler) -> int:
+        """Create the trial that the sampler's model wants; its number."""
+        enqueued = self._enqueued(view, Bracket(0, 0, 0))
+        if enqueued is not None:
+            return enqueued
+        chosen = wanted(
+            view,
+            sampler,
+            self.study,
+            self.space,
+            sizes=self.sizes,
+            cost=partial(self._start_cost, view),
+            target=self.target,
+            resumable=self.resumable,
+            left=self._left(view),
+        )
+        return self._create(
+            view,
+            chosen.params,
+            chosen.rung,
+            chosen.bracket,
+            config=chosen.config,
+            continues=chosen.continues,
+            goal=chosen.goal,
+        )
 
     def _at(self, view: View, bracket: Bracket) -> Fidelity:
         return Fidelity(self.sizes[bracket.size], view.ladder.levels[bracket.start])
@@ -374,6 +454,7 @@ class Search:
         *,
         config: int | None = None,
         continues: FrozenTrial | None = None,
+        goal: int | None = None,
     ) -> int:
         """A new running trial, in one write; its number. No params: the sampler is asked for them afterwards."""
         number = len(view.trials)
@@ -383,7 +464,8 @@ class Search:
                 state=TrialState.RUNNING,
                 params={k: params[k] for k in self.space} if params else {},
                 distributions=self.space if params else {},
-                user_attrs=self._attrs(view, rung, bracket, number if config is None else config, continues),
+                user_attrs=({} if goal is None else {"goal": goal})
+                | self._attrs(view, rung, bracket, number if config is None else config, continues),
             ),
         )
         actual = self._storage.get_trial_number_from_id(trial_id)

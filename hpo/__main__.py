@@ -262,6 +262,8 @@ def open_existing(study: str) -> tuple[Any, Any]:
 
 
 def describe(cost: Estimate) -> str:
+    if not cost.counted:
+        return f"a budget for {cost.evaluations} of the largest runs (the last may be shorter), spent as the model sees fit: {describe_work(cost)}"
     return f"{cost.evaluations} evaluations of {cost.configurations} configurations to run, {describe_work(cost)}"
 
 

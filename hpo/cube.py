@@ -91,6 +91,12 @@ class Cube:
     def nominal(self) -> NDArray[np.bool_]:
         return np.array([isinstance(d, CategoricalDistribution) for d in self.distributions.values()])
 
+    def range_of(self, name: str) -> tuple[float, float]:
+        """The values, or their logarithms, at 0 and 1 of a parameter that is a float or an integer on a log scale."""
+        distribution = self.distributions[name]
+        assert not isinstance(distribution, CategoricalDistribution)
+        return _ends(distribution)
+
     def unit(self, params: dict[str, Any]) -> Array:
         return np.array([_to_unit(d, params[name]) for name, d in self.distributions.items()], float)
 

@@ -14,6 +14,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState, create_trial
 
+from hpo.belief import Belief
 from scaling.compute import Fidelity
 
 
@@ -54,15 +55,17 @@ class Predictor(Protocol):
         """The loss of each at the target; None while there is no model yet."""
 
 
-def made_sampler(sampler: str | BaseSampler, seed: int) -> BaseSampler:
-    """The sampler of that name, or the one given. ValueError when it is neither."""
+def made_sampler(sampler: str | BaseSampler, seed: int, belief: Belief | None = None) -> BaseSampler:
+    """The sampler of that name, or the one given. ValueError when it is neither, or cannot use a belief."""
     if isinstance(sampler, BaseSampler):
+        if belief:
+            raise ValueError("a belief goes to a sampler that is given by name: give it to your sampler itself")
         return sampler
     if not isinstance(sampler, str):
         raise ValueError(f"sampler must be a name or an Optuna sampler, got {sampler!r}")
     from hpo.samplers import make_sampler
 
-    return make_sampler(sampler, seed=seed)
+    return make_sampler(sampler, seed=seed, belief=belief)
 
 
 def draw(space: Mapping[str, BaseDistribution], study: optuna.Study, sampler: RandomSampler) -> dict[str, Any]:

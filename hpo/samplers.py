@@ -28,24 +28,28 @@ from optuna.search_space import intersection_search_space
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.belief import Belief, check_belief
 from hpo.cube import Array, Cube, from_unit, known_kind
 from scaling.compute import Fidelity
 
 if TYPE_CHECKING:
     from hpo.acquisition import Offer
-    from hpo.surrogate import Surrogate
+    from hpo.surrogate import Fitter, Surrogate
 
-SAMPLERS = ("mfbo", "random", "qmc", "tpe", "gp")
+MODELS = {"mfbo": "bowl", "mfbo-deep": "deep", "mfbo-nngp": "nngp"}  # sampler: surrogate
+SAMPLERS = (*MODELS, "random", "qmc", "tpe", "gp")
 
 
-def make_sampler(name: str, *, seed: int | None = None) -> BaseSampler:
-    """The sampler called "mfbo" (MultiFidelitySampler), or Optuna's "random", "qmc", "tpe" or "gp". ValueError for other
-    names.
+def make_sampler(name: str, *, seed: int | None = None, belief: Belief | None = None) -> BaseSampler:
+    """The sampler called "mfbo" (MultiFidelitySampler; "mfbo-deep" and "mfbo-nngp" are the same with other surrogates),
+    or Optuna's "random", "qmc", "tpe" or "gp". ValueError for other names.
 
     Optuna's know nothing of fidelities: they take the losses of all rungs for one function.
     """
-    if name == "mfbo":
-        return MultiFidelitySampler(seed=seed)
+    if name in MODELS:
+        return MultiFidelitySampler(seed=seed, surrogate=MODELS[name], belief=belief)
+    if belief and name in SAMPLERS:
+        raise ValueError(f"a belief needs a model, which {' and '.join(MODELS)} have, got sampler {name!r}: remove it")
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if name == "tpe":
@@ -109,6 +113,16 @@ def _look(study: optuna.Study, cube: Cube, target: Fidelity, asking: int | None 
     )
 
 
+def _fitter(surrogate: str) -> Fitter:
+    if surrogate == "bowl":
+        from hpo.surrogate import fit_bowl
+
+        return fit_bowl
+    from hpo.neural import fit_deep, fit_nngp
+
+    return {"deep": fit_deep, "nngp": fit_nngp}[surrogate]
+
+
 def _violates(trial: FrozenTrial) -> bool:
     """Whether any constraint of the trial is positive, Optuna's sign for a violated one."""
     return any(value > 0 for value in trial.constraints.values())
@@ -126,19 +140,31 @@ class MultiFidelitySampler(BaseSampler):
     """Bayesian optimisation over settings and fidelity (`hpo.surrogate`), in any single-objective study.
 
     seed: None draws one. n_startup_trials: configurations taken from a scrambled Sobol sequence before the model is
-    asked; None: max(4, number of parameters + 1).
+    asked; None: max(4, number of parameters + 1). surrogate: "bowl" (`hpo.kernels`), "deep" or "nngp" (`hpo.neural`).
+    belief: where the optimum of some parameters is believed to lie (`hpo.belief`); the first configuration is then that.
 
     In a plain study the parameters that all finished trials share, with the same distributions, are modelled together;
     others (conditional parameters, changing ranges, the first trial's) are drawn at random, each by itself.
     """
 
-    def __init__(self, *, seed: int | None = None, n_startup_trials: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        seed: int | None = None,
+        n_startup_trials: int | None = None,
+        surrogate: str = "bowl",
+        belief: Belief | None = None,
+    ) -> None:
         if seed is not None and seed < 0:
             raise ValueError(f"seed must be a non-negative integer, got {seed}")
         if n_startup_trials is not None and n_startup_trials < 1:
             raise ValueError(
                 f"n_startup_trials must be at least 1, got {n_startup_trials}: leave it out for the default"
             )
+        if surrogate not in MODELS.values():
+            raise ValueError(f"surrogate must be one of {', '.join(MODELS.values())}, got {surrogate!r}")
+        self._surrogate = surrogate
+        self._belief = dict(belief or {})
         self._seed = secrets.randbits(32) if seed is None else seed
         self._n_startup = n_startup_trials
         self._fitted: tuple[tuple[bytes, ...], Surrogate] | None = None  # the last one: an ask may need it twice
@@ -199,6 +225,7 @@ class MultiFidelitySampler(BaseSampler):
             if not (math.isfinite(cost(slot)) and cost(slot) > 0):
                 raise ValueError(f"the cost of a run must be positive and finite, got {cost(slot)} at {slot}")
         cube = Cube(space)
+        check_belief(self._belief, cube)
         seen = _look(study, cube, target)
         return self._next(cube, seen, slots, cost, target, number=seen.configurations, continues=continues, limit=limit)
 
@@ -278,21 +305,23 @@ class MultiFidelitySampler(BaseSampler):
         return seen.configurations >= startup and int(seen.finite.sum()) >= 2
 
     def _model(self, cube: Cube, seen: _Seen, target: Fidelity) -> Surrogate | None:
-        from hpo.surrogate import fidelity_coordinates
+        return self._fit(cube, seen, target, ()) if self._has_model(seen, cube) else None
 
-        return self._fit(cube, seen, fidelity_coordinates(seen.levels, target)) if self._has_model(seen, cube) else None
+    def _fit(self, cube: Cube, seen: _Seen, target: Fidelity, slots: Sequence[Fidelity]) -> Surrogate:
+        """The surrogate of the finished runs, then told of the pending ones. Its fidelity coordinates span slots, too."""
+        from hpo.belief import centre_of
+        from hpo.surrogate import fidelity_coordinates, fit_surrogate
 
-    def _fit(self, cube: Cube, seen: _Seen, coordinates: Array) -> Surrogate:
-        """The surrogate of the finished runs, then told of the pending ones. coordinates [n + q, 2]."""
-        from hpo.surrogate import fit_surrogate
-
-        key = (cube.features(seen.cube).tobytes(), seen.loss.tobytes(), coordinates.tobytes())
+        n, features, levels = len(seen.loss), cube.features(seen.cube), [*seen.levels, *slots]
+        coordinates = fidelity_coordinates(levels, target)[: len(seen.levels)]
+        key = (features.tobytes(), seen.loss.tobytes(), coordinates.tobytes())
         if self._fitted is None or self._fitted[0] != key:
-            n = len(seen.loss)
-            features = cube.features(seen.cube)
             ids = {level: i for i, level in enumerate(dict.fromkeys(seen.levels[:n]))}
             level = np.array([ids[f] for f in seen.levels[:n]], dtype=np.int64)
-            model = fit_surrogate(features[:n], coordinates[:n], level, seen.loss)
+            belief = {name: law for name, law in self._belief.items() if name in cube.distributions}
+            centre = centre_of(belief, cube, levels, target) if belief else None
+            fitter = _fitter(self._surrogate)
+            model = fit_surrogate(features[:n], coordinates[:n], level, seen.loss, fitter=fitter, centre=centre)
             self._fitted = key, model.with_pending(features[n:], coordinates[n:])
         return self._fitted[1]
 
@@ -325,12 +354,18 @@ class MultiFidelitySampler(BaseSampler):
             sequence = Sobol(len(cube.space), scramble=True, rng=np.random.default_rng(self._seed))
             if number:  # scipy refuses to skip nothing
                 sequence.fast_forward(number)
-            return cube.params(sequence.random(1)[0]), min(range(len(slots)), key=lambda i: cost(slots[i]))
+            point, cheapest = sequence.random(1)[0], min(range(len(slots)), key=lambda i: cost(slots[i]))
+            if number == 0 and self._belief:
+                from hpo.belief import in_cube
+
+                for name, place in in_cube(self._belief, cube, slots[cheapest]).items():
+                    point[list(cube.distributions).index(name)] = min(max(place, 0.0), 1.0)
+            return cube.params(point), cheapest
         from hpo.acquisition import suggest
         from hpo.surrogate import fidelity_coordinates
 
+        model = self._fit(cube, seen, target, slots)
         coordinates = fidelity_coordinates([*seen.levels, *slots], target)
-        model = self._fit(cube, seen, coordinates[: len(seen.levels)])
         offer = _offer(seen, slots, coordinates[len(seen.levels) :], cost, continues, limit)
         point, slot = suggest(model, cube, seen.cube, offer, seed=[self._seed, number, len(seen.levels)])
         return cube.params(point), slot

@@ -30,6 +30,8 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from hpo.belief import Belief, check_belief
+from hpo.cube import Cube
 from hpo.free import paid, wanted
 from hpo.hyperband import Bracket, Ladder, Promote, Scores, Start, Variant, moves
 from hpo.opening import (
@@ -85,6 +87,7 @@ class Search:
         the efficient variant, whatever `variant` says.
     asynchronous: promote good runs before all of their rung have finished: the top is reached sooner, at the price of
         some promotions that prove wrong; see hpo.hyperband.
+    belief: where the optimum of some parameters is believed to lie, for a sampler with a model; see hpo.belief.
     storage: None (memory), a path that ends in .journal, a URL, or an Optuna storage. An existing study called `name`
         ("search" by default) is opened and must have been made with the same settings.
     worker: who runs the jobs; unique among live workers. Default: this process. Jobs of a dead process of this host are
@@ -112,6 +115,7 @@ class Search:
         seeds: int | Sequence[int] = 1,
         promote: Promotion = "rank",
         asynchronous: bool = False,
+        belief: Belief | None = None,
         storage: str | Path | BaseStorage | None = None,
         name: str | None = None,
         seed: int = 0,
@@ -155,7 +159,9 @@ class Search:
         self.seed = seed
         self.worker = worker if worker is not None else process_name()
         self._target = target
-        self._sampler = made_sampler(sampler, seed)
+        if belief:
+            check_belief(belief, Cube(self.space))
+        self._sampler = made_sampler(sampler, seed, belief)
         if promote == "predicted" and not isinstance(self._sampler, Predictor):
             raise ValueError(
                 'promote="predicted" needs a sampler that has a method predict, such as "mfbo", got '

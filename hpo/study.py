@@ -39,12 +39,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from hpo.belief import Law, check_belief
+from hpo.cube import Cube
 from hpo.hyperband import Ladder
 from hpo.opening import Promotion, checked_seeds
 from hpo.samplers import SAMPLERS
@@ -127,8 +130,14 @@ class SearchTable(_Table):
     sampler: str = Field("mfbo", description=", ".join(SAMPLERS))
     scheduler: Literal["incremental-hyperband"] = "incremental-hyperband"
     variant: Literal["discarding", "preserving", "efficient"] = "discarding"
-    iterations: PositiveInt = Field(1, description="how often Hyperband runs through its brackets at every size")
-
+    iterations: PositiveInt | None = Field(
+        None, description="how often Hyperband runs through its brackets at every size; 1 unless there is a budget"
+    )
+    budget: PositiveFloat | None = Field(
+        None,
+        description="instead of iterations, in runs of the largest proxy for tokens.max: no brackets, the sampler's model "
+        "chooses what to run and how far",
+    )
     seeds: Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda x: (x,) if type(x) is int else x)] = Field(
         (1,),
         min_length=1,
@@ -136,6 +145,13 @@ class SearchTable(_Table):
     )
     promote: Promotion = Field("rank", description="by the losses of the rung, or by the model's at the target")
     asynchronous: bool = Field(False, description="promote the best so far instead of waiting for their rung")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_hyperband_by_default(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("iterations") is None and data.get("budget") is None:
+            return {**data, "iterations": 1}
+        return data
 
     @field_validator("sampler")
     @classmethod
@@ -161,7 +177,11 @@ class SearchTable(_Table):
             Ladder(levels, self.eta, checked_seeds(self.seeds, levels))
         except ValueError as error:
             problems.append(str(error))
-        if self.promote == "predicted" and self.sampler != "mfbo":
+        if self.budget is not None and self.iterations is not None:
+            problems.append(
+                "needed iterations (Hyperband's brackets) or budget (the model decides), got both: remove one"
+            )
+        if self.promote == "predicted" and not self.sampler.startswith("mfbo"):
             problems.append(
                 f"promote = 'predicted' needs a model of the loss, which sampler = 'mfbo' has, got {self.sampler!r}"
             )
@@ -213,6 +233,25 @@ class Dimension(_Table):
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
 
+class LawTable(_Table):
+    """Where the optimum of a searched parameter is believed to lie: value (N / at.N)^exponent_N (D / at.D)^exponent_D."""
+
+    value: PositiveFloat
+    at: Mapping[Literal["N", "D"], PositiveFloat]
+    exponent_N: float = 0.0
+    exponent_D: float = 0.0
+
+    @model_validator(mode="after")
+    def _both_sizes(self) -> Self:
+        if len(self.at) < 2:
+            raise ValueError(f"at needs N and D, got {sorted(self.at)}")
+        return self
+
+    @property
+    def law(self) -> Law:
+        return Law(self.value, Fidelity(self.at["N"], self.at["D"]), self.exponent_N, self.exponent_D)
+
+
 class TrainerTable(BaseModel):
     """Which trainer, and its settings (all other keys)."""
 
@@ -233,9 +272,18 @@ class StudyConfig(_Table):
     seed: int = Field(0, ge=0)
     search: SearchTable
     space: dict[str, Dimension] = Field(min_length=1)
+    belief: dict[str, LawTable] = Field(default_factory=dict)
     trainer: TrainerTable = Field(default_factory=TrainerTable)
     target: dict[str, Any] | None = None
     workers: Workers = Field(default_factory=Workers)
+
+    @model_validator(mode="after")
+    def _belief_is_used(self) -> Self:
+        if self.belief and not self.search.sampler.startswith("mfbo"):
+            raise ValueError(f"belief needs a sampler with a model, such as 'mfbo', got {self.search.sampler!r}")
+        if self.belief:
+            check_belief({name: table.law for name, table in self.belief.items()}, Cube(self.distributions))
+        return self
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:

@@ -21,6 +21,7 @@ from scipy.optimize import minimize
 from scipy.special import ndtri
 from torch import Tensor
 
+from hpo.belief import Centre
 from hpo.kernels import NAMES, FidelityKernel, box, prior, unpack
 from hpo.marginal import AXES, Marginal
 from scaling.compute import Fidelity
@@ -32,13 +33,13 @@ with warnings.catch_warnings():
     from gpytorch.constraints import GreaterThan
     from gpytorch.kernels import Kernel
     from gpytorch.likelihoods import GaussianLikelihood
-    from gpytorch.means import ZeroMean
+    from gpytorch.means import Mean, ZeroMean
     from gpytorch.priors import LogNormalPrior
 
 Array = NDArray[np.float64]
 
 JITTER = 1e-8
-TAIL = 3.0  # excess losses are compressed from so many upper quartiles on
+TAIL = 1.0  # excess losses are compressed from so many upper quartiles on
 FIT_ROWS = 200  # hyperparameters are fitted to at most so many rows; all rows are conditioned on
 DRAWS = 4  # of hyperparameters, besides the best
 ITERATIONS = 40
@@ -114,7 +115,8 @@ class Member:
     x: Tensor
     z: Tensor
     chol: Tensor  # [n, n], of the covariance with noise
-    alpha: Tensor  # [n], its inverse times z
+    alpha: Tensor  # [n], its inverse times z - mean
+    mean: Mean
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Model inputs [m, d + 2] -> mean [m], variance [m] in z units, and L^-1 k(X, x) [n, m]."""
@@ -122,7 +124,8 @@ class Member:
             cross = self.kernel.forward(self.x, x)
             v = torch.linalg.solve_triangular(self.chol, cross, upper=False)
             variance = (self.kernel.forward(x, x, diag=True) - v.square().sum(0)).clamp_min(0.0)
-        return self.alpha @ cross, variance, v
+            expected = self.mean(x) + self.alpha @ cross
+        return expected, variance, v
 
     def covariance(self, a: Tensor, v_a: Tensor, b: Tensor, v_b: Tensor) -> Tensor:
         """Posterior covariance [m, k] of points a and b, with what `posterior` gave for both."""
@@ -132,7 +135,8 @@ class Member:
 
     def with_pending(self, x: Tensor) -> Member:
         """Told that runs at x will come out at their posterior mean: the mean stays."""
-        return condition(self.kernel, self.noise, torch.cat([self.x, x]), torch.cat([self.z, self.posterior(x)[0]]))
+        x_all, z_all = torch.cat([self.x, x]), torch.cat([self.z, self.posterior(x)[0]])
+        return condition(self.kernel, self.noise, x_all, z_all, self.mean)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +156,7 @@ class Surrogate:
     def model(self) -> SingleTaskGP:
         """The first member as BoTorch sees it."""
         first = self.members[0]
-        return botorch_model(first.kernel, first.noise, first.x, first.z)
+        return botorch_model(first.kernel, first.noise, first.x, first.z, first.mean)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Model inputs [m, d + 2] -> mean [m] and variance [m] of the mixture, in z units."""
@@ -202,23 +206,43 @@ def _cholesky(k: Tensor) -> Tensor:
     raise ValueError(f"the covariance of {len(k)} runs is not positive definite: check their losses for huge values")
 
 
-def condition(kernel: Kernel, noise: float, x: Tensor, z: Tensor) -> Member:
-    """The process with this covariance and noise variance, given values z [n] at model inputs x [n, d + 2]."""
+class BelievedBowl(Mean):  # type: ignore[misc]
+    """A quadratic bowl over some feature columns whose centre moves linearly with the fidelity coordinates."""
+
+    def __init__(self, centre: Centre) -> None:
+        super().__init__()
+        self.columns, self.curvature = list(centre.columns), centre.curvature
+        self.at_target, self.moves = torch.from_numpy(centre.at_target), torch.from_numpy(centre.moves)
+
+    def forward(self, x: Tensor) -> Tensor:
+        off = x[..., self.columns] - self.at_target - x[..., -AXES:] @ self.moves
+        bowl: Tensor = self.curvature * off.square().sum(-1)
+        return bowl
+
+
+def condition(kernel: Kernel, noise: float, x: Tensor, z: Tensor, mean: Mean | None = None) -> Member:
+    """The process with this covariance, noise variance and mean (0), given values z [n] at model inputs x [n, d + 2]."""
+    mean = ZeroMean() if mean is None else mean
     with torch.no_grad():
         chol = _cholesky(kernel.forward(x, x) + noise * torch.eye(len(x), dtype=x.dtype))
-        alpha = torch.cholesky_solve(z.unsqueeze(-1), chol).squeeze(-1)
-    return Member(kernel, noise, x, z, chol, alpha)
+        alpha = torch.cholesky_solve((z - mean(x)).unsqueeze(-1), chol).squeeze(-1)
+    return Member(kernel, noise, x, z, chol, alpha, mean)
 
 
-def botorch_model(kernel: Kernel, noise: float, x: Tensor, z: Tensor) -> SingleTaskGP:
-    """A SingleTaskGP with this kernel and this noise variance, ready to predict."""
-    mean, sd = prior(x.shape[-1] - AXES)["log_noise"]
+def botorch_model(kernel: Kernel, noise: float, x: Tensor, z: Tensor, mean: Mean | None = None) -> SingleTaskGP:
+    """A SingleTaskGP with this kernel, mean and noise variance, ready to predict."""
+    median, sd = prior(x.shape[-1] - AXES)["log_noise"]
     likelihood = GaussianLikelihood(
-        noise_prior=LogNormalPrior(2.0 * float(mean), 2.0 * sd),
+        noise_prior=LogNormalPrior(2.0 * float(median), 2.0 * sd),
         noise_constraint=GreaterThan(JITTER, transform=None, initial_value=noise),
     )
     model = SingleTaskGP(
-        x, z.unsqueeze(-1), likelihood=likelihood, covar_module=kernel, mean_module=ZeroMean(), outcome_transform=None
+        x,
+        z.unsqueeze(-1),
+        likelihood=likelihood,
+        covar_module=kernel,
+        mean_module=mean or ZeroMean(),
+        outcome_transform=None,
     )
     with torch.no_grad():
         likelihood.noise_covar.raw_noise.fill_(noise)
@@ -293,12 +317,21 @@ def laplace_draws(posterior: Marginal, best: Array, sd: Array, draws: int) -> li
     return kept
 
 
-def fit_surrogate(U: Array, T: Array, level: NDArray[np.int64], y: Array, *, fitter: Fitter = fit_bowl) -> Surrogate:
+def fit_surrogate(
+    U: Array,
+    T: Array,
+    level: NDArray[np.int64],
+    y: Array,
+    *,
+    fitter: Fitter = fit_bowl,
+    centre: Centre | None = None,
+) -> Surrogate:
     """Fit to n runs: features U [n, d] in [0, 1], fidelity coordinates T [n, 2], level ids, losses y [n].
 
-    Losses that are not finite are outcomes too (see `standardise`). Hyperparameters see at most FIT_ROWS runs: half of
-    them those nearest the target in fidelity and then in loss, the others spread evenly over the rest. Raises
-    ValueError on mismatched shapes or when no loss is finite.
+    centre: of the bowl that is believed in beforehand; the fit is to what it leaves. Losses that are not finite are
+    outcomes too (see `standardise`). Hyperparameters see at most FIT_ROWS runs: half of them those nearest the target
+    in fidelity and then in loss, the others spread evenly over the rest. Raises ValueError on mismatched shapes or when
+    no loss is finite.
     """
     n = len(y)
     if U.ndim != 2 or T.shape != (n, AXES) or len(U) != n or len(level) != n or not U.shape[1]:
@@ -308,8 +341,10 @@ def fit_surrogate(U: Array, T: Array, level: NDArray[np.int64], y: Array, *, fit
         )
     scores, offset, scale = standardise(np.asarray(y, float), np.asarray(level))
     x, z = join(np.asarray(U, float), np.asarray(T, float)), torch.from_numpy(scores)
+    mean = ZeroMean() if centre is None else BelievedBowl(centre)
     rows = torch.from_numpy(_representative(np.abs(T).sum(1), scores))
-    return Surrogate(tuple(condition(kernel, noise, x, z) for kernel, noise in fitter(x[rows], z[rows])), offset, scale)
+    kernels = fitter(x[rows], z[rows] - mean(x[rows]))
+    return Surrogate(tuple(condition(kernel, noise, x, z, mean) for kernel, noise in kernels), offset, scale)
 
 
 def _representative(distance: Array, z: Array) -> NDArray[np.int64]:

@@ -88,6 +88,7 @@ class Estimate:
     flops: float
     seconds: float  # for all workers together
     speeds: Mapping[float, float]  # N -> tokens per second of one worker
+    counted: bool = True  # False: a budget's worth of the largest runs; the model decides what will be run
 
 
 def open_search(study: StudyConfig, trainer: Trainer, storage: str | None, name: str | None = None) -> Search:
@@ -97,20 +98,22 @@ def open_search(study: StudyConfig, trainer: Trainer, storage: str | None, name:
     from hpo.search import Search
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # our own lines say which trial ended
-    search = study.search
+    search, sizes = study.search, trainer.sizes
     return Search(
         study.distributions,
         tokens=(search.tokens.min, search.tokens.max),
         eta=search.eta,
-        sizes=trainer.sizes,
+        sizes=sizes,
         target=trainer.target(**study.target) if study.target else None,
         sampler=search.sampler,
         scheduler=search.scheduler,
         variant=search.variant,
         iterations=search.iterations,
+        budget=search.budget * Fidelity(max(sizes), search.tokens.max).C if search.budget else None,
         seeds=search.seeds,
         promote=search.promote,
         asynchronous=search.asynchronous,
+        belief={name: table.law for name, table in study.belief.items()},
         storage=storage,
         name=name,
         seed=study.seed,
@@ -141,6 +144,7 @@ def estimate(search: Search, study: StudyConfig, trainer: Trainer, *, max_tokens
         flops=sum(f.C for f in plan.increments),
         seconds=work / study.workers.count,
         speeds=speeds,
+        counted=plan.counted,
     )
 
 
@@ -202,7 +206,7 @@ def searched_ranges(study: StudyConfig, trainer: Trainer) -> dict[str, list[floa
 
 
 def check_same_settings(files: StudyFiles, study: StudyConfig) -> None:
-    """StudyError that lists what the file says otherwise than it did at launch (workers and target may change)."""
+    """StudyError that lists what the file says otherwise than it did at launch (workers, target and budget may change)."""
     if not files.journal.exists():
         raise ValueError(f"study {files.name!r} has not been launched: `hpo launch {files.toml}` starts it")
     # read by the model, so that a study launched before a setting existed has its default
@@ -211,7 +215,7 @@ def check_same_settings(files: StudyFiles, study: StudyConfig) -> None:
     problems = [
         f"{where}: launched with {json.dumps(old)}, the file now says {json.dumps(new)}"
         for where, old, new in differences(then, now)
-        if where.split(".")[0] not in ("workers", "target")
+        if where.split(".")[0] not in ("workers", "target") and where != "search.budget"
     ]
     if problems:
         raise StudyError(
@@ -374,9 +378,12 @@ class Progress:
                 self.began = time.time() - took
             loss = "diverged" if trial.value is None else f"{trial.value:.4f}"
             say(
-                f"trial {len(self.seen)} of {max(self.total, len(self.seen))}  N {attrs['N']:,.0f}  D {attrs['tokens']:,}  {words(trial.params)}  "
+                f"trial {len(self.seen)}{self.of()}  N {attrs['N']:,.0f}  D {attrs['tokens']:,}  {words(trial.params)}  "
                 f"loss {loss}  best {best:.4f}  {extra / took:,.0f} tokens/s  left {self.left()}"
             )
+
+    def of(self) -> str:
+        return f" of {max(self.total, len(self.seen))}" if self.cost.counted else ""
 
     def left(self) -> str:
         """Time left, at the pace so far, by the estimate of what is left."""

@@ -114,13 +114,17 @@ def status(study: Study, as_json: Json = False) -> None:
     search, _ = open_existing(study)
     now = search.progress
     if as_json:
-        typer.echo(json.dumps(asdict(now) | {"finished": search.finished}))
+        rungs = [{"N": at.N, "D": at.D, "usefulness": found} for at, found in search.usefulness().items()]
+        typer.echo(json.dumps(asdict(now) | {"finished": search.finished, "rungs": rungs}))
         return
     planned = f" of {now.planned}" if now.planned else ""
     typer.echo(
         f"{now.done}{planned} evaluations done, {now.running} running, {now.diverged} diverged, {now.configurations} configurations"
     )
     typer.echo(spent_in_words(now))
+    for at, found in search.usefulness().items():
+        warning = "" if found > 0.5 else ": its ranks say little about the target" if found > 0.1 else ": it misleads"
+        typer.echo(f"N {at.N:,.0f}, D {at.D:,.0f}: losses go with the target's by {found:.2f}{warning}")
     typer.echo("finished" if search.finished else f"unfinished: `hpo resume {study}` goes on")
 
 

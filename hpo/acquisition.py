@@ -135,7 +135,7 @@ class Offer:
     """What may be run: slots [l, 2], fidelity coordinates; cost [l] of a run there from the beginning, where the dearest
     fidelity within reach costs 1; top: the slot of that one, None when it is not on offer.
 
-    What was run: cube [n, p], slot ids at [n] (-1: elsewhere), running [n], and continues: whether a settled run may be
+    What was run: cube [n, p], slot ids at [n] (-1: elsewhere), stuck [n] (running, or diverged), and continues: whether another run may be
     continued to a slot of a higher cost at the same size for the difference. limit: what may be spent at most. size [l]: which slots are of one size.
     spent: cost so far of what did not reach the dearest fidelity, and in all.
     """
@@ -146,7 +146,7 @@ class Offer:
     size: NDArray[np.int64]
     cube: Array
     at: NDArray[np.int64]
-    running: NDArray[np.bool_]
+    stuck: NDArray[np.bool_]
     continues: bool
     limit: float
     spent: tuple[float, float]
@@ -159,7 +159,7 @@ class Offer:
         if self.continues:
             here = same & (self.at >= 0) & (self.size[self.at] == self.size[slot])
             done = np.where(here, self.cost[self.at], 0.0).max(1, initial=0.0)
-            blocked |= here & self.running
+            blocked |= here & self.stuck
             blocked |= (done >= self.cost[slot])[:, None]
             price = price - done
         return np.where(blocked.any(1) | (price > self.limit * (1 + 1e-9)), np.inf, price)

@@ -72,11 +72,11 @@ def wanted(
         return Wanted(params, goal.start, goal)
     bottom = Bracket(0, goal.size, 0)
     for entry in view.entries:
-        before = view.at.get((entry.config, max(entry.losses, default=-1)))
-        if before is None or entry.bracket != bottom or before.params != params or not before.state.is_finished():
+        rung = max(entry.losses, default=-1)
+        before, loss = view.at.get((entry.config, rung)), entry.losses.get(rung)
+        if before is None or entry.bracket != bottom or before.params != params:
             continue
-        rung = int(before.user_attrs["rung"])
-        if rung < goal.start:
+        if loss is not None and math.isfinite(loss) and rung < goal.start:
             return Wanted(params, rung + 1, bottom, entry.config, before, goal.start)
     return Wanted(params, 0, bottom, goal=goal.start)
 

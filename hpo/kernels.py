@@ -65,7 +65,7 @@ def prior(d: int) -> dict[str, tuple[Tensor, float]]:
         "log_rough": (log_median(0.1, AXES), 1.0),
         "log_length": (log_median(0.5 * max(1.0, d / 2) ** 0.25, d), 0.8),
         "drift": (torch.zeros(AXES, d, dtype=torch.float64), 0.3),
-        "log_noise": (log_median(0.01, 1), 1.0),
+        "log_noise": (log_median(0.03, 1), 1.5),
     }
 
 

@@ -55,6 +55,16 @@ class Predictor(Protocol):
         """The loss of each at the target; None while there is no model yet."""
 
 
+@runtime_checkable
+class Judge(Protocol):
+    """A sampler with a model, which can say which rungs are worth their cost."""
+
+    def usefulness(
+        self, study: optuna.Study, space: dict[str, BaseDistribution], levels: Sequence[Fidelity], target: Fidelity
+    ) -> NDArray[np.float64] | None:
+        """How far losses at each level go with those at the target, at most 1; None while there is no model yet."""
+
+
 def made_sampler(sampler: str | BaseSampler, seed: int, belief: Belief | None = None) -> BaseSampler:
     """The sampler of that name, or the one given. ValueError when it is neither, or cannot use a belief."""
     if isinstance(sampler, BaseSampler):

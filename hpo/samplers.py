@@ -283,6 +283,22 @@ class MultiFidelitySampler(BaseSampler):
         mean, sd = model.predict(cube.features(points), np.zeros(2))
         return bool(mean[0] - 2.0 * sd[0] > mean[1])
 
+    def usefulness(
+        self, study: optuna.Study, space: dict[str, BaseDistribution], levels: Sequence[Fidelity], target: Fidelity
+    ) -> Array | None:
+        """How far losses at each of the levels go with those at the target, [l]; None while there is no model. See
+        hpo.acquisition.usefulness."""
+        from hpo.acquisition import usefulness
+        from hpo.surrogate import fidelity_coordinates
+
+        cube = Cube(space)
+        seen = _look(study, cube, target)
+        if not self._has_model(seen, cube):
+            return None
+        member = self._fit(cube, seen, target, levels).members[0]
+        coordinates = fidelity_coordinates([*seen.levels, *levels], target)[len(seen.levels) :]
+        return usefulness(member, cube, coordinates, [self._seed, len(seen.loss), 3])
+
     # How
 
     def _believed(
@@ -328,13 +344,15 @@ class MultiFidelitySampler(BaseSampler):
     def _answer(self, cube: Cube, seen: _Seen, target: Fidelity) -> Array:
         """The cube point [p] that is recommended. At least one loss must be finite."""
         from hpo.acquisition import recommend
+        from hpo.surrogate import one_thread
 
         model = self._model(cube, seen, target)
         if model is None:
             rows = np.flatnonzero(seen.finite)
             best: Array = seen.cube[min(rows, key=lambda i: (-seen.levels[i].N, -seen.levels[i].D, seen.loss[i]))]
             return best
-        return recommend(model, cube, seen.cube, [self._seed, len(seen.loss), 2])
+        with one_thread():
+            return recommend(model, cube, seen.cube, [self._seed, len(seen.loss), 2])
 
     def _next(
         self,
@@ -362,12 +380,13 @@ class MultiFidelitySampler(BaseSampler):
                     point[list(cube.distributions).index(name)] = min(max(place, 0.0), 1.0)
             return cube.params(point), cheapest
         from hpo.acquisition import suggest
-        from hpo.surrogate import fidelity_coordinates
+        from hpo.surrogate import fidelity_coordinates, one_thread
 
         model = self._fit(cube, seen, target, slots)
         coordinates = fidelity_coordinates([*seen.levels, *slots], target)
         offer = _offer(seen, slots, coordinates[len(seen.levels) :], cost, continues, limit)
-        point, slot = suggest(model, cube, seen.cube, offer, seed=[self._seed, number, len(seen.levels)])
+        with one_thread():
+            point, slot = suggest(model, cube, seen.cube, offer, seed=[self._seed, number, len(seen.levels)])
         return cube.params(point), slot
 
 
@@ -402,7 +421,7 @@ def _offer(
         size=np.array([sizes[f.N] for f in slots]),
         cube=seen.cube,
         at=np.array([slot_of.get(f, -1) for f in seen.levels]),
-        running=np.arange(len(seen.levels)) >= len(seen.loss),
+        stuck=~np.append(seen.finite, np.zeros(len(seen.levels) - len(seen.loss), dtype=bool)),
         continues=continues,
         limit=limit / unit,
         spent=(float((whole - saved)[low].sum() / unit), float((whole - saved).sum() / unit)),

@@ -45,7 +45,7 @@ from hpo.opening import (
     process_name,
     whole_tokens,
 )
-from hpo.parameters import FidelitySampler, Predictor, draw, fill_in, made_sampler
+from hpo.parameters import FidelitySampler, Judge, Predictor, draw, fill_in, made_sampler
 from hpo.record import Job as Job
 from hpo.record import (
     Plan,
@@ -241,6 +241,15 @@ class Search:
             return self._sampler.best(self.study, self.space, self.target)
         top = min(done, key=lambda t: (-t.user_attrs["N"], -t.user_attrs["tokens"], loss_of(t), t.number))
         return {name: top.params[name] for name in self.space}
+
+    def usefulness(self) -> dict[Fidelity, float]:
+        """For every size and rung: how far its losses go with the target's, by the sampler's model (posterior
+        correlation over settings). Empty without a model."""
+        levels = [Fidelity(size, tokens) for size in self.sizes for tokens in self.ladder.levels]
+        if not isinstance(self._sampler, Judge):
+            return {}
+        found = self._sampler.usefulness(self.study, self.space, levels, self.target)
+        return {} if found is None else {level: float(x) for level, x in zip(levels, found, strict=True)}
 
     # What to do
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from functools import cache, cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import ndtri
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from hpo.belief import Centre
@@ -317,6 +319,18 @@ def laplace_draws(posterior: Marginal, best: Array, sd: Array, draws: int) -> li
     return kept
 
 
+@cache
+def _pools() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """Let torch and numpy use a single thread: the matrices are small, and threads of several workers, which wait for
+    each other actively, made an ask ten times slower on two busy cores."""
+    pools: AbstractContextManager[Any] = _pools().limit(limits=1)
+    return pools
+
+
 def fit_surrogate(
     U: Array,
     T: Array,
@@ -343,8 +357,9 @@ def fit_surrogate(
     x, z = join(np.asarray(U, float), np.asarray(T, float)), torch.from_numpy(scores)
     mean = ZeroMean() if centre is None else BelievedBowl(centre)
     rows = torch.from_numpy(_representative(np.abs(T).sum(1), scores))
-    kernels = fitter(x[rows], z[rows] - mean(x[rows]))
-    return Surrogate(tuple(condition(kernel, noise, x, z, mean) for kernel, noise in kernels), offset, scale)
+    with one_thread():
+        kernels = fitter(x[rows], z[rows] - mean(x[rows]))
+        return Surrogate(tuple(condition(kernel, noise, x, z, mean) for kernel, noise in kernels), offset, scale)
 
 
 def _representative(distance: Array, z: Array) -> NDArray[np.int64]:

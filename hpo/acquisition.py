@@ -34,51 +34,56 @@ def _jitter(rng: np.random.Generator, domain: Domain, centres: Array, per: int, 
     return domain.snap(np.where(moves, np.where(domain.nominal, rng.random(cube.shape), moved), cube))
 
 
-def _pool(member: Member, domain: Domain, seen: Array, rng: np.random.Generator, uniform: int) -> tuple[Array, Array]:
-    """Uniform points, the settings seen, and neighbours at three ranges of the eight best by mean at the target.
+Score = Callable[[Array], Array]  # cube points [m, p] -> [m], the lower the better
 
-    [m, p], and their means there [m], in z units.
-    """
+
+def _pool(score: Score, domain: Domain, seen: Array, rng: np.random.Generator, uniform: int) -> tuple[Array, Array]:
+    """Uniform points, the settings seen, and neighbours at three ranges of the eight best: [m, p], and their scores [m]."""
     known = np.unique(seen, axis=0)
     if len(known) > KNOWN:
         known = known[rng.permutation(len(known))[:KNOWN]]
     pool = np.vstack([domain.snap(rng.random((uniform, seen.shape[1]))), known])
-    return _refined(member, domain, pool, rng, [(sd, 8, -(-uniform // 16)) for sd in (0.15, 0.05, 0.015)])
+    rounds = [(sd, 8, -(-uniform // 16)) for sd in (0.15, 0.05, 0.015)]
+    return _refined(score, domain, pool, score(pool), rng, rounds)
 
 
 def _refined(
-    member: Member,
+    score: Score,
     domain: Domain,
     pool: Array,
+    scores: Array,
     rng: np.random.Generator,
     rounds: Sequence[tuple[float, int, int]],
 ) -> tuple[Array, Array]:
     """The pool with neighbours of its best points: in each round (sd, centres, neighbours of each)."""
-
-    def mean_of(cube: Array) -> Array:
-        mean: Array = member.posterior(join(domain.features(cube), np.zeros(AXES)))[0].numpy()
-        return mean
-
-    mean = mean_of(pool)
     for sd, centres, per in rounds:
-        new = _jitter(rng, domain, pool[np.argsort(mean, kind="stable")[:centres]], per, sd)
-        pool, mean = np.vstack([pool, new]), np.append(mean, mean_of(new))
-    return pool, mean
+        new = _jitter(rng, domain, pool[np.argsort(scores, kind="stable")[:centres]], per, sd)
+        pool, scores = np.vstack([pool, new]), np.append(scores, score(new))
+    return pool, scores
+
+
+def _mean_at_target(member: Member, domain: Domain) -> Score:
+    return lambda cube: member.posterior(join(domain.features(cube), np.zeros(AXES)))[0].numpy()
 
 
 def recommend(surrogate: Surrogate, domain: Domain, seen: Array, seed: Sequence[int]) -> Array:
     """The cube point [p] with the least mean + sd / 2 at the target.
 
-    The pool is refined around the best points by the best member's mean; the mixture judges its best 150.
-    seen [n, p]: cube points of all runs, snapped.
+    A pool is made by the best member's mean, and what is best in it refined by the mixture. seen [n, p]: cube points of
+    all runs, snapped.
     """
+
+    def score(cube: Array) -> Array:
+        mean, variance = surrogate.posterior(join(domain.features(cube), np.zeros(AXES)))
+        judged: Array = (mean + 0.5 * variance.sqrt()).numpy()
+        return judged
+
     rng = np.random.default_rng(seed)
-    best = surrogate.members[0]
-    pool, _ = _pool(best, domain, seen, rng, 400)
-    pool, mean = _refined(best, domain, pool, rng, [(0.02, 4, 40), (0.006, 4, 40)])
-    pool = pool[np.argsort(mean, kind="stable")[:150]]
-    mixed, variance = surrogate.posterior(join(domain.features(pool), np.zeros(AXES)))
-    chosen: Array = pool[int((mixed + 0.5 * variance.sqrt()).argmin())]
+    pool, mean = _pool(_mean_at_target(surrogate.members[0], domain), domain, seen, rng, 300)
+    different = np.unique(pool, axis=0, return_index=True)[1]  # few cells would fill all places with one
+    pool = pool[different[np.argsort(mean[different], kind="stable")[:200]]]
+    pool, scores = _refined(score, domain, pool, score(pool), rng, [(sd, 4, 30) for sd in (0.05, 0.015, 0.005, 0.0015)])
+    chosen: Array = pool[int(np.argmin(scores))]
     return chosen
 
 
@@ -167,11 +172,11 @@ class Offer:
         return np.where(blocked.any(1) | (price > self.limit * (1 + 1e-9)), np.inf, price)
 
 
-def _worth_while(useful: Array, offer: Offer) -> list[int]:
-    """The slots to look at: those that go with the target, or else all."""
-    payable = offer.cost <= offer.limit * (1 + 1e-9)
-    good = np.flatnonzero((useful >= USEFUL) & payable)
-    return [int(i) for i in (good if len(good) else np.arange(len(useful)))]
+def _worth_while(useful: Array, offer: Offer, pool: Array) -> list[int]:
+    """The slots to look at: those that go with the target, or else all where anything of the pool can be run."""
+    open_ = np.array([np.isfinite(offer.price(pool, slot)).any() for slot in range(len(useful))])
+    good = np.flatnonzero((useful >= USEFUL) & open_)
+    return [int(i) for i in (good if len(good) else np.flatnonzero(open_))]
 
 
 def suggest(
@@ -186,7 +191,7 @@ def suggest(
     """
     rng = np.random.default_rng(seed)
     member = surrogate.members[0]
-    pool, mean = _pool(member, domain, seen, rng, 200)
+    pool, mean = _pool(_mean_at_target(member, domain), domain, seen, rng, 200)
     at_target = join(domain.features(pool), np.zeros(AXES))
     sd: Array = member.posterior(at_target)[1].sqrt().clamp_min(1e-12).numpy()
     order = np.argsort(mean, kind="stable")
@@ -205,7 +210,7 @@ def suggest(
         return gain, gain / (np.where(np.isfinite(price), price, 0.0) + 0.02)
 
     cheapest = int(np.argmin(offer.cost))
-    levels = _worth_while(usefulness(member, domain, offer.slots, [*seed, 3]), offer)
+    levels = _worth_while(usefulness(member, domain, offer.slots, [*seed, 3]), offer, pool)
     winner, slot, highest = candidates[0], cheapest, -math.inf
     for level in levels:
         points, (_, score) = candidates, gains(candidates, level)

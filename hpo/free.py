@@ -12,10 +12,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
+from hpo.cube import Cube
 from hpo.hyperband import Bracket
 from hpo.parameters import FidelitySampler
 from hpo.record import View, resumed_seeds_of, seeds_of
@@ -59,6 +61,11 @@ def wanted(
     """What to run next. cost: of an evaluation from the beginning; left: what may still be spent, in the same unit, at
     least the cheapest evaluation."""
     levels = view.ladder.levels
+    for entry in view.entries:
+        if not entry.losses:  # its only run failed without a result: once more
+            lost = view.trials[entry.config]
+            rung, goal = int(lost.user_attrs["rung"]), lost.user_attrs.get("goal")
+            return Wanted(lost.params, rung, entry.bracket, entry.config, goal=goal)
     if resumable:
         climb = _climbing(view, lambda params: sampler.is_hopeless(study, space, params, target), cost, left)
         if climb is not None:
@@ -70,14 +77,17 @@ def wanted(
     goal = goals[chosen]
     if not resumable:
         return Wanted(params, goal.start, goal)
-    bottom = Bracket(0, goal.size, 0)
+    cube = Cube(space)  # settings that differ by rounding are the same
+    bottom, at = Bracket(0, goal.size, 0), cube.unit(params)
     for entry in view.entries:
         rung = max(entry.losses, default=-1)
         before, loss = view.at.get((entry.config, rung)), entry.losses.get(rung)
-        if before is None or entry.bracket != bottom or before.params != params:
+        if before is None or entry.bracket != bottom or not cube.holds(before):
+            continue
+        if np.abs(cube.unit(before.params) - at).max() > 1e-9:
             continue
         if loss is not None and math.isfinite(loss) and rung < goal.start:
-            return Wanted(params, rung + 1, bottom, entry.config, before, goal.start)
+            return Wanted(before.params, rung + 1, bottom, entry.config, before, goal.start)
     return Wanted(params, 0, bottom, goal=goal.start)
 
 

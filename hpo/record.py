@@ -198,8 +198,16 @@ def config_of(trial: FrozenTrial) -> int:
     return trial.number if config is None else int(config)
 
 
+def violates(trial: FrozenTrial) -> bool:
+    """Whether any constraint of the trial (Optuna's `set_constraint`) is positive."""
+    return any(value > 0 for value in trial.constraints.values())
+
+
 def loss_of(trial: FrozenTrial) -> float:
-    """Of a finished trial: inf when it diverged, NaN when it has no result and is to be run again."""
+    """Of a finished trial: inf when it diverged or violates a constraint, NaN when it has no result and is to be run
+    again."""
+    if trial.state == TrialState.COMPLETE and violates(trial):
+        return math.inf
     if trial.state == TrialState.COMPLETE and (value := trial.value) is not None:
         return value
     return math.inf if trial.state == TrialState.FAIL and trial.user_attrs.get("diverged") is True else math.nan

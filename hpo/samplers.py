@@ -30,6 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.belief import Belief, check_belief
 from hpo.cube import Array, Cube, from_unit, known_kind
+from hpo.record import violates
 from scaling.compute import Fidelity
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _look(study: optuna.Study, cube: Cube, target: Fidelity, asking: int | None 
         if not cube.holds(trial):
             continue
         if trial.state == TrialState.COMPLETE and trial.value is not None:
-            broken = not math.isfinite(trial.value) or _violates(trial)
+            broken = not math.isfinite(trial.value) or violates(trial)
             done.append((trial, math.nan if broken else sign * trial.value))
         elif trial.state == TrialState.FAIL and trial.user_attrs.get("diverged") is True:
             done.append((trial, math.nan))
@@ -121,11 +122,6 @@ def _fitter(surrogate: str) -> Fitter:
     from hpo.neural import fit_deep, fit_nngp
 
     return {"deep": fit_deep, "nngp": fit_nngp}[surrogate]
-
-
-def _violates(trial: FrozenTrial) -> bool:
-    """Whether any constraint of the trial is positive, Optuna's sign for a violated one."""
-    return any(value > 0 for value in trial.constraints.values())
 
 
 def _direction(study: optuna.Study) -> StudyDirection:
@@ -167,6 +163,7 @@ class MultiFidelitySampler(BaseSampler):
         self._belief = dict(belief or {})
         self._seed = secrets.randbits(32) if seed is None else seed
         self._n_startup = n_startup_trials
+        self._answered: tuple[Surrogate, Array] | None = None  # the last one's recommendation
         self._fitted: tuple[tuple[bytes, ...], Surrogate] | None = None  # the last one: an ask may need it twice
 
     def reseed_rng(self) -> None:
@@ -351,8 +348,10 @@ class MultiFidelitySampler(BaseSampler):
             rows = np.flatnonzero(seen.finite)
             best: Array = seen.cube[min(rows, key=lambda i: (-seen.levels[i].N, -seen.levels[i].D, seen.loss[i]))]
             return best
-        with one_thread():
-            return recommend(model, cube, seen.cube, [self._seed, len(seen.loss), 2])
+        if self._answered is None or self._answered[0] is not model:
+            with one_thread():
+                self._answered = model, recommend(model, cube, seen.cube, [self._seed, len(seen.loss), 2])
+        return self._answered[1]
 
     def _next(
         self,

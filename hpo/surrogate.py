@@ -44,8 +44,8 @@ JITTER = 1e-8
 TAIL = 1.0  # excess losses are compressed from so many upper quartiles on
 FIT_ROWS = 200  # hyperparameters are fitted to at most so many rows; all rows are conditioned on
 DRAWS = 4  # of hyperparameters, besides the best
-TRIAL_ITERATIONS = 15  # of both starts; the better one goes on
-ITERATIONS = 30
+TRIAL_ITERATIONS = 20  # of both starts; the better one goes on
+ITERATIONS = (30, 80)  # least and most: 4,000 over the number of runs, so that small fits converge and large ones end
 
 
 class Domain(Protocol):
@@ -280,7 +280,7 @@ def fit_bowl(x: Tensor, z: Tensor) -> list[tuple[Kernel, float]]:
         return float(found.fun), found.x
 
     _, ahead = min((descend(start, TRIAL_ITERATIONS) for start in (mean, short)), key=lambda fit: fit[0])
-    _, best = descend(ahead, ITERATIONS)
+    _, best = descend(ahead, min(max(4000 // len(x), ITERATIONS[0]), ITERATIONS[1]))
     kept = [best, *(np.clip(theta, low, high) for theta in laplace_draws(posterior, best, sd, DRAWS))]
     kernels = []
     for theta in kept:

@@ -486,3 +486,18 @@ def test_when_all_diverge_there_is_no_best_and_asking_goes_on(asynchronous: bool
     ended = open_search(asynchronous=asynchronous)
     assert len(run(ended, lambda _: math.inf)) == 9 + 5 + 3
     assert ended.finished
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_violated_constraint_is_never_promoted_and_never_the_answer(sampler: str) -> None:
+    """Losses are best where the constraint is broken."""
+    search = Search({"x": FloatDistribution(0.0, 1.0)}, tokens=(100, 900), sampler=sampler, iterations=1)
+    while (job := search.ask()) is not None:
+        trial = search.study.trials[job.number]
+        if job.params["x"] < 0.5:
+            optuna.trial.Trial(search.study, trial._trial_id).set_constraint("memory", 1.0)
+        search.tell(job, job.params["x"])
+    broken = [t for t in search.study.trials if t.params["x"] < 0.5]
+    assert broken
+    assert {t.user_attrs["continues"] for t in broken} == {None}, "only those that start at a rung"
+    assert search.best()["x"] >= 0.5

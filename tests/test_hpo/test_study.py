@@ -88,7 +88,7 @@ tokns = 3
     for expected in (
         "sede: unknown key; did you mean seed?",
         "search.tokens: min must not exceed max, got min 200,000 > max 100,000",
-        "search.sampler: needed one of mfbo, random, qmc",
+        "search.sampler: needed one of mfbo, mfbo-deep, mfbo-nngp, random, qmc, tpe, gp",
         "got 'mbfo'; did you mean mfbo?",
         "search.seeds.1: input should be greater than 0, got 0",
         "search.promote: needed 'rank' or 'predicted', got 'rnk'; did you mean rank?",

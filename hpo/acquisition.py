@@ -69,21 +69,18 @@ def _mean_at_target(member: Member, domain: Domain) -> Score:
 def recommend(surrogate: Surrogate, domain: Domain, seen: Array, seed: Sequence[int]) -> Array:
     """The cube point [p] with the least mean + sd / 2 at the target.
 
-    A pool is made by the best member's mean, and what is best in it refined by the mixture. seen [n, p]: cube points of
-    all runs, snapped.
+    The best member's mean leads to a pool, and the mixture judges the 150 best of it. Refining by the mixture itself
+    answers too cautiously: Hartmann-6 at cost 5 .085 instead of .021, dense215_D .0033 instead of .0019 (20 seeds).
+    seen [n, p]: cube points of all runs, snapped.
     """
-
-    def score(cube: Array) -> Array:
-        mean, variance = surrogate.posterior(join(domain.features(cube), np.zeros(AXES)))
-        judged: Array = (mean + 0.5 * variance.sqrt()).numpy()
-        return judged
-
     rng = np.random.default_rng(seed)
-    pool, mean = _pool(_mean_at_target(surrogate.members[0], domain), domain, seen, rng, 300)
+    score = _mean_at_target(surrogate.members[0], domain)
+    pool, mean = _pool(score, domain, seen, rng, 400)
+    pool, mean = _refined(score, domain, pool, mean, rng, [(sd, 4, 40) for sd in (0.02, 0.006, 0.002)])
     different = np.unique(pool, axis=0, return_index=True)[1]  # few cells would fill all places with one
-    pool = pool[different[np.argsort(mean[different], kind="stable")[:200]]]
-    pool, scores = _refined(score, domain, pool, score(pool), rng, [(sd, 4, 30) for sd in (0.05, 0.015, 0.005, 0.0015)])
-    chosen: Array = pool[int(np.argmin(scores))]
+    pool = pool[different[np.argsort(mean[different], kind="stable")[:150]]]
+    mixed, variance = surrogate.posterior(join(domain.features(pool), np.zeros(AXES)))
+    chosen: Array = pool[int((mixed + 0.5 * variance.sqrt()).argmin())]
     return chosen
 
 

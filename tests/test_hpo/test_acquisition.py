@@ -227,9 +227,10 @@ def test_nothing_known_or_running_is_suggested_while_there_is_anything_else(cont
 # What is answered, and the safeguard
 
 
-@pytest.mark.parametrize("n", [7, 10, 25])
-def test_the_recommendation_is_the_best_of_a_grid_for_the_mixture(n: int) -> None:
-    """With few runs the members disagree: it lies where none of them has its own."""
+@pytest.mark.parametrize(("n", "tolerance"), [(7, 0.1), (10, 0.1), (25, 2e-3)])
+def test_the_recommendation_is_nearly_the_best_of_a_grid_for_the_mixture(n: int, tolerance: float) -> None:
+    """With few runs the members disagree, and only what the best of them finds good is judged: better than what it
+    finds best, all the same."""
     U, T, level, y = drifting_runs(4, n)
     fit = s.fit_surrogate(U, T, level, y)
     grid = np.stack(np.meshgrid(np.linspace(0, 1, 81), np.linspace(0, 1, 81)), -1).reshape(-1, 2)
@@ -239,7 +240,9 @@ def test_the_recommendation_is_the_best_of_a_grid_for_the_mixture(n: int) -> Non
         return np.asarray(mean + 0.5 * variance.sqrt())
 
     answer = recommend(fit, PlainCube(2), U, [0])
-    assert score(answer[None])[0] <= score(grid).min() + 2e-3
+    assert score(answer[None])[0] <= score(grid).min() + tolerance
+    lowest = grid[fit.members[0].posterior(s.join(grid, np.zeros(2)))[0].argmin()]
+    assert score(answer[None])[0] <= score(lowest[None])[0] + 1e-2
     np.testing.assert_array_equal(answer, recommend(fit, PlainCube(2), U, [0]))
 
 

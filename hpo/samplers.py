@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hpo.surrogate import Fitter, Surrogate
 
 MODELS = {"mfbo": "bowl", "mfbo-deep": "deep", "mfbo-nngp": "nngp"}  # sampler: surrogate
+SURE = 0.5  # see MultiFidelitySampler.best
 SAMPLERS = (*MODELS, "random", "qmc", "tpe", "gp")
 
 
@@ -227,7 +228,8 @@ class MultiFidelitySampler(BaseSampler):
         return self._next(cube, seen, slots, cost, target, number=seen.configurations, continues=continues, limit=limit)
 
     def best(self, study: optuna.Study, space: dict[str, BaseDistribution], target: Fidelity) -> dict[str, Any]:
-        """The settings that the model recommends at the target.
+        """The settings that the model recommends at the target; where the target itself was run, the best of those runs
+        by the model's mean, unless the gain over it is expected to be at least SURE times its own doubt.
 
         During start-up the best seen at the highest fidelity (largest N, then D). ValueError while no run has a finite
         loss.
@@ -238,7 +240,17 @@ class MultiFidelitySampler(BaseSampler):
             raise ValueError(
                 "no trial in this space has finished with a finite loss: run some before asking for the best"
             )
-        return cube.params(self._answer(cube, seen, target))
+        answer = self._answer(cube, seen, target)
+        model = self._model(cube, seen, target)
+        run = [i for i in np.flatnonzero(seen.finite) if seen.levels[i] == target]
+        if model is not None and run:
+            points = cube.features(np.vstack([seen.cube[run], answer]))
+            mean, joint = model.predict(points, np.zeros(2))[0], model.posterior_covariance(points, np.zeros(2))
+            best = int(np.argmin(mean[:-1]))
+            doubt = math.sqrt(max(float(joint[best, best] + joint[-1, -1] - 2.0 * joint[best, -1]), 0.0))
+            if mean[best] - mean[-1] < SURE * doubt:
+                answer = seen.cube[run[best]]
+        return cube.params(answer)
 
     def predict(
         self,

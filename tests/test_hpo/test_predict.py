@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from hpo.cube import Cube
-from hpo.samplers import MultiFidelitySampler, make_sampler
+from hpo.samplers import SURE, MultiFidelitySampler, make_sampler
 from hpo.search import Search
 from scaling.compute import Fidelity
 from tests.test_hpo.test_samplers import CHEAP, SPACE, TARGET, add, bowl
@@ -179,3 +179,28 @@ def test_optunas_samplers_run_a_search_by_name(name: str) -> None:
         assert all(t.state == TrialState.COMPLETE for t in search.study.trials)
     assert outlines[0] == outlines[1]
     assert len({params for _, _, params in outlines[0]}) == len({config for config, _, _ in outlines[0]})
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_answer_is_a_run_at_the_target_unless_the_model_is_sure_of_more(seed: int) -> None:
+    """Random losses: nothing can be gained, so what was run and came out well is the answer, or a point of which the
+    model expects at least half its doubt."""
+    rng = np.random.default_rng(seed)
+    search = Search(
+        {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)}, tokens=(100, 900), resumable=False
+    )
+    for _ in range(25):
+        job = search.ask()
+        assert job is not None
+        search.tell(job, float(rng.standard_normal()))
+    answer, sampler = search.best(), search.study.sampler
+    assert isinstance(sampler, MultiFidelitySampler)
+    at_target = [t.params for t in search.study.trials if t.user_attrs["tokens"] == 900]
+    assert at_target
+    predicted = sampler.predict(search.study, search.space, at_target, search.target)
+    assert predicted is not None
+    best = at_target[int(np.argmin(predicted))]
+    if answer != best:
+        gain = sampler.difference(search.study, search.space, answer, best, search.target)
+        assert gain is not None
+        assert gain[0] >= SURE * gain[1] - 1e-9

@@ -19,8 +19,6 @@ term in N and a term in D (Hoffmann et al., arXiv 2203.15556); for drift and bia
 devices do different work: the bowl makes the drift of the optimum Bayesian, the warp moves the fine structure along,
 and the last factor lets low fidelities differ from the target. b is zero at the target: an extrapolation is never
 quite believed.
-
-Hyperparameters have normal priors (`prior`).
 """
 
 from __future__ import annotations

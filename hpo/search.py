@@ -5,7 +5,8 @@ the one it continues. What to run next is worked out from the list of trials at 
 asking again, and a second process sees the same. The user attributes of a trial: tokens, N, config (number of the
 configuration's first trial), rung, bracket [iteration, size index, start rung], continues (trial number or None),
 resumed_tokens (where each resumed seed went on), seeds, resumed_seeds, worker, losses (one per seed, when there are
-several; the value is their mean), and diverged (True) on a run of which a loss was not finite.
+several; the value is their mean), goal (the rung where a free search wants the run, see hpo.free), and diverged (True)
+on a run of which a loss was not finite.
 
 Decisions are taken under a lock, and a trial is created with its attributes in one write, so that a kill at any point
 leaves either nothing or a running trial of a dead worker, which the next ask takes over. A trial that failed without
@@ -72,8 +73,8 @@ class Search:
     sizes: parameter counts N of the proxies, one Hyperband each, kept in ascending order. Default: the target's, or 1.
     target: where the settings are to be good. Default: the largest size at the largest run; it then follows extend().
     It only says where the sampler looks, so a study may be opened again with another one.
-    sampler: "mfbo", "random", "qmc", which give the same sequence when killed and resumed, or any Optuna sampler, which
-        then answers for its own seeds.
+    sampler: one of hpo.samplers.SAMPLERS, which give the same sequence when killed and resumed, or any Optuna sampler,
+        which then answers for its own seeds.
     iterations: how often Hyperband is run: its brackets are then the plan, and the sampler fills them. None: without
         end; a sampler with a model ("mfbo") is then free to choose settings, rungs and what to continue by itself.
     budget: what a search without iterations may cost in all, in the unit of cost; None: without end. It is only a
@@ -498,8 +499,16 @@ class Search:
         if trial.state == TrialState.WAITING:
             self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         if not self.space.keys() <= trial.params.keys():
-            fill_in(self.space, self.study.study_name, self._storage, self._random(number) or self._sampler, trial_id)
+            fill_in(self.space, self.study.study_name, self._storage, self._sampler_for(number), trial_id)
         return self._storage.get_trial(trial_id)
+
+    def _sampler_for(self, number: int) -> BaseSampler:
+        """What chooses the parameters of a trial: for Optuna's samplers by name one that is made for it, from a seed of
+        its own, so that neither a restart nor a second worker repeats what was drawn."""
+        random = self._random(number)
+        if random is not None or self._named not in ("tpe", "gp"):
+            return random or self._sampler
+        return made_sampler(self._named, int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
 
     def _random(self, number: int) -> RandomSampler | None:
         """What draws the parameters of a trial, when that is done at random: from one stream per trial, so that neither

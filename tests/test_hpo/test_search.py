@@ -238,7 +238,7 @@ def test_an_extended_study_opens_with_its_first_and_with_its_present_settings(tm
 # One state, many processes, any of which may die
 
 
-@pytest.mark.parametrize("sampler", ["random", "qmc"])
+@pytest.mark.parametrize("sampler", ["random", "qmc", "tpe", "gp"])
 def test_a_search_that_is_reopened_at_every_step_gives_the_same_sequence(tmp_path: Path, sampler: str) -> None:
     expected = run(open_search(sampler=sampler, seed=7))
     reopened = []

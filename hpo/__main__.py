@@ -114,23 +114,20 @@ def status(study: Study, as_json: Json = False) -> None:
     search, _ = open_existing(study)
     now = search.progress
     if as_json:
-        rungs = [{"N": at.N, "D": at.D, "usefulness": found} for at, found in search.usefulness().items()]
-        typer.echo(json.dumps(asdict(now) | {"finished": search.finished, "rungs": rungs}))
+        typer.echo(json.dumps(asdict(now) | {"finished": search.finished}))
         return
     planned = f" of {now.planned}" if now.planned else ""
     typer.echo(
         f"{now.done}{planned} evaluations done, {now.running} running, {now.diverged} diverged, {now.configurations} configurations"
     )
     typer.echo(spent_in_words(now))
-    for at, found in search.usefulness().items():
-        warning = "" if found > 0.5 else ": its ranks say little about the target" if found > 0.1 else ": it misleads"
-        typer.echo(f"N {at.N:,.0f}, D {at.D:,.0f}: losses go with the target's by {found:.2f}{warning}")
     typer.echo("finished" if search.finished else f"unfinished: `hpo resume {study}` goes on")
 
 
 @app.command()
 def best(study: Study, as_json: Json = False) -> None:
-    """The search's own answer for the target, how much of its lead may be noise, and what `hpo confirm` found.
+    """The search's own answer for the target, how much of its lead may be noise, which rungs tell of the target, and what `hpo
+    confirm` found.
 
     --json prints the parameters alone.
 
@@ -149,6 +146,9 @@ def best(study: Study, as_json: Json = False) -> None:
     for name, value in answer.items():
         typer.echo(f"  {name} = {value:.4g}" if isinstance(value, float) else f"  {name} = {value}")
     typer.echo(lead_in_words(search, answer, files.name))
+    for at, found in search.usefulness().items():
+        warning = "" if found > 0.5 else ": its ranks say little about the target" if found > 0.1 else ": it misleads"
+        typer.echo(f"N {at.N:,.0f}, D {at.D:,.0f}: losses go with the target's by {found:.2f}{warning}")
     confirmed = rematch.read_confirmation(files)
     if confirmed:
         of = (

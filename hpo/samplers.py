@@ -214,8 +214,8 @@ class MultiFidelitySampler(BaseSampler):
 
         slots: the fidelities on offer; cost: of one run there, any unit; target: where the settings are to be good,
         itself on offer or not; continues: a finished run of the same settings at the same N may be carried on to a
-        slot for the difference in cost; limit: what it may cost at most, no less than the cheapest slot. Start-up points go to the cheapest slot. Raises ValueError on no slots, an
-        empty space or a cost that is not positive.
+        slot for the difference in cost; limit: what it may cost at most, no less than the cheapest slot. Start-up points
+        go to the cheapest slot. Raises ValueError on no slots, an empty space or a cost that is not positive.
         """
         if not slots:
             raise ValueError("propose needs at least one slot to start in, got none")

@@ -345,6 +345,8 @@ class Search:
 
     def _is_spent(self, view: View) -> bool:
         """Whether not even the cheapest run can be paid."""
+        if self.budget is None:
+            return False
         cheapest = min(self._start_cost(view, Fidelity(size, view.ladder.levels[0])) for size in self.sizes)
         return self._left(view) < cheapest * (1 - 1e-9)
 

@@ -50,7 +50,7 @@ from hpo.belief import Law, check_belief
 from hpo.cube import Cube
 from hpo.hyperband import Ladder
 from hpo.opening import Promotion, checked_seeds
-from hpo.samplers import SAMPLERS
+from hpo.samplers import MODELS, SAMPLERS
 from scaling.compute import Fidelity
 from scaling.runs import Measurement
 
@@ -181,7 +181,7 @@ class SearchTable(_Table):
             problems.append(
                 "needed iterations (Hyperband's brackets) or budget (the model decides), got both: remove one"
             )
-        if self.promote == "predicted" and not self.sampler.startswith("mfbo"):
+        if self.promote == "predicted" and self.sampler not in MODELS:
             problems.append(
                 f"promote = 'predicted' needs a model of the loss, which sampler = 'mfbo' has, got {self.sampler!r}"
             )
@@ -279,7 +279,7 @@ class StudyConfig(_Table):
 
     @model_validator(mode="after")
     def _belief_is_used(self) -> Self:
-        if self.belief and not self.search.sampler.startswith("mfbo"):
+        if self.belief and self.search.sampler not in MODELS:
             raise ValueError(f"belief needs a sampler with a model, such as 'mfbo', got {self.search.sampler!r}")
         if self.belief:
             check_belief({name: table.law for name, table in self.belief.items()}, Cube(self.distributions))

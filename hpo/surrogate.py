@@ -362,7 +362,7 @@ def fit_surrogate(
     rows = torch.from_numpy(_representative(np.abs(T).sum(1), scores))
     with one_thread():
         kernels = fitter(x[rows], z[rows] - mean(x[rows]))
-        if n > FIT_ROWS:  # draws agree by then, and each would have a factorisation of all rows
+        if n > FIT_ROWS:  # assumed: draws agree by then; each would have a factorisation of all rows
             kernels = kernels[:1]
         return Surrogate(tuple(condition(kernel, noise, x, z, mean) for kernel, noise in kernels), offset, scale)
 

@@ -96,16 +96,3 @@ def test_a_model_climbs_to_the_rung_it_wanted_and_pays_only_the_way() -> None:
         assert before.user_attrs["rung"] == trial.user_attrs["rung"] - 1
         assert trial.user_attrs["resumed_tokens"] == before.user_attrs["tokens"]
         assert trial.user_attrs["goal"] >= trial.user_attrs["rung"]
-
-
-def test_a_diverged_run_is_never_carried_on() -> None:
-    it = search(4.0)
-    while (job := it.ask()) is not None:
-        it.tell(job, math.inf if job.params["x"] > 0.5 else (job.params["x"] - 0.45) ** 2)
-    trials = it.study.trials
-    lost = {t.user_attrs["config"] for t in trials if t.user_attrs.get("diverged")}
-    assert lost
-    for trial in trials:
-        if trial.user_attrs["continues"] is not None:
-            assert trial.user_attrs["config"] not in lost or trial.params["x"] > 0.5
-            assert not trials[trial.user_attrs["continues"]].user_attrs.get("diverged")

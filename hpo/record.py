@@ -1,6 +1,6 @@
 """What the trials of a search's study say: jobs, configurations, results, what was spent and what is still to come.
 
-A pure reading of the trial list; the attributes that are read here are written by hpo.search.
+A pure reading of the trial list; the attributes that are read here are written by hpo.trials.
 """
 
 from __future__ import annotations

@@ -2,21 +2,17 @@
 
 The study is the only state. Every (configuration, rung) evaluation is one trial; a promotion is a new trial that names
 the one it continues. What to run next is worked out from the list of trials at every ask, so that a restart is just
-asking again, and a second process sees the same. The user attributes of a trial: tokens, N, config (number of the
-configuration's first trial), rung, bracket [iteration, size index, start rung], continues (trial number or None),
-resumed_tokens (where each resumed seed went on), seeds, resumed_seeds, worker, losses (one per seed, when there are
-several; the value is their mean), goal (the rung where a free search wants the run, see hpo.free), and diverged (True)
-on a run of which a loss was not finite.
+asking again, and a second process sees the same. hpo.record reads the trials, hpo.hyperband or hpo.free says what may
+be run, hpo.trials writes it.
 
-Decisions are taken under a lock, and a trial is created with its attributes in one write, so that a kill at any point
-leaves either nothing or a running trial of a dead worker, which the next ask takes over. A trial that failed without
-`diverged` (from the dashboard, say) is no result: its run is asked again.
+Decisions are taken under a lock, and a kill at any point leaves either nothing or a running trial of a dead worker,
+which the next ask takes over. A trial that failed without `diverged` (from the dashboard, say) is no result: its run is
+asked again.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,46 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseSampler, RandomSampler
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState
 
+from hpo import record, trials
 from hpo.belief import Belief, check_belief
 from hpo.cube import Cube
-from hpo.free import paid, wanted
+from hpo.free import Wanted, paid, wanted
 from hpo.hyperband import Bracket, Ladder, Promote, Scores, Start, Variant, moves
-from hpo.opening import (
-    Promotion,
-    abandoned,
-    check_fresh,
-    check_same,
-    checked_seeds,
-    checked_settings,
-    open_storage,
-    process_name,
-    whole_tokens,
-)
-from hpo.parameters import FidelitySampler, Judge, Predictor, draw, fill_in, made_sampler
+from hpo.opening import Promotion, abandoned, checked_seeds, checked_settings, open_storage, process_name, whole_tokens
+from hpo.parameters import FidelitySampler, Judge, Predictor, draw, made_sampler
 from hpo.record import Job as Job
-from hpo.record import (
-    Plan,
-    Progress,
-    View,
-    config_of,
-    job_of,
-    loss_of,
-    plan_of,
-    progress_of,
-    read_trials,
-    seeds_of,
-    whole_runs_of,
-)
+from hpo.record import Plan, Progress, View
+from hpo.trials import SETTINGS as SETTINGS
 from scaling.compute import Fidelity
-
-SETTINGS = "muscale"  # the study's user attribute
 
 
 class Search:
@@ -168,25 +140,14 @@ class Search:
                 'promote="predicted" needs a sampler that has a method predict, such as "mfbo", got '
                 f'{sampler!r}: use one, or promote="rank"'
             )
-        self._named = sampler if isinstance(sampler, str) else None
+        named = sampler if isinstance(sampler, str) else None
         self._held: set[int] = set()  # numbers of the trials that this object handed out
-        self._storage, self._lock = open_storage(storage, lock)
+        opened, self._lock = open_storage(storage, lock)
         with self._lock:
-            self.study = optuna.create_study(
-                storage=self._storage,
-                study_name=name if name is not None else "search",
-                direction="minimize",
-                load_if_exists=True,
-                sampler=self._sampler,
-                pruner=optuna.pruners.NopPruner(),
-            )
-            self._study_id = self._storage.get_study_id_from_name(self.study.study_name)
-            stored = self.study.user_attrs.get(SETTINGS)
-            if stored is None:
-                check_fresh(self.study)
-                self.study.set_user_attr(SETTINGS, settings)
-            else:
-                check_same(self.study.study_name, stored, settings)
+            self._opened = trials.open_study(opened, name if name is not None else "search", self._sampler, settings)
+        self.study = self._opened.study
+        self._random = partial(trials.random_for, self.study, named, seed)  # of a trial's number
+        self._sampler_of = partial(trials.sampler_for, self.study, self._sampler, named, seed)
         self._ladder = ladder  # raised to what the study says at every look
 
     # What is known
@@ -212,9 +173,9 @@ class Search:
     @property
     def progress(self) -> Progress:
         view = self._read()
-        plan = None if self.iterations is None and self.budget is None else self._plan(view, self.iterations)
+        plan = None if self.iterations is None and self.budget is None else self._plan(view)
         raises = self.study.user_attrs[SETTINGS].get("raises") or [(0, 0)]
-        return progress_of(view, plan, self.variant, raised_at=raises[-1][1])
+        return record.progress_of(view, plan, self.variant, raised_at=raises[-1][1])
 
     def plan(self, max_tokens: int | None = None) -> Plan:
         """What is still to be run; with max_tokens: what would be after extend(max_tokens). Writes nothing.
@@ -228,19 +189,19 @@ class Search:
         view = self._read()
         if max_tokens is not None:
             view = replace(view, ladder=view.ladder.raised(whole_tokens(max_tokens)))
-        return self._plan(view, self.iterations)
+        return self._plan(view)
 
     def best(self) -> dict[str, Any]:
         """The search's own answer for the target: the model's, where the sampler has one; otherwise the parameters of
         the lowest loss at the highest fidelity (largest N, then D) that has a finite one. ValueError when there is none
         yet.
         """
-        done = [t for t in self._read().at.values() if t.state.is_finished() and math.isfinite(loss_of(t))]
+        done = [t for t in self._read().at.values() if t.state.is_finished() and math.isfinite(record.loss_of(t))]
         if not done:
             raise ValueError("no run has finished with a finite loss: run some before asking for the best")
         if isinstance(self._sampler, FidelitySampler):
             return self._sampler.best(self.study, self.space, self.target)
-        top = min(done, key=lambda t: (-t.user_attrs["N"], -t.user_attrs["tokens"], loss_of(t), t.number))
+        top = min(done, key=lambda t: (-t.user_attrs["N"], -t.user_attrs["tokens"], record.loss_of(t), t.number))
         return {name: top.params[name] for name in self.space}
 
     def usefulness(self) -> dict[Fidelity, float]:
@@ -261,12 +222,12 @@ class Search:
         with self._lock:
             view = self._read()
             for trial in abandoned(view.trials, self.worker, self._held):
-                number = self._start(trial.number).number
-                first = view.at[config_of(trial), int(trial.user_attrs["rung"])]
+                self._start(trial.number)
+                first = view.at[record.config_of(trial), int(trial.user_attrs["rung"])]
                 if first is trial and not trial.user_attrs.get("diverged"):
-                    return self._handed_out(number)
+                    return self._handed_out(trial.number)
                 # A second run of the same, or one whose worker was killed between the two writes of a divergence.
-                self.study.tell(number, state=TrialState.FAIL)
+                self.study.tell(trial.number, state=TrialState.FAIL)
                 view = self._read()
             if self._is_spent(view):
                 return None
@@ -283,29 +244,12 @@ class Search:
         ValueError, and nothing is changed, for a job that is unknown or was told already, or another number of losses.
         """
         losses = [float(x) for x in loss] if isinstance(loss, Sequence | np.ndarray) else [float(loss)]
-        trial_id = self._running(job)
-        seeds = seeds_of(self._storage.get_trial(trial_id))
-        if len(losses) != seeds:
-            raise ValueError(
-                f"trial {job.number} is {seeds} training{'s' if seeds > 1 else ''}, got {len(losses)} "
-                f"loss{'es' if len(losses) != 1 else ''}: tell one per seed"
-            )
-        try:
-            if seeds > 1:
-                kept = [x if math.isfinite(x) else None for x in losses]
-                self._storage.set_trial_user_attr(trial_id, "losses", kept)
-            if all(math.isfinite(x) for x in losses):
-                self.study.tell(job.number, sum(x / seeds for x in losses))
-            else:
-                self._storage.set_trial_user_attr(trial_id, "diverged", True)
-                self.study.tell(job.number, state=TrialState.FAIL)
-        except UpdateFinishedTrialError as error:
-            raise ValueError(f"trial {job.number} was told by someone else in the meantime") from error
+        trials.finish(self._opened, job, losses)
         self._held.discard(job.number)
 
     def release(self, job: Job) -> None:
         """Give a job back unfinished: it will be asked again, as the same trial."""
-        self._storage.set_trial_user_attr(self._running(job), "worker", "")
+        self._opened.storage.set_trial_user_attr(trials.running(self._opened, job), "worker", "")
         self._held.discard(job.number)
 
     def check_extend(self, max_tokens: int) -> None:
@@ -328,14 +272,14 @@ class Search:
     # How
 
     def _read(self) -> View:
-        return read_trials(self.study.get_trials(deepcopy=False), self.ladder, self.space)
+        return record.read_trials(self.study.get_trials(deepcopy=False), self.ladder, self.space)
 
-    def _plan(self, view: View, iterations: int | None) -> Plan:
-        if iterations is not None:
-            return plan_of(view, self.sizes, self.variant, iterations, resumable=self.resumable)
+    def _plan(self, view: View) -> Plan:
+        if self.iterations is not None:
+            return record.plan_of(view, self.sizes, self.variant, self.iterations, resumable=self.resumable)
         top = Fidelity(self.sizes[-1], view.ladder.levels[-1])
         runs = max(self._left(view), 0.0) / self.cost(top)
-        return whole_runs_of(view, top, runs)
+        return record.whole_runs_of(view, top, runs)
 
     def _left(self, view: View) -> float:
         """Of the budget, when all that runs has ended; without end when there is none."""
@@ -390,7 +334,7 @@ class Search:
             before = view.at.get((first.config, first.rung - 1))
             params = view.trials[first.config].params
             bracket = next(e.bracket for e in view.entries if e.config == first.config)
-            return self._create(view, params, first.rung, bracket, config=first.config, continues=before)
+            return self._create(view, Wanted(params, first.rung, bracket, first.config, before))
         starts = sorted(
             (m.bracket for m in possible if isinstance(m, Start)),
             key=lambda b: self._start_cost(view, self._at(view, b)),
@@ -402,19 +346,18 @@ class Search:
             slots = [self._at(view, bracket) for bracket in starts]
             cost = partial(self._start_cost, view)
             params, chosen = self._sampler.propose(self.study, self.space, slots, cost, self.target)
-            return self._create(view, params, starts[chosen].start, starts[chosen])
+            return self._create(view, Wanted(params, starts[chosen].start, starts[chosen]))
         random = self._random(len(view.trials))
         params = {} if random is None else draw(self.space, self.study, random)
-        return self._create(view, params, starts[0].start, starts[0])
+        return self._create(view, Wanted(params, starts[0].start, starts[0]))
 
     def _enqueued(self, view: View, bracket: Bracket) -> int | None:
         """Start the first trial that was enqueued by hand, if there is one; its number."""
-        for trial in view.trials:
-            if trial.state == TrialState.WAITING and "bracket" not in trial.user_attrs and self._in_range(trial):
-                for key, value in self._attrs(view, bracket.start, bracket, trial.number, None).items():
-                    self._storage.set_trial_user_attr(self._id(trial.number), key, value)
-                return self._start(trial.number).number
-        return None
+        attrs = self._attributes(view, Wanted({}, bracket.start, bracket))
+        number = trials.take_enqueued(self._opened, self.space, view, attrs)
+        if number is not None:
+            self._start(number)
+        return number
 
     def _freely(self, view: View, sampler: FidelitySampler) -> int:
         """Create the trial that the sampler's model wants; its number."""
@@ -432,128 +375,26 @@ class Search:
             resumable=self.resumable,
             left=self._left(view),
         )
-        return self._create(
-            view,
-            chosen.params,
-            chosen.rung,
-            chosen.bracket,
-            config=chosen.config,
-            continues=chosen.continues,
-            goal=chosen.goal,
-        )
+        return self._create(view, chosen)
 
     def _at(self, view: View, bracket: Bracket) -> Fidelity:
         return Fidelity(self.sizes[bracket.size], view.ladder.levels[bracket.start])
 
-    def _attrs(
-        self, view: View, rung: int, bracket: Bracket, config: int, continues: FrozenTrial | None
-    ) -> dict[str, Any]:
-        """The attribute that makes a trial ours, bracket, comes last."""
-        resumed = continues if self.resumable else None
-        return {
-            "tokens": view.ladder.levels[rung],
-            "N": self.sizes[bracket.size],
-            "config": config,
-            "rung": rung,
-            "continues": None if continues is None else continues.number,
-            "resumed_tokens": 0 if resumed is None else resumed.user_attrs["tokens"],
-            "seeds": view.ladder.seeds_at(rung),
-            "resumed_seeds": 0 if resumed is None else seeds_of(resumed),
-            "worker": self.worker,
-            "bracket": list(bracket),
-        }
+    def _attributes(self, view: View, chosen: Wanted) -> dict[str, Any]:
+        return trials.attributes(view, chosen, sizes=self.sizes, worker=self.worker, resumable=self.resumable)
 
-    def _create(
-        self,
-        view: View,
-        params: dict[str, Any],
-        rung: int,
-        bracket: Bracket,
-        *,
-        config: int | None = None,
-        continues: FrozenTrial | None = None,
-        goal: int | None = None,
-    ) -> int:
-        """A new running trial, in one write; its number. No params: the sampler is asked for them afterwards."""
-        number = len(view.trials)
-        trial_id = self._storage.create_new_trial(
-            self._study_id,
-            create_trial(
-                state=TrialState.RUNNING,
-                params={k: params[k] for k in self.space} if params else {},
-                distributions=self.space if params else {},
-                user_attrs=({} if goal is None else {"goal": goal})
-                | self._attrs(view, rung, bracket, number if config is None else config, continues),
-            ),
-        )
-        actual = self._storage.get_trial_number_from_id(trial_id)
-        if config is None and actual != number:  # a trial was enqueued by hand in this very moment
-            self._storage.set_trial_user_attr(trial_id, "config", actual)
-        return self._start(actual).number
+    def _create(self, view: View, chosen: Wanted) -> int:
+        number = trials.create(self._opened, self.space, chosen, self._attributes(view, chosen))
+        self._start(number)
+        return number
 
-    def _start(self, number: int) -> FrozenTrial:
-        """Make a trial that has our attributes run here: ours by name, and complete in its parameters."""
-        trial_id = self._id(number)
-        trial = self._storage.get_trial(trial_id)
-        for key, value in (("worker", self.worker), ("config", config_of(trial))):
-            if trial.user_attrs.get(key) != value:
-                self._storage.set_trial_user_attr(trial_id, key, value)
-        if trial.state == TrialState.WAITING:
-            self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
-        if not self.space.keys() <= trial.params.keys():
-            fill_in(self.space, self.study.study_name, self._storage, self._sampler_for(number), trial_id)
-        return self._storage.get_trial(trial_id)
-
-    def _sampler_for(self, number: int) -> BaseSampler:
-        """What chooses the parameters of a trial: for Optuna's samplers by name one that is made for it, from a seed of
-        its own, so that neither a restart nor a second worker repeats what was drawn."""
-        random = self._random(number)
-        if random is not None or self._named not in ("tpe", "gp"):
-            return random or self._sampler
-        return made_sampler(self._named, int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
-
-    def _random(self, number: int) -> RandomSampler | None:
-        """What draws the parameters of a trial, when that is done at random: from one stream per trial, so that neither
-        a restart nor a second worker repeats them. Optuna's quasi-random sampler, too, begins at random, until a trial
-        is complete.
-        """
-        random = self._named == "random"
-        if self._named == "qmc":
-            random = not self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        stream = np.random.SeedSequence([self.seed, number])
-        return RandomSampler(seed=int(stream.generate_state(1)[0])) if random else None
-
-    def _in_range(self, trial: FrozenTrial) -> bool:
-        """Whether the values of a trial enqueued by hand lie in the space; if not, it is failed with a warning."""
-        fixed = {k: v for k, v in trial.system_attrs.get("fixed_params", {}).items() if k in self.space}
-        try:
-            create_trial(value=0.0, params=fixed, distributions={k: self.space[k] for k in fixed})
-        except ValueError as error:
-            warnings.warn(f"the enqueued trial {trial.number} is not run: {error}", UserWarning, stacklevel=4)
-            self._storage.set_trial_state_values(self._id(trial.number), TrialState.RUNNING)
-            self.study.tell(trial.number, state=TrialState.FAIL)
-            return False
-        return True
+    def _start(self, number: int) -> None:
+        trials.start(self._opened, self.space, number, self.worker, self._sampler_of)
 
     def _handed_out(self, number: int) -> Job:
         self._held.add(number)
-        return job_of(self._storage.get_trial(self._id(number)), self.space, resumable=self.resumable)
-
-    def _running(self, job: Job) -> int:
-        """The id of a job's trial. ValueError when it is not running or not this search's."""
-        known = f"trial {job.number} of study {self.study.study_name!r}"
-        if not 0 <= job.number < len(self.study.get_trials(deepcopy=False)):
-            raise ValueError(f"{known} does not exist: tell only jobs that this search's ask() gave")
-        trial_id = self._id(job.number)
-        trial = self._storage.get_trial(trial_id)
-        if trial.user_attrs.get("bracket") != list(job.bracket) or trial.user_attrs.get("rung") != job.rung:
-            raise ValueError(f"{known} is another run than {job}: tell only jobs that this search's ask() gave")
-        if trial.state != TrialState.RUNNING:
-            raise ValueError(f"{known} is not running but {trial.state.name}: a job is told once")
-        return trial_id
-
-    def _id(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        trial = self._opened.storage.get_trial(trials.id_of(self._opened, number))
+        return record.job_of(trial, self.space, resumable=self.resumable)
 
 
 def _flops(fidelity: Fidelity) -> float:

@@ -23,34 +23,23 @@ All mistakes are reported at once in a StudyError, each by field name.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self, cast, get_args
+from typing import Any, Protocol, Self, cast, get_args
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from optuna.distributions import BaseDistribution
+from pydantic import Field, ValidationError, model_validator
 
-from hpo.belief import Law, check_belief
+from hpo.belief import check_belief
 from hpo.cube import Cube
-from hpo.hyperband import Ladder
-from hpo.opening import Promotion, checked_seeds
-from hpo.samplers import MODELS, SAMPLERS
+from hpo.samplers import MODELS
+from hpo.tables import Dimension, LawTable, Table, Tokens, TrainerTable, meant
+from hpo.tables import SearchTable as SearchTable
+from hpo.tables import Workers as Workers
 from scaling.compute import Fidelity
 from scaling.runs import Measurement
 
@@ -105,168 +94,7 @@ class Trainer(Protocol):
         """Train. `resume`: a file that an earlier call wrote to `save` (a shorter run) or `keep` (an interrupted one)."""
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Tokens(_Table):
-    """The smallest and largest run of the search, in training tokens."""
-
-    min: PositiveInt
-    max: PositiveInt
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min must not exceed max, got min {self.min:,} > max {self.max:,}")
-        return self
-
-
-class SearchTable(_Table):
-    """How to spend compute."""
-
-    tokens: Tokens
-    eta: int = Field(3, ge=2, description="each rung keeps the best 1/eta and trains them eta times longer")
-    sampler: str = Field("mfbo", description=", ".join(SAMPLERS))
-    scheduler: Literal["incremental-hyperband"] = "incremental-hyperband"
-    variant: Literal["discarding", "preserving", "efficient"] = "discarding"
-    iterations: PositiveInt | None = Field(
-        None, description="how often Hyperband runs through its brackets at every size; 1 unless there is a budget"
-    )
-    budget: PositiveFloat | None = Field(
-        None,
-        description="instead of iterations, in runs of the largest proxy for tokens.max: no brackets, the sampler's model "
-        "chooses what to run and how far",
-    )
-    seeds: Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda x: (x,) if type(x) is int else x)] = Field(
-        (1,),
-        min_length=1,
-        description="trainings of a configuration with different seeds: one number, or one per rung, cheapest first",
-    )
-    promote: Promotion = Field("rank", description="by the losses of the rung, or by the model's at the target")
-    asynchronous: bool = Field(False, description="promote the best so far instead of waiting for their rung")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_hyperband_by_default(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("iterations") is None and data.get("budget") is None:
-            return {**data, "iterations": 1}
-        return data
-
-    @field_validator("sampler")
-    @classmethod
-    def _known_sampler(cls, name: str) -> str:
-        if name not in SAMPLERS:
-            near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"needed one of {', '.join(SAMPLERS)}, got {name!r}{hint}")
-        return name
-
-    @model_validator(mode="after")
-    def _whole_rungs(self) -> Self:
-        ladder = Ladder.make(self.tokens.min, self.tokens.max, self.eta)
-        levels = ladder.levels
-        problems = []
-        if levels[0] != self.tokens.min:
-            up = self.tokens.min * self.eta ** (len(levels) - 1)
-            problems.append(
-                f"tokens.max must be tokens.min times a power of eta, got {self.tokens.max:,} = {self.tokens.min:,} x "
-                f"{self.tokens.max / self.tokens.min:.4g}: the nearest are {up:,} and {up * self.eta:,}"
-            )
-        try:
-            Ladder(levels, self.eta, checked_seeds(self.seeds, levels))
-        except ValueError as error:
-            problems.append(str(error))
-        if self.budget is not None and self.iterations is not None:
-            problems.append(
-                "needed iterations (Hyperband's brackets) or budget (the model decides), got both: remove one"
-            )
-        if self.promote == "predicted" and self.sampler not in MODELS:
-            problems.append(
-                f"promote = 'predicted' needs a model of the loss, which sampler = 'mfbo' has, got {self.sampler!r}"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-
-class Dimension(_Table):
-    """One searched parameter: a range, or choices."""
-
-    type: Literal["float", "int"] = "float"
-    low: float | None = None
-    high: float | None = None
-    log: bool = False
-    step: float | None = None
-    choices: tuple[str | float | int | bool, ...] | None = None
-
-    @model_validator(mode="after")
-    def _range_or_choices(self) -> Self:
-        if self.choices is not None:
-            if self.low is not None or self.high is not None or self.log or self.step is not None:
-                raise ValueError("choices stand alone: remove low, high, log and step")
-            if len(set(self.choices)) < 2:
-                raise ValueError(
-                    f"needed at least 2 different choices, got {list(self.choices)}: fix it under [trainer]"
-                )
-            return self
-        if self.low is None or self.high is None:
-            raise ValueError("needed low and high, or choices")
-        if self.low >= self.high:
-            raise ValueError(f"low must be below high, got low {self.low:g} >= high {self.high:g}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"a log range needs low > 0, got {self.low:g}")
-        if self.log and self.step is not None:
-            raise ValueError("a log range has no step: remove one of them")
-        if self.type == "int" and (self.low != int(self.low) or self.high != int(self.high)):
-            raise ValueError(f"an int range needs whole low and high, got {self.low:g} and {self.high:g}")
-        return self
-
-    def distribution(self) -> BaseDistribution:
-        """The same as Optuna has it."""
-        if self.choices is not None:
-            return CategoricalDistribution(self.choices)
-        assert self.low is not None
-        assert self.high is not None
-        if self.type == "int":
-            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
-        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
-
-
-class LawTable(_Table):
-    """Where the optimum of a searched parameter is believed to lie: value (N / at.N)^exponent_N (D / at.D)^exponent_D."""
-
-    value: PositiveFloat
-    at: Mapping[Literal["N", "D"], PositiveFloat]
-    exponent_N: float = 0.0
-    exponent_D: float = 0.0
-
-    @model_validator(mode="after")
-    def _both_sizes(self) -> Self:
-        if len(self.at) < 2:
-            raise ValueError(f"at needs N and D, got {sorted(self.at)}")
-        return self
-
-    @property
-    def law(self) -> Law:
-        return Law(self.value, Fidelity(self.at["N"], self.at["D"]), self.exponent_N, self.exponent_D)
-
-
-class TrainerTable(BaseModel):
-    """Which trainer, and its settings (all other keys)."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-    use: str = Field(default="proxies:ProxyFamily", pattern=r"^[\w.]+:\w+$")
-
-
-class Workers(_Table):
-    """Local processes that train, and the CPU threads each may use."""
-
-    count: PositiveInt = 1
-    threads: PositiveInt = 1
-
-
-class StudyConfig(_Table):
+class StudyConfig(Table):
     """A study file, validated."""
 
     seed: int = Field(0, ge=0)
@@ -309,8 +137,7 @@ class StudyConfig(_Table):
 
     def make_trainer(self) -> Trainer:
         """The trainer that the study names, made with its settings."""
-        module, _, name = self.trainer.use.partition(":")
-        return cast(Trainer, getattr(import_module(module), name)(**self.trainer.model_extra or {}))
+        return cast(Trainer, self.trainer.find()(**self.trainer.settings))
 
 
 def study_path(name_or_path: str) -> Path:
@@ -320,8 +147,7 @@ def study_path(name_or_path: str) -> Path:
         path = Path("studies") / f"{name_or_path}.toml"
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]}?" if near else f"studies there: {', '.join(known) or 'none'}"
+        hint = meant(path.stem, known, cutoff=0.3) or f"studies there: {', '.join(known) or 'none'}"
         raise ValueError(f"no study file {path}; {hint}")
     return path
 
@@ -353,15 +179,14 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
         named = TrainerTable.model_validate(raw)
     except ValidationError:
         return None  # named already
-    module, _, name = named.use.partition(":")
     try:
-        make = getattr(import_module(module), name)
+        make = named.find()
     except (ImportError, AttributeError) as error:
         problems.append(
             f"trainer.use: cannot import {named.use!r} ({error}); the built-in one is 'proxies:ProxyFamily'"
         )
         return None
-    trainer = _make(make, named.model_extra or {}, problems)
+    trainer = _make(make, named.settings, problems)
     if trainer is None:
         return None
     problems += _without_repeat(trainer, named.use)
@@ -433,18 +258,15 @@ def explain(error: ValidationError, model: Any) -> list[str]:
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             known = _fields_at(model, item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}" if known else ""
+            hint = meant(str(item["loc"][-1]), known) or (f"known here: {', '.join(known)}" if known else "")
             said.append(f"{where}: unknown key; {hint}".rstrip("; "))
         elif item["type"] == "missing":
             said.append(f"{where}: missing")
         elif item["type"] == "literal_error":
             expected = str(item["ctx"]["expected"])
             choices = expected.replace("'", "").replace(" or ", ", ").split(", ")
-            near = difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.4)
-            said.append(
-                f"{where}: needed {expected}, got {item['input']!r}" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            hint = meant(str(item["input"]), choices, before="; ")
+            said.append(f"{where}: needed {expected}, got {item['input']!r}{hint}")
         elif item["type"] == "value_error":
             # a mistake of several fields together has no place of its own: its message begins with their names
             said.append(f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"]))

@@ -1,0 +1,224 @@
+"""What a search writes into its Optuna study: its settings, and its trials as they begin, are taken over and end.
+
+What all trials say together is read in hpo.record. The user attributes of a trial: tokens, N, config (number of the
+configuration's first trial), rung, bracket [iteration, size index, start rung], continues (trial number or None),
+resumed_tokens (where each resumed seed went on), seeds, resumed_seeds, worker, losses (one per seed, when there are
+several; the value is their mean), goal (the rung where a free search wants the run, see hpo.free), and diverged (True)
+on a run of which a loss was not finite.
+
+A trial is created with its attributes in one write, so that a kill at any point leaves either nothing or a running
+trial of a dead worker. It may lack parameters then; whoever starts it fills them in.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from hpo.free import Wanted
+from hpo.opening import check_fresh, check_same
+from hpo.parameters import fill_in, made_sampler
+from hpo.record import Job, View, config_of, seeds_of
+
+SETTINGS = "muscale"  # the study's user attribute
+
+
+class Opened(NamedTuple):
+    """A study with its storage, which alone can make a trial that runs already or write to one begun elsewhere."""
+
+    study: optuna.Study
+    storage: BaseStorage
+    study_id: int  # as the storage knows it
+
+
+def open_study(storage: BaseStorage, name: str, sampler: BaseSampler, settings: dict[str, Any]) -> Opened:
+    """The study of that name, made when there is none. ValueError when it is not a search with these settings."""
+    study = optuna.create_study(
+        storage=storage,
+        study_name=name,
+        direction="minimize",
+        load_if_exists=True,
+        sampler=sampler,
+        pruner=optuna.pruners.NopPruner(),
+    )
+    stored = study.user_attrs.get(SETTINGS)
+    if stored is None:
+        check_fresh(study)
+        study.set_user_attr(SETTINGS, settings)
+    else:
+        check_same(study.study_name, stored, settings)
+    return Opened(study, storage, storage.get_study_id_from_name(study.study_name))
+
+
+def id_of(opened: Opened, number: int) -> int:
+    """How the storage calls the trial of that number."""
+    return opened.storage.get_trial_id_from_study_id_trial_number(opened.study_id, number)
+
+
+# The beginning
+
+
+def attributes(view: View, chosen: Wanted, *, sizes: Sequence[float], worker: str, resumable: bool) -> dict[str, Any]:
+    """Of the next trial, when it is to be the chosen one. The one that makes a trial ours, bracket, comes last."""
+    continues = chosen.continues
+    resumed = continues if resumable else None
+    goal = {} if chosen.goal is None else {"goal": chosen.goal}
+    return goal | {
+        "tokens": view.ladder.levels[chosen.rung],
+        "N": sizes[chosen.bracket.size],
+        "config": len(view.trials) if chosen.config is None else chosen.config,
+        "rung": chosen.rung,
+        "continues": None if continues is None else continues.number,
+        "resumed_tokens": 0 if resumed is None else resumed.user_attrs["tokens"],
+        "seeds": view.ladder.seeds_at(chosen.rung),
+        "resumed_seeds": 0 if resumed is None else seeds_of(resumed),
+        "worker": worker,
+        "bracket": list(chosen.bracket),
+    }
+
+
+def create(opened: Opened, space: Mapping[str, BaseDistribution], chosen: Wanted, attrs: Mapping[str, Any]) -> int:
+    """A new running trial, in one write; its number. No params: the sampler is asked for them when it is started."""
+    params = chosen.params
+    trial_id = opened.storage.create_new_trial(
+        opened.study_id,
+        create_trial(
+            state=TrialState.RUNNING,
+            params={k: params[k] for k in space} if params else {},
+            distributions=dict(space) if params else {},
+            user_attrs=dict(attrs),
+        ),
+    )
+    number = opened.storage.get_trial_number_from_id(trial_id)
+    if chosen.config is None and attrs["config"] != number:  # a trial was enqueued by hand in this very moment
+        opened.storage.set_trial_user_attr(trial_id, "config", number)
+    return number
+
+
+def take_enqueued(
+    opened: Opened, space: Mapping[str, BaseDistribution], view: View, attrs: Mapping[str, Any]
+) -> int | None:
+    """Give the first trial that was enqueued by hand these attributes, as a configuration of its own; its number. None
+    when there is no such trial. One out of range is failed with a warning."""
+    for trial in view.trials:
+        if trial.state == TrialState.WAITING and "bracket" not in trial.user_attrs and _in_range(opened, space, trial):
+            for key, value in {**attrs, "config": trial.number}.items():
+                opened.storage.set_trial_user_attr(id_of(opened, trial.number), key, value)
+            return trial.number
+    return None
+
+
+def _in_range(opened: Opened, space: Mapping[str, BaseDistribution], trial: FrozenTrial) -> bool:
+    fixed = {k: v for k, v in trial.system_attrs.get("fixed_params", {}).items() if k in space}
+    try:
+        create_trial(value=0.0, params=fixed, distributions={k: space[k] for k in fixed})
+    except ValueError as error:
+        warnings.warn(f"the enqueued trial {trial.number} is not run: {error}", UserWarning, stacklevel=5)
+        opened.storage.set_trial_state_values(id_of(opened, trial.number), TrialState.RUNNING)
+        opened.study.tell(trial.number, state=TrialState.FAIL)
+        return False
+    return True
+
+
+def start(
+    opened: Opened,
+    space: Mapping[str, BaseDistribution],
+    number: int,
+    worker: str,
+    sampler_of: Callable[[int], BaseSampler],
+) -> None:
+    """Make a trial that has our attributes run here: this worker's by name, and complete in its parameters.
+
+    sampler_of: what chooses the parameters of the trial of a number, if it has none yet; see sampler_for.
+    """
+    trial_id = id_of(opened, number)
+    trial = opened.storage.get_trial(trial_id)
+    for key, value in (("worker", worker), ("config", config_of(trial))):
+        if trial.user_attrs.get(key) != value:
+            opened.storage.set_trial_user_attr(trial_id, key, value)
+    if trial.state == TrialState.WAITING:
+        opened.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+    if not space.keys() <= trial.params.keys():
+        fill_in(space, opened.study.study_name, opened.storage, sampler_of(number), trial_id)
+
+
+# Its parameters
+
+
+def sampler_for(study: optuna.Study, sampler: BaseSampler, named: str | None, seed: int, number: int) -> BaseSampler:
+    """What chooses the parameters of a trial: for Optuna's samplers by name one that is made for it, from a seed of
+    its own, so that neither a restart nor a second worker repeats what was drawn.
+
+    sampler: of the search; named: its name, None when it was given as an object.
+    """
+    random = random_for(study, named, seed, number)
+    if random is not None or named not in ("tpe", "gp"):
+        return random or sampler
+    return made_sampler(named, _stream(seed, number))
+
+
+def random_for(study: optuna.Study, named: str | None, seed: int, number: int) -> RandomSampler | None:
+    """What draws the parameters of a trial, when that is done at random: from one stream per trial, so that neither
+    a restart nor a second worker repeats them. Optuna's quasi-random sampler, too, begins at random, until a trial
+    is complete.
+    """
+    random = named == "random"
+    if named == "qmc":
+        random = not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return RandomSampler(seed=_stream(seed, number)) if random else None
+
+
+def _stream(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+# The end
+
+
+def running(opened: Opened, job: Job) -> int:
+    """The id of a job's trial. ValueError when it is not running or not this search's."""
+    known = f"trial {job.number} of study {opened.study.study_name!r}"
+    if not 0 <= job.number < len(opened.study.get_trials(deepcopy=False)):
+        raise ValueError(f"{known} does not exist: tell only jobs that this search's ask() gave")
+    trial_id = id_of(opened, job.number)
+    trial = opened.storage.get_trial(trial_id)
+    if trial.user_attrs.get("bracket") != list(job.bracket) or trial.user_attrs.get("rung") != job.rung:
+        raise ValueError(f"{known} is another run than {job}: tell only jobs that this search's ask() gave")
+    if trial.state != TrialState.RUNNING:
+        raise ValueError(f"{known} is not running but {trial.state.name}: a job is told once")
+    return trial_id
+
+
+def finish(opened: Opened, job: Job, losses: Sequence[float]) -> None:
+    """End a job's trial: with the mean of the losses, one per seed, or as diverged when one of them is not finite.
+
+    ValueError, and nothing is changed, for a job that is not running or another number of losses.
+    """
+    trial_id = running(opened, job)
+    seeds = seeds_of(opened.storage.get_trial(trial_id))
+    if len(losses) != seeds:
+        raise ValueError(
+            f"trial {job.number} is {seeds} training{'s' if seeds > 1 else ''}, got {len(losses)} "
+            f"loss{'es' if len(losses) != 1 else ''}: tell one per seed"
+        )
+    try:
+        if seeds > 1:
+            kept = [x if math.isfinite(x) else None for x in losses]
+            opened.storage.set_trial_user_attr(trial_id, "losses", kept)
+        if all(math.isfinite(x) for x in losses):
+            opened.study.tell(job.number, sum(x / seeds for x in losses))
+        else:
+            opened.storage.set_trial_user_attr(trial_id, "diverged", True)
+            opened.study.tell(job.number, state=TrialState.FAIL)
+    except UpdateFinishedTrialError as error:
+        raise ValueError(f"trial {job.number} was told by someone else in the meantime") from error

@@ -17,6 +17,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,6 +126,15 @@ def _fitter(surrogate: str) -> Fitter:
     return {"deep": fit_deep, "nngp": fit_nngp}[surrogate]
 
 
+def _milestone(runs: int) -> int:
+    """To how many of the first runs hyperparameters are fitted from the beginning; a fit to all of them goes on from there.
+
+    All up to 40, then the last of 40, 48, 58, ...: most asks then pay for a few steps, and still depend on nothing but the
+    trials.
+    """
+    return runs if runs <= 40 else math.ceil(40 * 1.2 ** math.floor(math.log(runs / 40, 1.2) + 1e-9))
+
+
 def _direction(study: optuna.Study) -> StudyDirection:
     if len(study.directions) != 1:
         raise ValueError(
@@ -166,6 +176,7 @@ class MultiFidelitySampler(BaseSampler):
         self._n_startup = n_startup_trials
         self._answered: tuple[Surrogate, Array] | None = None  # the last one's recommendation
         self._fitted: tuple[tuple[bytes, ...], Surrogate] | None = None  # the last one: an ask may need it twice
+        self._begun: tuple[tuple[bytes, ...], Surrogate] | None = None  # to the first runs: see _milestone
 
     def reseed_rng(self) -> None:
         """Nothing to do: draws depend on the seed and the trial's number, so that copies in other workers differ."""
@@ -304,7 +315,7 @@ class MultiFidelitySampler(BaseSampler):
         seen = _look(study, cube, target)
         if not self._has_model(seen, cube):
             return None
-        member = self._fit(cube, seen, target, levels).members[0]
+        member = self._fit(cube, seen, target, levels).best
         coordinates = fidelity_coordinates([*seen.levels, *levels], target)[len(seen.levels) :]
         return usefulness(member, cube, coordinates, [self._seed, len(seen.loss), 3])
 
@@ -335,19 +346,30 @@ class MultiFidelitySampler(BaseSampler):
     def _fit(self, cube: Cube, seen: _Seen, target: Fidelity, slots: Sequence[Fidelity]) -> Surrogate:
         """The surrogate of the finished runs, then told of the pending ones. Its fidelity coordinates span slots, too."""
         from hpo.belief import centre_of
-        from hpo.surrogate import fidelity_coordinates, fit_surrogate
+        from hpo.surrogate import fidelity_coordinates, fit_bowl, fit_surrogate
 
         n, features, levels = len(seen.loss), cube.features(seen.cube), [*seen.levels, *slots]
         coordinates = fidelity_coordinates(levels, target)[: len(seen.levels)]
-        key = (features.tobytes(), seen.loss.tobytes(), coordinates.tobytes())
-        if self._fitted is None or self._fitted[0] != key:
-            ids = {level: i for i, level in enumerate(dict.fromkeys(seen.levels[:n]))}
-            level = np.array([ids[f] for f in seen.levels[:n]], dtype=np.int64)
-            belief = {name: law for name, law in self._belief.items() if name in cube.distributions}
-            centre = centre_of(belief, cube, levels, target) if belief else None
-            fitter = _fitter(self._surrogate)
-            model = fit_surrogate(features[:n], coordinates[:n], level, seen.loss, fitter=fitter, centre=centre)
-            self._fitted = key, model.with_pending(features[n:], coordinates[n:])
+        ids = {level: i for i, level in enumerate(dict.fromkeys(seen.levels[:n]))}
+        level = np.array([ids[f] for f in seen.levels[:n]], dtype=np.int64)
+        belief = {name: law for name, law in self._belief.items() if name in cube.distributions}
+        centre = centre_of(belief, cube, levels, target) if belief else None
+
+        def key(runs: int) -> tuple[bytes, ...]:
+            return features[:runs].tobytes(), coordinates[:runs].tobytes(), seen.loss[:runs].tobytes()
+
+        def fit(runs: int, fitter: Fitter) -> Surrogate:
+            u, t = features[:runs], coordinates[:runs]
+            return fit_surrogate(u, t, level[:runs], seen.loss[:runs], fitter=fitter, centre=centre)
+
+        pending = (*key(len(features)), seen.loss.tobytes())
+        if self._fitted is None or self._fitted[0] != pending:
+            fitter, first = _fitter(self._surrogate), _milestone(n)
+            if self._surrogate == "bowl" and first < n and seen.finite[:first].any():
+                if self._begun is None or self._begun[0] != key(first):
+                    self._begun = key(first), fit(first, fitter)
+                fitter = partial(fit_bowl, near=self._begun[1].best)
+            self._fitted = pending, fit(n, fitter).with_pending(features[n:], coordinates[n:])
         return self._fitted[1]
 
     def _answer(self, cube: Cube, seen: _Seen, target: Fidelity) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -144,22 +144,28 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """A fitted ensemble, the best hyperparameters first; it predicts z = (loss - offset) / scale, compressed far up."""
+    """A fitted ensemble; it predicts z = (loss - offset) / scale, compressed far up."""
 
-    members: tuple[Member, ...]
+    best: Member  # the most probable hyperparameters
     offset: float
     scale: float
+    others: Callable[[], tuple[Member, ...]] = tuple  # made when first asked for: a suggestion seldom needs them
+
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        with one_thread():
+            return self.best, *self.others()
 
     @property
     def x(self) -> Tensor:
         """[n, d + 2], what is conditioned on: runs, then pending runs."""
-        return self.members[0].x
+        return self.best.x
 
     @cached_property
     def model(self) -> SingleTaskGP:
-        """The first member as BoTorch sees it."""
-        first = self.members[0]
-        return botorch_model(first.kernel, first.noise, first.x, first.z, first.mean)
+        """The best member as BoTorch sees it."""
+        best = self.best
+        return botorch_model(best.kernel, best.noise, best.x, best.z, best.mean)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Model inputs [m, d + 2] -> mean [m] and variance [m] of the mixture, in z units."""
@@ -190,7 +196,11 @@ class Surrogate:
         if not len(U):
             return self
         x = join(U, T)
-        return Surrogate(tuple(member.with_pending(x) for member in self.members), self.offset, self.scale)
+
+        def others() -> tuple[Member, ...]:
+            return tuple(member.with_pending(x) for member in self.members[1:])
+
+        return Surrogate(self.best.with_pending(x), self.offset, self.scale, others)
 
 
 def join(U: Array, T: Array) -> Tensor:
@@ -252,15 +262,16 @@ def botorch_model(kernel: Kernel, noise: float, x: Tensor, z: Tensor, mean: Mean
     return model.eval()
 
 
-Fitter = Callable[[Tensor, Tensor], list[tuple[Kernel, float]]]  # x, z -> kernels with their noise variances
+Fitter = Callable[[Tensor, Tensor], Iterable[tuple[Kernel, float]]]  # x, z -> kernels, noise variances; best first
 
 
-def fit_bowl(x: Tensor, z: Tensor) -> list[tuple[Kernel, float]]:
+def fit_bowl(x: Tensor, z: Tensor, near: Member | None = None) -> Iterator[tuple[Kernel, float]]:
     """The default: FidelityKernel at the maximum a posteriori and at DRAWS draws around it.
 
     Two fixed starts: the prior's medians, and those with lengths one standard deviation shorter. From the first alone,
-    fits to settled searches could end in a smooth, noisy mode some 60 nats worse. The draws come from a fixed Sobol
-    sequence, so that the answer depends on nothing but the data.
+    fits to settled searches could end in a smooth, noisy mode some 60 nats worse. near: a member fitted to most of these
+    runs; the search then begins and, after the least ITERATIONS, ends close to it. The draws come from a fixed Sobol sequence,
+    so that the answer depends on nothing but the data.
     """
     d = x.shape[-1] - AXES
     mean, sd = box(d)
@@ -279,14 +290,20 @@ def fit_bowl(x: Tensor, z: Tensor) -> list[tuple[Kernel, float]]:
         )
         return float(found.fun), found.x
 
-    _, ahead = min((descend(start, TRIAL_ITERATIONS) for start in (mean, short)), key=lambda fit: fit[0])
-    _, best = descend(ahead, min(max(4000 // len(x), ITERATIONS[0]), ITERATIONS[1]))
-    kept = [best, *(np.clip(theta, low, high) for theta in laplace_draws(posterior, best, sd, DRAWS))]
-    kernels = []
-    for theta in kept:
+    def kernel(theta: Array) -> tuple[Kernel, float]:
         p = unpack(torch.from_numpy(theta), d)
-        kernels.append((FidelityKernel(d, p), math.exp(2.0 * float(p["log_noise"])) + JITTER))
-    return kernels
+        return FidelityKernel(d, p), math.exp(2.0 * float(p["log_noise"])) + JITTER
+
+    if near is None:
+        _, ahead = min((descend(start, TRIAL_ITERATIONS) for start in (mean, short)), key=lambda fit: fit[0])
+        _, best = descend(ahead, min(max(4000 // len(x), ITERATIONS[0]), ITERATIONS[1]))
+    else:
+        noise = 0.5 * math.log(max(near.noise - JITTER, JITTER))
+        values = [value.detach().flatten() for value in near.kernel.values().values()]
+        _, best = descend(np.clip(np.append(torch.cat(values).numpy(), noise), low, high), ITERATIONS[0])
+    yield kernel(best)
+    for theta in laplace_draws(posterior, best, sd, DRAWS):
+        yield kernel(np.clip(theta, low, high))
 
 
 def laplace_draws(posterior: Marginal, best: Array, sd: Array, draws: int) -> list[Array]:
@@ -361,10 +378,11 @@ def fit_surrogate(
     mean = ZeroMean() if centre is None else BelievedBowl(centre)
     rows = torch.from_numpy(_representative(np.abs(T).sum(1), scores))
     with one_thread():
-        kernels = fitter(x[rows], z[rows] - mean(x[rows]))
-        if n > FIT_ROWS:  # assumed: draws agree by then; each would have a factorisation of all rows
-            kernels = kernels[:1]
-        return Surrogate(tuple(condition(kernel, noise, x, z, mean) for kernel, noise in kernels), offset, scale)
+        kernels = iter(fitter(x[rows], z[rows] - mean(x[rows])))
+        best = condition(*next(kernels), x, z, mean)
+    if n > FIT_ROWS:  # assumed: draws agree by then; each would have a factorisation of all rows
+        return Surrogate(best, offset, scale)
+    return Surrogate(best, offset, scale, lambda: tuple(condition(*fitted, x, z, mean) for fitted in kernels))
 
 
 def _representative(distance: Array, z: Array) -> NDArray[np.int64]:

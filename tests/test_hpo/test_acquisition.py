@@ -50,7 +50,7 @@ def offer(U: Array, slots: Array, cost: Array, *, top: int | None, spent: tuple[
 def test_knowledge_gradient_is_what_simulated_runs_gain() -> None:
     """The closed form against conditioning afresh on each of the nine outcomes, and on two hundred."""
     U, T, level, y = drifting_runs(5, 8)
-    fit = s.fit_surrogate(U, T, level, y).members[0]
+    fit = s.fit_surrogate(U, T, level, y).best
     rng = np.random.default_rng(0)
     anchors = s.join(rng.random((40, 2)), np.zeros(2))
     x = s.join(np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([[0.0, 0.0], [1.0, 0.5]]))
@@ -76,9 +76,9 @@ def believed(fit: s.Surrogate, **logs: float) -> s.Surrogate:
     """The same runs under given hyperparameters, all elements alike; the others at the prior's medians."""
     p = {name: mean.clone() for name, (mean, _) in prior(2).items()}
     p |= {name: torch.full_like(p[name], value) for name, value in logs.items()}
-    first = fit.members[0]
+    first = fit.best
     member = s.condition(FidelityKernel(2, p), math.exp(2 * float(p["log_noise"])), first.x, first.z)
-    return s.Surrogate((member,), fit.offset, fit.scale)
+    return s.Surrogate(member, fit.offset, fit.scale)
 
 
 def two_level_runs(sign: float = 1.0, n: int = 10) -> tuple[Array, s.Surrogate]:
@@ -103,7 +103,7 @@ def test_a_level_that_says_nothing_about_the_target_is_not_bought() -> None:
 
 def test_usefulness_is_that_of_losses_drawn_from_the_posterior() -> None:
     U, T, level, y = drifting_runs(3, 12)
-    member = s.fit_surrogate(U, T, level, y).members[0]
+    member = s.fit_surrogate(U, T, level, y).best
     slots = np.array([[1.0, 1.0], [0.5, 0.0], [0.0, 0.0]])
     found = usefulness(member, PlainCube(2), slots, [4])
     assert found[2] == pytest.approx(1.0)
@@ -121,7 +121,7 @@ def test_usefulness_is_that_of_losses_drawn_from_the_posterior() -> None:
 
 def test_a_fidelity_that_misleads_is_found_useless_and_one_that_agrees_useful() -> None:
     slots = np.array([[1.0, 0.0], [0.0, 0.0]])
-    useful = [usefulness(two_level_runs(sign, 24)[1].members[0], PlainCube(2), slots, [0])[0] for sign in (1.0, -1.0)]
+    useful = [usefulness(two_level_runs(sign, 24)[1].best, PlainCube(2), slots, [0])[0] for sign in (1.0, -1.0)]
     assert useful[0] > 0.9
     assert useful[1] < USEFUL
     U, fit = two_level_runs(-1.0, 24)
@@ -241,7 +241,7 @@ def test_the_recommendation_is_nearly_the_best_of_a_grid_for_the_mixture(n: int,
 
     answer = recommend(fit, PlainCube(2), U, [0])
     assert score(answer[None])[0] <= score(grid).min() + tolerance
-    lowest = grid[fit.members[0].posterior(s.join(grid, np.zeros(2)))[0].argmin()]
+    lowest = grid[fit.best.posterior(s.join(grid, np.zeros(2)))[0].argmin()]
     assert score(answer[None])[0] <= score(lowest[None])[0] + 1e-2
     np.testing.assert_array_equal(answer, recommend(fit, PlainCube(2), U, [0]))
 

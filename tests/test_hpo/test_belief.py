@@ -74,7 +74,7 @@ def test_botorch_sees_the_same_mean() -> None:
     fitted = fit_surrogate(u, coordinates, level, (u[:, 0] - 0.5) ** 2, centre=centre)
     x = join(np.linspace(0, 1, 5)[:, None], np.zeros(2))
     mean = fitted.model.posterior(x).mean[:, 0].detach()
-    assert mean.tolist() == pytest.approx(fitted.members[0].posterior(x)[0].tolist(), abs=1e-9)
+    assert mean.tolist() == pytest.approx(fitted.best.posterior(x)[0].tolist(), abs=1e-9)
 
 
 def test_the_first_configuration_is_the_believed_one() -> None:

@@ -350,7 +350,7 @@ def test_pending_runs_keep_the_mean_and_lower_the_doubt(surrogate: str) -> None:
 def test_predictions_are_those_of_botorch(surrogate: str) -> None:
     U, T, level, y = bowl_runs(5, 15)
     fit = s.fit_surrogate(U, T, level, y, fitter=FITTERS[surrogate])
-    first = s.Surrogate(fit.members[:1], fit.offset, fit.scale)
+    first = s.Surrogate(fit.best, fit.offset, fit.scale)
     V = np.random.default_rng(5).random((8, 2))
     posterior = fit.model.posterior(s.join(V, np.full(2, 0.3)))
     mean, sd = first.predict(V, np.full(2, 0.3))

@@ -124,6 +124,35 @@ def test_a_proposal_is_a_function_of_the_trials_and_the_seed(twenty_five: list[o
     assert before == after
 
 
+def test_a_fit_that_goes_on_from_the_first_runs_depends_on_nothing_but_the_trials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From 40 runs on most fits begin at an earlier one; a worker that has just come must decide as one that saw all, also
+    when a run among the first ends late. And few fits begin anew: that is what it is for."""
+    from hpo import surrogate
+
+    anew, fit = [], surrogate.fit_bowl
+    monkeypatch.setattr(surrogate, "fit_bowl", lambda x, z, near=None: anew.append(near is None) or fit(x, z, near))
+    rng, old = np.random.default_rng(5), MultiFidelitySampler(seed=3)
+    study = optuna.create_study()
+    for number in range(52):
+        params = {"lr": math.exp(rng.uniform(-9, -4)), "batch": int(2 ** rng.uniform(5, 9))}
+        add(study, params, CHEAP[number % 3], None if number == 20 else bowl(params, CHEAP[number % 3]))
+        if number < 44:
+            continue
+        if number == 49:
+            late = study.trials[20]
+            study._storage.set_trial_state_values(
+                late._trial_id, TrialState.COMPLETE, [bowl(late.params, CHEAP[20 % 3])]
+            )
+        proposed = old.propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
+        began = len(anew)
+        assert proposed == MultiFidelitySampler(seed=3).propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
+        del anew[began:]
+    assert anew.count(True) == 3  # to the first 40, to the first 48, and these again when the late run had ended
+    assert anew.count(False) == 7  # but where all runs are the first 48
+
+
 def test_the_drift_is_followed_to_an_unseen_larger_target(twenty_five: list[optuna.Study]) -> None:
     """Four times the parameters and tokens of any run; from the cheapest level the optimum moves by a fifth of the cube."""
     lr, batch = optimum(TARGET)

@@ -83,7 +83,7 @@ def test_shapes_that_do_not_match_are_refused() -> None:
 def test_predictions_are_those_of_the_botorch_model() -> None:
     U, T, level, y = drifting_runs(1, 25)
     whole = s.fit_surrogate(U, T, level, y)
-    fit = s.Surrogate(whole.members[:1], whole.offset, whole.scale)
+    fit = s.Surrogate(whole.best, whole.offset, whole.scale)
     rng = np.random.default_rng(5)
     V, W = rng.random((8, 2)), rng.random((8, 2))
     posterior = fit.model.posterior(s.join(V, W))
@@ -99,7 +99,7 @@ def test_botorch_acquisitions_work_with_the_model() -> None:
     U, T, level, y = drifting_runs(2, 20)
     fit = s.fit_surrogate(U, T, level, y)
     x = s.join(np.array([[0.6, 0.4], [0.0, 1.0]]), np.zeros(2)).unsqueeze(1).requires_grad_()
-    best = float(fit.members[0].z.min())
+    best = float(fit.best.z.min())
     analytic = LogExpectedImprovement(fit.model, best_f=best, maximize=False)(x)
     assert analytic[0] > analytic[1]
     assert torch.isfinite(torch.autograd.grad(analytic.sum(), x)[0]).all()
@@ -145,13 +145,13 @@ def test_more_runs_than_the_fit_looks_at_are_still_conditioned_on() -> None:
 
     def fitter(x: torch.Tensor, z: torch.Tensor) -> list[tuple[Any, float]]:
         looked_at.append(len(x))
-        return s.fit_bowl(x[:30], z[:30])
+        return list(s.fit_bowl(x[:30], z[:30]))
 
     fit = s.fit_surrogate(U, T, level, y, fitter=fitter)
     assert looked_at == [s.FIT_ROWS]
     assert len(fit.x) == s.FIT_ROWS + 51
     mean, _ = fit.predict(U, T)
-    assert np.abs(mean - (fit.offset + fit.scale * fit.members[0].z.numpy())).max() < 0.02
+    assert np.abs(mean - (fit.offset + fit.scale * fit.best.z.numpy())).max() < 0.02
 
 
 def test_pending_runs_keep_the_mean_and_lower_the_doubt() -> None:
@@ -251,7 +251,7 @@ def from_the_prior(seed: int, n: int, d: int) -> tuple[torch.Tensor, torch.Tenso
 def test_draws_have_the_spread_of_the_posterior_itself(seed: int) -> None:
     """Moments by importance sampling from a wider distribution. Five hyperparameters, all of which matter."""
     x, _, z = from_the_prior(seed, 25, 1)
-    kernel, noise = s.fit_bowl(x[:25], z)[0]
+    kernel, noise = next(s.fit_bowl(x[:25], z))
     log_noise = torch.tensor([0.5 * math.log(noise - s.JITTER)], dtype=torch.float64)
     best = flat({**kernel.values(), "log_noise": log_noise})
     mean, sd = box(1)
@@ -284,8 +284,9 @@ def test_with_few_runs_the_ensemble_covers_better_than_its_best_member() -> None
     for seed in range(50):
         x, f, z = from_the_prior(seed, 8, 2)
         members = tuple(s.condition(kernel, noise, x[:8], z) for kernel, noise in s.fit_bowl(x[:8], z))
-        for i, kept in enumerate((members[:1], members)):
-            mean, variance = s.Surrogate(kept, 0.0, 1.0).posterior(x[8:])
+        best, others = members[0], members[1:]
+        for i, fit in enumerate((s.Surrogate(best, 0.0, 1.0), s.Surrogate(best, 0.0, 1.0, lambda kept=others: kept))):
+            mean, variance = fit.posterior(x[8:])
             off = ((f[8:] - mean) / variance.sqrt()).numpy()
             inside[i] += (np.abs(off) < ndtri(0.95)).mean() / 50
             score[i] += float((-0.5 * off**2 - 0.5 * np.log(variance.numpy())).mean()) / 50

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from scipy.optimize import minimize
 
-from hpo import Search
+from hpo import Job, Search
 
 UNIT = 27_000_000  # tokens that stand for fidelity 1
 LEVELS = (1 / 27, 1 / 9, 1 / 3, 1.0)
@@ -178,14 +178,21 @@ def problems_of(folder: Path) -> dict[str, Callable[[], Problem]]:
 def time_asks(trials: int, sampler: str, parameters: int) -> None:
     """One ask, and one best(), in a study of so many finished trials on four rungs."""
     space: dict[str, BaseDistribution] = {f"x{i}": FloatDistribution(0.0, 1.0) for i in range(parameters)}
-    it = Search(
-        space,
-        tokens=(UNIT // 27, UNIT),
-        sampler=sampler,
-        resumable=False,
-        iterations=None if sampler == "mfbo" else 1000,
-        cost=lambda fidelity: fidelity.D / UNIT,
-    )
+    storage = optuna.storages.InMemoryStorage()
+
+    def opened() -> Search:
+        return Search(
+            space,
+            tokens=(UNIT // 27, UNIT),
+            storage=storage,
+            name="asks",
+            sampler=sampler,
+            resumable=False,
+            iterations=None if sampler == "mfbo" else 1000,
+            cost=lambda fidelity: fidelity.D / UNIT,
+        )
+
+    it = opened()
     rng = np.random.default_rng(0)
     levels = it.ladder.levels
     for number in range(trials):
@@ -195,22 +202,27 @@ def time_asks(trials: int, sampler: str, parameters: int) -> None:
         attrs: dict[str, Any] = {"tokens": levels[rung], "N": 1.0, "config": number, "rung": rung, "continues": None}
         attrs |= {"resumed_tokens": 0, "seeds": 1, "worker": "", "bracket": [number, 0, rung]}
         it.study.add_trial(optuna.create_trial(params=params, distributions=space, value=loss, user_attrs=attrs))
-    times, answers = [], []
-    for turn in range(12):  # both fit the model afresh after every tell; the first one imports
+    times, fresh, answers = [], [], []
+
+    def timed(search: Search, times: list[float]) -> Job:
         began = time.process_time()
-        job = it.ask()
-        if 0 < turn <= 9:
-            times.append(time.process_time() - began)
+        job = search.ask()
+        times.append(time.process_time() - began)
         assert job is not None
-        it.tell(job, 1.0 + 0.01 * turn)
-        if turn > 8:
-            began = time.process_time()
-            it.best()
-            answers.append(time.process_time() - began)
+        return job
+
+    for turn in range(12):  # asks in turn by a worker that has asked before and by one that has just come
+        it.tell(timed(it, times), 1.0 + 0.01 * turn)
+        other = opened()
+        it.tell(timed(other, fresh), 1.0 + 0.01 * turn)
+        began = time.process_time()
+        it.best()
+        answers.append(time.process_time() - began)
+    times, fresh, answers = times[1:], fresh[1:], answers[1:]  # the first imports
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"{sampler}, {parameters} parameters, {trials} trials: ask {np.median(times) * 1e3:.1f} ms (most {max(times) * 1e3:.1f}), "
-        f"best {np.median(answers) * 1e3:.1f} ms, peak memory {peak:.2f} GiB",
+        f"of a new worker {np.median(fresh) * 1e3:.1f} ms (most {max(fresh) * 1e3:.1f}), best {np.median(answers) * 1e3:.1f} ms, peak memory {peak:.2f} GiB",
         flush=True,
     )
 

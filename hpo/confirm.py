@@ -218,14 +218,17 @@ def lead_in_words(search: Search, best: dict[str, Any], name: str) -> str:
     except ValueError as error:
         return "\n".join([*said, f"no lead: {error}"])
     difference = getattr(search.study.sampler, "difference", None)
-    posterior = None if difference is None else difference(search.study, search.space, answer.params, rival.params, top)
     measured = math.nan if answer.loss is None or rival.loss is None else rival.loss - answer.loss
-    if posterior is not None:
-        lead = lead_from_model(posterior, measured)
-        found = f"; measured {measured:.4f}" if math.isfinite(measured) else ""
+    for fidelity in dict.fromkeys((search.target, top)):
+        posterior = difference and difference(search.study, search.space, answer.params, rival.params, fidelity)
+        if posterior is None:
+            continue
+        lead = lead_from_model(posterior, measured if fidelity == top else math.nan)
+        found = f"; measured {measured:.4f}" if math.isfinite(lead.observed) else ""
+        beyond = "" if fidelity == search.target else ", whose optimum may be another than the target's,"
         said.append(
-            f"the model: at {at(top)} this leads {rival} by {lead.expected:.4f} +- {lead.error:.4f} nats{found}\n"
-            f"  {believe(lead)}"
+            f"the model: at {at(fidelity)}{beyond} this leads {rival} by {lead.expected:.4f} +- {lead.error:.4f} "
+            f"nats{found}\n  {believe(lead)}"
         )
     if not said:
         found = f" ({measured:.4f} nats)" if math.isfinite(measured) else ""

@@ -180,13 +180,17 @@ class Modelled(RandomSampler):
     def difference(
         self, study: optuna.Study, space: dict[str, Any], a: dict[str, Any], b: dict[str, Any], target: Fidelity
     ) -> tuple[float, float]:
-        assert target == TOP
-        return math.log(b["lr"] / a["lr"]) ** 2 / 100, 0.01
+        sign = 1 if target.D > TOP.D else -1 if self.beyond else 1
+        return sign * math.log(b["lr"] / a["lr"]) ** 2 / 100, 0.01
+
+    beyond = False  # whether the target is, and lies on the other side of the optimum at TOP
 
 
-def searched(*, seeds: int = 1, sampler: Any = "random") -> Search:
+def searched(*, seeds: int = 1, sampler: Any = "random", target: Fidelity | None = None) -> Search:
     """A finished search; loss (ln(lr / 0.01))^2 / 20 and, with more seeds, +-0.001 on the first two."""
-    search = Search(SPACE, tokens=(1000, 9000), sizes=[1000.0], sampler=sampler, iterations=1, seed=4, seeds=seeds)
+    search = Search(
+        SPACE, tokens=(1000, 9000), sizes=[1000.0], sampler=sampler, iterations=1, seed=4, seeds=seeds, target=target
+    )
     while (job := search.ask()) is not None:
         loss = 2 + math.log(job.params["lr"] / 0.01) ** 2 / 20
         search.tell(job, [loss + (0.001, -0.001, 0.0)[i] * (-1) ** job.config for i in range(seeds)])
@@ -252,6 +256,18 @@ def test_what_is_said_of_a_lead_depends_on_what_can_be_known() -> None:
     said = lead_in_words(modelled, modelled.best(), "mine")
     assert f"leads {rival} by {gap:.4f} +- 0.0100 nats" in said
     assert f"probability {norm.cdf(gap / 0.01):.2f}" in said
+
+
+def test_a_lead_at_a_far_target_is_told_before_that_at_the_largest_run() -> None:
+    sampler = Modelled(seed=4)
+    sampler.beyond = True
+    search = searched(sampler=sampler, target=Fidelity(1000.0, 90_000))
+    at_target, at_top = [line for line in lead_in_words(search, search.best(), "mine").splitlines() if "nats" in line]
+    assert "at N 1,000, D 90,000 this leads" in at_target
+    assert "measured" not in at_target
+    assert "at N 1,000, D 9,000, whose optimum may be another than the target's, this leads" in at_top
+    assert "by -" in at_top
+    assert "measured" in at_top
 
 
 def test_a_confirmation_trains_both_on_the_same_fresh_seeds_and_is_planned_once(tmp_path: Path) -> None:

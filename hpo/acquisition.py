@@ -21,6 +21,7 @@ from hpo.marginal import AXES
 from hpo.surrogate import Array, Domain, Member, Surrogate, join
 
 KNOWN = 300  # of the settings run before, so many are looked at again in one question
+BELOW = (1.0, 3.0)  # runs at the highest fidelity whose cost may go to lower ones before: least and most, by usefulness
 USEFUL = 0.1  # a fidelity whose losses go less with the target's is not bought while there is another
 QUANTILES = ndtri((np.arange(1, 10) - 0.5) / 9)
 
@@ -179,14 +180,15 @@ def _worth_while(useful: Array, offer: Offer, pool: Array) -> list[int]:
 
 
 def suggest(
-    surrogate: Surrogate, domain: Domain, seen: Array, offer: Offer, *, seed: Sequence[int], share: float = 0.5
+    surrogate: Surrogate, domain: Domain, seen: Array, offer: Offer, *, seed: Sequence[int]
 ) -> tuple[Array, int]:
     """The cube point [p] and the slot with the largest knowledge gradient per cost.
 
-    seen [n, p]: cube points of all runs. At least about `share` of the cost goes to the highest fidelity: when the
-    winner would break that, the present recommendation is run there instead, a safeguard against low fidelities that
-    mislead. Gains are the best member's: a mean over all, or a member drawn anew for every question, was slower and no
-    better on two parameters.
+    seen [n, p]: cube points of all runs. About half the cost goes to the highest fidelity, once a lower one has had as
+    much as its usefulness u warrants (BELOW, u / (1 - u), but half of all that may be spent at most): when the winner would go beyond that, the present
+    recommendation is run at the highest instead, a safeguard against low fidelities that mislead. Half from the
+    beginning had two to four times the regret at cost 2 on most problems (20 seeds, studies/LOG.md). Gains are the best
+    member's: a mean over all, or a member drawn anew for every question, was slower and no better on two parameters.
     """
     rng = np.random.default_rng(seed)
     member = surrogate.best
@@ -209,7 +211,8 @@ def suggest(
         return gain, gain / (np.where(np.isfinite(price), price, 0.0) + 0.02)
 
     cheapest = int(np.argmin(offer.cost))
-    levels = _worth_while(usefulness(member, domain, offer.slots, [*seed, 3]), offer, pool)
+    useful = usefulness(member, domain, offer.slots, [*seed, 3])
+    levels = _worth_while(useful, offer, pool)
     winner, slot, highest = candidates[0], cheapest, -math.inf
     for level in levels:
         points, (_, score) = candidates, gains(candidates, level)
@@ -222,7 +225,9 @@ def suggest(
 
     low, total = offer.spent
     top = offer.top
-    if top is not None and slot != top and low + float(offer.price(winner[None], slot)[0]) > (1 - share) * (total + 1):
+    trusted = float(np.clip(useful[slot] / max(1.0 - useful[slot], 1e-9), *BELOW))
+    most = max(min(trusted, 0.5 * (total + offer.limit)), 0.5 * (total + 1))
+    if top is not None and slot != top and low + float(offer.price(winner[None], slot)[0]) > most:
         answer = recommend(surrogate, domain, seen, [*seed, 1])
         open_ = np.isfinite(offer.price(pool, top))
         if float(gains(answer[None], top)[0][0]) > 1e-12:

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from hpo import acquisition
 from hpo import surrogate as s  # first: it imports BoTorch with a dependency's deprecation warning silenced
 
 # isort: split
@@ -283,6 +284,26 @@ def test_the_safeguard_runs_the_recommendation_at_the_top() -> None:
     again, slot = suggest(told, cube, more, after, seed=[0, 1])
     assert slot == 1
     assert np.abs(again - point).max() > 1e-6
+
+
+@pytest.mark.parametrize(("useful", "most"), [(0.3, 1.0), (0.6, 1.5), (0.75, 3.0), (1.0, 3.0)])
+def test_a_lower_fidelity_gets_the_more_before_the_highest_the_more_it_tells(
+    useful: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once the highest has had its half, as much as that, whatever it tells."""
+    U, T, level, y = drifting_runs(6, 20)
+    fit, slots = s.fit_surrogate(U, T, level, y), np.array([[1.0, 1.0], [0.0, 0.0]])
+    monkeypatch.setattr(acquisition, "usefulness", lambda *_: np.array([useful, 1.0]))
+
+    def slot(low: float, high: float = 0.0, limit: float = INF) -> int:
+        on_offer = offer(U, slots, np.array([1e-3, 1.0]), top=1, spent=(low, low + high), limit=limit)
+        return suggest(fit, PlainCube(2), U, on_offer, seed=[0, 1])[1]
+
+    assert slot(0.98 * most) == 0
+    assert slot(1.02 * most) == 1
+    assert slot(5.9, high=5.0) == 0
+    assert slot(6.1, high=5.0) == 1
+    assert slot(1.2, limit=1.1) == 1  # more than half of all there is
 
 
 def test_nothing_draws_from_global_generators() -> None:

@@ -189,7 +189,7 @@ def test_the_answer_is_a_run_at_the_target_unless_the_model_is_sure_of_more(seed
     search = Search(
         {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)}, tokens=(100, 900), resumable=False
     )
-    for _ in range(25):
+    for _ in range(32):
         job = search.ask()
         assert job is not None
         search.tell(job, float(rng.standard_normal()))

@@ -69,8 +69,8 @@ def searched(seed: int, n: int, slots: Sequence[Fidelity] = CHEAP) -> optuna.Stu
 
 
 @pytest.fixture(scope="module")
-def twenty_five() -> list[optuna.Study]:
-    return [searched(seed, 25) for seed in range(3)]
+def searches() -> list[optuna.Study]:
+    return [searched(seed, 32) for seed in range(3)]
 
 
 def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
@@ -106,7 +106,7 @@ def test_promotions_do_not_count_as_start_up_configurations() -> None:
     assert (second, slot) == sampler.propose(sobol, SPACE, CHEAP, lambda f: f.C, TARGET)
 
 
-def test_a_proposal_is_a_function_of_the_trials_and_the_seed(twenty_five: list[optuna.Study]) -> None:
+def test_a_proposal_is_a_function_of_the_trials_and_the_seed(searches: list[optuna.Study]) -> None:
     import torch
 
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
@@ -115,8 +115,8 @@ def test_a_proposal_is_a_function_of_the_trials_and_the_seed(twenty_five: list[o
         sampler = MultiFidelitySampler(seed=3)
         answers.append(
             (
-                sampler.propose(twenty_five[0], SPACE, CHEAP, lambda f: f.C, TARGET),
-                sampler.best(twenty_five[0], SPACE, TARGET),
+                sampler.propose(searches[0], SPACE, CHEAP, lambda f: f.C, TARGET),
+                sampler.best(searches[0], SPACE, TARGET),
             )
         )
     assert answers[0] == answers[1]
@@ -153,13 +153,13 @@ def test_a_fit_that_goes_on_from_the_first_runs_depends_on_nothing_but_the_trial
     assert anew.count(False) == 7  # but where all runs are the first 48
 
 
-def test_the_drift_is_followed_to_an_unseen_larger_target(twenty_five: list[optuna.Study]) -> None:
+def test_the_drift_is_followed_to_an_unseen_larger_target(searches: list[optuna.Study]) -> None:
     """Four times the parameters and tokens of any run; from the cheapest level the optimum moves by a fifth of the cube."""
     lr, batch = optimum(TARGET)
     truth = {"lr": math.exp(lr), "batch": round(math.exp(batch))}
     floor = bowl(truth, TARGET)
     ours, carried = [], []
-    for seed, study in enumerate(twenty_five):
+    for seed, study in enumerate(searches):
         answer = MultiFidelitySampler(seed=seed).best(study, SPACE, TARGET)
         assert distance(answer, truth) < 0.05
         ours.append(bowl(answer, TARGET) - floor)
@@ -168,16 +168,16 @@ def test_the_drift_is_followed_to_an_unseen_larger_target(twenty_five: list[optu
     assert np.median(ours) < 0.2 * np.median(carried)
 
 
-def test_cheap_runs_are_preferred_while_they_teach(twenty_five: list[optuna.Study]) -> None:
-    for study in twenty_five:
+def test_cheap_runs_are_preferred_while_they_teach(searches: list[optuna.Study]) -> None:
+    for study in searches:
         tokens = [t.user_attrs["tokens"] for t in study.trials]
         assert tokens.count(int(2e7)) > tokens.count(int(8e7)) > 0
         assert len({(t.user_attrs["N"], t.user_attrs["tokens"]) for t in study.trials}) > 1
 
 
-def test_workers_that_ask_at_once_get_different_points(twenty_five: list[optuna.Study]) -> None:
+def test_workers_that_ask_at_once_get_different_points(searches: list[optuna.Study]) -> None:
     study = optuna.create_study()
-    study.add_trials(twenty_five[1].trials)
+    study.add_trials(searches[1].trials)
     sampler, asked = MultiFidelitySampler(seed=0), []
     for _ in range(4):
         params, slot = sampler.propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
@@ -225,9 +225,9 @@ def test_best_before_there_is_a_model_is_the_best_at_the_highest_fidelity() -> N
     assert sampler.best(study, SPACE, TARGET) == pytest.approx({"lr": 0.003, "batch": 10})
 
 
-def test_trials_of_another_space_are_left_out(twenty_five: list[optuna.Study]) -> None:
+def test_trials_of_another_space_are_left_out(searches: list[optuna.Study]) -> None:
     study = optuna.create_study()
-    study.add_trials(twenty_five[0].trials)
+    study.add_trials(searches[0].trials)
     before = MultiFidelitySampler(seed=0).best(study, SPACE, TARGET)
     study.add_trial(
         optuna.create_trial(

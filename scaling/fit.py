@@ -1,48 +1,33 @@
 """Loss laws from runs: the Huber optimum as the law, and an average of two forms as the prediction.
 
 The law is Hoffmann's (arXiv 2203.15556), fitted as in its appendix D.2: Huber loss (delta 1e-3) on log loss. Beyond
-its data that form is mostly too high and a law without a floor (Kaplan et al., arXiv 2001.08361) mostly too low; about
-half of all held-out runs lie between. So a prediction averages both, and their disagreement widens its interval. On 14
-real tables, trained on the lower 70 % of runs by compute, the nominal 80 % interval so made held 86 % of the rest
-(plain bootstrap with residuals: 46 %).
+its data that form is mostly too high, so a prediction averages two (scaling/averaged.py), and their disagreement
+widens its interval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
+from scaling.averaged import Member, fit_members, softmax, tabulate
 from scaling.laws import Array, LossLaw
-from scaling.newton import Local, Objective, minimise, penalised_squares
+from scaling.newton import Local, Objective, minimise
 
-# theta of the law, and of the member with a floor: (a, alpha, b, beta, e), with
-# ln L = ln(e^(a - alpha n) + e^(b - beta d) + e^e), n and d logs less their means
-Form: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Array]]  # theta (k, 5), n, d (m,) -> (k, m), (k, m, 5)
+# theta of the law: (a, alpha, b, beta, e), with ln L = ln(e^(a - alpha n) + e^(b - beta d) + e^e), n and d logs less
+# their means
 
 FAINT = 12.0  # a term e^-12 of the least loss is nil: 6e-6 of it
 STEEPEST = 3.0  # no measured exponent comes near
 SPREAD = 0.25  # share of the forms' squared disagreement that enters the variance
-LEAST_SD = 5e-4  # of ln L: no table is known to this
 
 
 class FitError(ValueError):
     """The fit that was asked for cannot exist on these data."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One of the two averaged forms, fitted."""
-
-    form: str  # "floor" or "no floor"
-    theta: Array  # (5,)
-    covariance: Array  # (5, 5), Laplace
-    noise: float  # rms residual of ln L: one run about the form
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -64,7 +49,10 @@ class Fit:
         return np.asarray(np.exp(self._moments(N, D)[0]))
 
     def interval(self, N: ArrayLike, D: ArrayLike, mass: float = 0.8) -> tuple[Array, Array]:
-        """(low, high) that hold the loss of ONE NEW RUN with probability `mass`; centred on `predict`."""
+        """(low, high) that hold the loss of ONE NEW RUN with probability `mass`; centred on `predict`.
+
+        At an N that was trained, of that very model; it is wider where no run had this N.
+        """
         if not 0 < mass < 1:
             raise ValueError(f"mass must lie between 0 and 1, got {mass}")
         mean, spread, variance = self._moments(N, D)
@@ -82,15 +70,12 @@ class Fit:
         if not (np.all(np.isfinite(size) & (size > 0)) and np.all(np.isfinite(tokens) & (tokens > 0))):
             raise ValueError(f"a prediction needs positive finite N and D, got N={N!r}, D={D!r}")
         n, d = np.log(size).ravel() - self.centre[0], np.log(tokens).ravel() - self.centre[1]
-        values, variances = [], []
-        for m in self.members:
-            f, jacobian = FORMS[m.form](m.theta[None], n, d)
-            values.append(f[0])
-            variances.append(np.einsum("mi,ij,mj->m", jacobian[0], m.covariance, jacobian[0]))
+        moments = [m.moments(n, d) for m in self.members]
         weight = np.array([m.weight for m in self.members])[:, None]
-        mean = np.sum(weight * np.array(values), 0)
-        spread = np.sqrt(np.sum(weight * (np.array(values) - mean) ** 2, 0))
-        within = np.sum(weight * np.array(variances), 0)
+        values, variances = (np.array(v) for v in zip(*moments, strict=True))
+        mean = np.sum(weight * values, 0)
+        spread = np.sqrt(np.sum(weight * (values - mean) ** 2, 0))
+        within = np.sum(weight * variances, 0)
         return mean.reshape(size.shape), spread.reshape(size.shape), within.reshape(size.shape)
 
 
@@ -110,7 +95,7 @@ def fit_loss_law(
     the intervals do not use them. ValueError on unusable rows, FitError when no law can exist.
     """
     size, tokens, losses = (np.asarray(v, float) for v in (N, D, loss))
-    _check(size, tokens, losses, delta, bootstrap)
+    check_rows(size, tokens, losses, delta, bootstrap)
     ids = tuple(range(losses.size)) if run_ids is None else tuple(run_ids)
     if len(ids) != losses.size:
         raise ValueError(f"run_ids needs one entry per run, got {len(ids)} for {losses.size} runs")
@@ -118,23 +103,21 @@ def fit_loss_law(
     centre = (float(log_n.mean()), float(log_d.mean()))
     n, d = log_n - centre[0], log_d - centre[1]
 
-    theta, objective, doubts = _huber_optimum(n, d, y, delta)
+    theta, objective, doubts = huber_optimum(n, d, y, delta)
     samples = (
         _bootstraps(theta, n, d, y, delta, bootstrap, np.random.default_rng(seed)) if bootstrap else np.empty((0, 5))
     )
-    weight = _compute_weights(log_n + log_d)
-    effective = float(weight.sum())
-    members = _average([_member(form, weight, n, d, y) for form in FORMS], effective)
+    table = tabulate(log_n, log_d, y, centre)
+    effective = table.effective
+    members = fit_members(table)
     if effective < 8:
         doubts.append(
             f"Only {effective:.1f} runs count near the largest compute; below 8 the interval is not known to hold."
         )
-    for name, values, symbol in (("N", size, "alpha"), ("D", tokens, "beta")):
-        if np.unique(values).size < 2:
-            doubts.append(f"One distinct {name}: {symbol} and what depends on {name} are assumed, not measured.")
+    doubts += coverage_doubts(log_n, log_d)
     return Fit(
-        law=_law(theta, centre),
-        samples=[_law(t, centre) for t in samples],
+        law=loss_law(theta, centre),
+        samples=[loss_law(t, centre) for t in samples],
         status=" ".join(doubts) or "ok",
         ranges={"N": (float(size.min()), float(size.max())), "D": (float(tokens.min()), float(tokens.max()))},
         run_ids=ids,
@@ -145,7 +128,7 @@ def fit_loss_law(
     )
 
 
-def _check(N: Array, D: Array, loss: Array, delta: float, bootstrap: int) -> None:
+def check_rows(N: Array, D: Array, loss: Array, delta: float, bootstrap: int) -> None:
     if not (N.ndim == D.ndim == loss.ndim == 1 and N.size == D.size == loss.size):
         raise ValueError(f"N, D and loss must be 1-d and of one length, got shapes {N.shape}, {D.shape}, {loss.shape}")
     if not (delta > 0 and bootstrap >= 0):
@@ -165,7 +148,28 @@ def _check(N: Array, D: Array, loss: Array, delta: float, bootstrap: int) -> Non
         )
 
 
-def _law(theta: Array, centre: tuple[float, float]) -> LossLaw:
+def coverage_doubts(log_n: Array, log_d: Array) -> list[str]:
+    """Sentences on what the choice of sizes and token counts cannot tell, whatever the losses."""
+    doubts = []
+    for name, values, symbol in (("N", np.sort(log_n), "alpha"), ("D", np.sort(log_d), "beta")):
+        level = np.concatenate([[0], np.cumsum(np.diff(values) > 0.05)])  # equal to 5 %: one scale
+        span, count = float(np.exp(values[-1] - values[0])), int(level[-1]) + 1
+        inner = min(np.ptp(values[level > 0]), np.ptp(values[level < count - 1])) if count > 2 else 0.0
+        if count == 1:
+            doubts.append(f"One distinct {name}: {symbol} and what depends on {name} are assumed, not measured.")
+        elif count == 2:
+            doubts.append(f"Two distinct {name}: they give a slope, but not where it ends; {symbol} and E are tied.")
+        elif span < 4:
+            doubts.append(f"{name} covers only a factor of {span:.2g}: {symbol} is hardly measured.")
+        elif inner < np.log(2):
+            lone = min(int(np.sum(level == 0)), int(np.sum(level == count - 1)))
+            doubts.append(f"{symbol} hangs on {lone} run(s): without them {name} covers less than a factor of 2.")
+    if not doubts and abs(np.corrcoef(log_n, log_d)[0, 1]) > 0.98:
+        doubts.append("N and D move together: alpha and beta cannot be told apart. Vary D/N.")
+    return doubts
+
+
+def loss_law(theta: Array, centre: tuple[float, float]) -> LossLaw:
     a, alpha, b, beta, e = (float(v) for v in theta)
     return LossLaw(
         E=float(np.exp(e)),
@@ -189,7 +193,7 @@ def _huber(n: Array, d: Array, y: Array, counts: Array, delta: float) -> Objecti
     nd = np.stack([one, n, d, n * d], 1)
 
     def local(theta: Array, rows: NDArray[np.intp]) -> Local:
-        share, f = _softmax(theta, n, d)
+        share, f = softmax(theta, n, d)
         r = y - f
         size = np.abs(r)
         count = counts[rows]
@@ -231,22 +235,12 @@ def _huber(n: Array, d: Array, y: Array, counts: Array, delta: float) -> Objecti
     return local
 
 
-def _softmax(theta: Array, n: Array, d: Array) -> tuple[tuple[Array, Array, Array], Array]:
-    """Shares of the three terms and ln of their sum, each (k, m)."""
-    a, alpha, b, beta, e = theta.T[:, :, None]
-    z1, z2 = a - alpha * n, b - beta * d
-    top = np.maximum(np.maximum(z1, z2), e)
-    x1, x2, x3 = np.exp(z1 - top), np.exp(z2 - top), np.exp(e - top)
-    total = x1 + x2 + x3
-    return (x1 / total, x2 / total, x3 / total), top + np.log(total)
-
-
-def _box(y: Array) -> tuple[Array, Array]:
+def law_box(y: Array) -> tuple[Array, Array]:
     low = y.min() - FAINT
     return np.array([low, 0.0, low, 0.0, low]), np.array([y.max() + 5, STEEPEST, y.max() + 5, STEEPEST, y.min() + 0.1])
 
 
-def _starts(n: Array, d: Array, y: Array, delta: float) -> Array:
+def law_starts(n: Array, d: Array, y: Array, delta: float) -> Array:
     """A grid of exponents; given these the law is linear in (A, B, E), solved by weighted least squares (k, 5)."""
     grid = np.array([0.08, 0.15, 0.25, 0.35, 0.5, 0.75, 1.1])
     assumed = np.array([0.35])  # an axis with one value tells nothing of its exponent
@@ -267,9 +261,9 @@ def _starts(n: Array, d: Array, y: Array, delta: float) -> Array:
     return np.stack([amplitude[:, 0], alpha, amplitude[:, 1], beta, amplitude[:, 2]], 1)
 
 
-def _huber_optimum(n: Array, d: Array, y: Array, delta: float) -> tuple[Array, float, list[str]]:
-    low, high = _box(y)
-    starts = np.clip(_starts(n, d, y, delta), low, high)
+def huber_optimum(n: Array, d: Array, y: Array, delta: float) -> tuple[Array, float, list[str]]:
+    low, high = law_box(y)
+    starts = np.clip(law_starts(n, d, y, delta), low, high)
     objective = _huber(n, d, y, np.ones((len(starts), y.size)), delta)
     first = objective(starts, np.arange(len(starts))).value
     ends = minimise(objective, starts[np.argsort(first)[:12]], lower=low, upper=high)
@@ -304,86 +298,7 @@ def _bootstraps(
     theta: Array, n: Array, d: Array, y: Array, delta: float, count: int, rng: np.random.Generator
 ) -> Array:
     """The law refitted to `count` resamples of the rows, each from the optimum of all rows (count, 5)."""
-    low, high = _box(y)
+    low, high = law_box(y)
     taken = rng.multinomial(y.size, np.full(y.size, 1 / y.size), size=count).astype(float)
     start = np.tile(theta, (count, 1))
     return minimise(_huber(n, d, y, taken, delta), start, lower=low, upper=high, tolerance=1e-9).theta
-
-
-# --- the prediction: two forms, runs near the largest compute weigh most ----------------------------------------------
-
-
-def _floor(theta: Array, n: Array, d: Array) -> tuple[Array, Array]:
-    (p1, p2, p3), f = _softmax(theta, n, d)
-    return f, np.stack([p1, -n * p1, p2, -d * p2, p3], 2)
-
-
-def _no_floor(theta: Array, n: Array, d: Array) -> tuple[Array, Array]:
-    """e^k ln(e^(a - alpha n) + e^(b - beta d)): (A/N^.. + B/D^..)^(e^k), Kaplan's form."""
-    a, alpha, b, beta, k = theta.T[:, :, None]
-    z1, z2 = a - alpha * n, b - beta * d
-    inner = np.logaddexp(z1, z2)
-    p1, p2, power = np.exp(z1 - inner), np.exp(z2 - inner), np.exp(np.clip(k, -20, 20))
-    f = power * inner
-    return f, np.stack([power * p1, -power * n * p1, power * p2, -power * d * p2, f], 2)
-
-
-FORMS: dict[str, Form] = {"floor": _floor, "no floor": _no_floor}
-
-
-def _compute_weights(log_compute: Array) -> Array:
-    """min(1, C / C90)^1.5, C90 the 90 % quantile; scaled so that their sum is the effective number of runs."""
-    q = np.minimum(1.0, np.exp(log_compute - np.quantile(log_compute, 0.9))) ** 1.5
-    return np.asarray(q * q.sum() / np.sum(q * q))
-
-
-def _member(form: str, weight: Array, n: Array, d: Array, y: Array) -> Member:
-    """Penalised least squares on ln L; its weight is filled in by `_average`."""
-    pairs = [(0.2, 0.2), (0.2, 0.5), (0.5, 0.2), (0.5, 0.5)]
-    if form == "floor":
-        floor = y.min() - 0.3
-        term = np.log((np.exp(y.mean()) - np.exp(floor)) / 2)
-        theta = np.array([[term, a, term, b, floor] for a, b in pairs])
-        centre, sd = np.array([term, 0.35, term, 0.35, floor]), np.array([WEAK, 0.2, WEAK, 0.2, WEAK])
-    else:
-        theta = np.array(
-            [
-                [y.mean() * np.exp(-k) - 0.7, a, y.mean() * np.exp(-k) - 0.7, a, k]
-                for a in (0.2, 0.6)
-                for k in (-1.5, -0.5)
-            ]
-        )
-        middle = y.mean() * np.e - 0.7
-        centre, sd = np.array([middle, 0.7, middle, 0.7, -1.0]), np.array([WEAK, 0.4, WEAK, 0.4, 1.0])
-    precision, model, effective = sd**-2.0, FORMS[form], float(weight.sum())
-
-    s = 0.01
-    for _ in range(6):
-
-        def local(at: Array, rows: NDArray[np.intp], s: float = s) -> Local:
-            f, jacobian = model(at, n, d)
-            w = np.broadcast_to(weight / s**2, f.shape)
-            return penalised_squares(y - f, jacobian, w, at - centre, precision)
-
-        ends = minimise(local, theta, tolerance=1e-9)
-        theta = ends.theta
-        best = theta[np.argmin(ends.value)]
-        f, jacobian = (v[0] for v in model(best[None], n, d))
-        squares = float(np.sum(weight * (y - f) ** 2))
-        before, s = s, max(np.sqrt(squares / max(effective - 5, effective / 3, 1.0)), LEAST_SD)
-        if abs(s / before - 1) < 0.03:
-            break
-    information = (jacobian.T * (weight / s**2)) @ jacobian + np.diag(precision)
-    noise = max(float(np.sqrt(squares / effective)), LEAST_SD)
-    return Member(form, best, np.linalg.inv(information), noise, weight=1.0)
-
-
-WEAK = 30.0  # sd of the amplitudes' prior: only there so that a table with one N or one D has an answer
-
-
-def _average(members: list[Member], effective: float) -> tuple[Member, ...]:
-    """Weights by likelihood to the power 1/16: the runs of one table are far from independent."""
-    noise = np.array([m.noise for m in members])
-    share = (noise / noise.min()) ** (-effective / 16)
-    share = share / share.sum()
-    return tuple(Member(m.form, m.theta, m.covariance, m.noise, float(w)) for m, w in zip(members, share, strict=True))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 
 from scaling.laws import Array
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SLOWEST, FASTEST = 0.02, 3.0  # range of the exponent that is searched
 
@@ -46,7 +50,7 @@ def fit_curve(tokens: ArrayLike, loss: ArrayLike) -> Curve:
     Variable projection: given alpha, A and E >= 0 follow from Huber-weighted linear least squares on relative
     residuals, so only alpha is searched. At least 4 points with distinct tokens, ValueError otherwise.
     """
-    t, y = _curve(tokens, loss)
+    t, y = read_curve(tokens, loss)
     if np.unique(t).size < 4:
         raise ValueError(
             f"a curve needs at least 4 distinct token counts, got {np.unique(t).size}: evaluate more often"
@@ -86,7 +90,7 @@ def tokens_to_reach(tokens: ArrayLike, loss: ArrayLike, level: float) -> float:
     The curve is the running minimum, linear in log tokens between points. A first point already at or below the level
     answers with its own tokens.
     """
-    t, y = _curve(tokens, loss)
+    t, y = read_curve(tokens, loss)
     lowest = np.minimum.accumulate(y)
     below = np.flatnonzero(lowest <= level)
     if not below.size:
@@ -98,8 +102,54 @@ def tokens_to_reach(tokens: ArrayLike, loss: ArrayLike, level: float) -> float:
     return float(np.exp(np.log(t[i - 1]) + share * (np.log(t[i]) - np.log(t[i - 1]))))
 
 
-def _curve(tokens: ArrayLike, loss: ArrayLike) -> tuple[Array, Array]:
-    """Sorted by tokens; points without a finite loss are dropped (a run that broke off), other bad input is refused."""
+def annealed_ends(points: pd.DataFrame, *, below: float = 0.2) -> pd.Series[Any]:
+    """Which rows of a table of curve points are the final loss of an annealed run; bool, on the table's own index.
+
+    Columns `run_id`, `tokens`, and either `lr` (the rate at that point; `lr_peak`, or else the run's largest lr, is its peak)
+    or `schedule` and `D` (tokens that the schedule was made for). With lr: the rate has come down to at most `below` of its
+    peak, and the run ends there or its rate rises again (a cooldown branch, after which the trunk goes on). With a
+    schedule: the last 0.5 % of D is reached, and the schedule is not "constant". A run of one point is judged by `lr_peak`;
+    without it its row is not an end.
+
+    ValueError when a column is missing, or a token count or rate cannot be read.
+    """
+    import pandas as pd
+
+    by_rate = "lr" in points.columns
+    need = ("run_id", "tokens", "lr") if by_rate else ("run_id", "tokens", "schedule", "D")
+    if missing := [name for name in need if name not in points.columns]:
+        raise ValueError(
+            f"needed run_id, tokens and lr, or run_id, tokens, schedule and D; got no {', '.join(missing)}"
+        )
+    numbers = [
+        name for name in ("tokens", "lr", "lr_peak", "D") if name in need or (by_rate and name in points.columns)
+    ]
+    values = {name: pd.to_numeric(points[name], errors="coerce").to_numpy(float) for name in numbers}
+    for name, column in values.items():
+        wrong = ~np.isfinite(column) | ((column < 0) if name == "lr" else (column <= 0))
+        if wrong.any():
+            row = points.index[int(np.argmax(wrong))]
+            raise ValueError(
+                f"row {row}, column {name}: needed a positive number, got {points[name].iloc[int(np.argmax(wrong))]!r}"
+            )
+    if not by_rate:
+        ended = (values["tokens"] >= 0.995 * values["D"]) & (points["schedule"] != "constant").to_numpy()
+        return pd.Series(ended, index=points.index, name="final")
+    final = np.zeros(len(points), bool)
+    for members in points.reset_index(drop=True).groupby("run_id", sort=False).indices.values():
+        rows = np.asarray(members)
+        rows = rows[np.argsort(values["tokens"][rows], kind="stable")]
+        rate = values["lr"][rows]
+        peak = values["lr_peak"][rows] if "lr_peak" in values else np.full(rate.size, rate.max())
+        peaked = np.maximum.accumulate(rate) > below * peak  # not before: a warm-up's rate is low, too
+        leaves = np.r_[rate[1:] > rate[:-1], True]
+        single = rate.size == 1 and "lr_peak" in values
+        final[rows] = (rate <= below * peak) & (peaked | single) & leaves
+    return pd.Series(final, index=points.index, name="final")
+
+
+def read_curve(tokens: ArrayLike, loss: ArrayLike) -> tuple[Array, Array]:
+    """(tokens, loss), sorted by tokens; points without a finite loss are dropped (a run that broke off), other bad input is refused."""
     t, y = np.asarray(tokens, float), np.asarray(loss, float)
     if t.ndim != 1 or t.shape != y.shape or not t.size:
         raise ValueError(f"tokens and loss must be 1-d and of one length above 0, got shapes {t.shape} and {y.shape}")

@@ -1,9 +1,10 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from scaling.curves import fit_curve, tokens_to_reach
+from scaling.curves import annealed_ends, fit_curve, tokens_to_reach
 
 
 def test_a_planted_curve_is_recovered_and_extrapolates() -> None:
@@ -68,3 +69,36 @@ def test_tokens_to_reach_takes_the_first_crossing_of_the_running_minimum() -> No
     assert tokens_to_reach(tokens, loss, 5.0) == 1e3
     assert tokens_to_reach(tokens, loss, 1.9) == math.inf
     assert tokens_to_reach(tokens, [4.0, math.nan, 3.0, 2.0], 3.5) == pytest.approx(1e4)
+
+
+def test_only_annealed_ends_are_final() -> None:
+    """A cosine run, a trunk with two cooldown branches, a constant run, a run broken off in its warm-up; by hand."""
+    rows = [
+        ("cosine", 1, 0.01, False),  # warm-up
+        ("cosine", 2, 1.0, False),
+        ("cosine", 3, 0.5, False),
+        ("cosine", 4, 0.15, False),
+        ("cosine", 5, 0.1, True),
+        ("branches", 1, 1.0, False),
+        ("branches", 2, 0.0, True),
+        ("branches", 3, 1.0, False),
+        ("branches", 4, 0.0, True),
+        ("constant", 1, 1.0, False),
+        ("constant", 2, 1.0, False),
+        ("warm-up", 1, 0.01, False),
+    ]
+    table = pd.DataFrame(rows, columns=["run_id", "tokens", "lr", "answer"])
+    table = table.assign(lr=table.lr * 3e-4).sample(frac=1, random_state=0)
+    assert (annealed_ends(table) == table.answer).all()
+    assert list(annealed_ends(pd.DataFrame({"run_id": ["a"], "tokens": [5], "lr": [0.0], "lr_peak": [1e-3]}))) == [True]
+
+
+def test_a_schedule_made_for_other_tokens_is_not_at_its_end() -> None:
+    table = pd.DataFrame(
+        {"run_id": "a", "tokens": [50, 100, 100, 100], "schedule": ["cosine", "cosine", "constant", "wsd"], "D": 100}
+    )
+    assert list(annealed_ends(table)) == [False, True, False, True]
+    with pytest.raises(ValueError, match="no schedule, D"):
+        annealed_ends(table[["run_id", "tokens"]])
+    with pytest.raises(ValueError, match="row 1, column lr"):
+        annealed_ends(pd.DataFrame({"run_id": "a", "tokens": [1, 2], "lr": [1e-3, math.nan]}))

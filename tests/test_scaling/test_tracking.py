@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import random
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import pytest
 
-from scaling import tracking
-from scaling.runs import Measurement, check_runs, load_runs, save_runs
+from scaling import records, tracking
+from scaling.imports import import_runs, quarantine
+from scaling.runs import Measurement, load_runs, usable
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
@@ -104,40 +107,167 @@ def test_six_processes_may_open_a_fresh_store_at_once(tmp_path: Path) -> None:
     assert len({o[0] for o in out}) == 1
 
 
-def table() -> pd.DataFrame:
-    return pd.DataFrame(
-        {"N": [1e6, 2e6], "D": [1e7, 1e7], "loss": [3.0, 2.5], "lr": [0.01, 0.02], "batch_tokens": [256, 512]}
+def log_foreign_runs(uri: str, experiment: str, rows: int = 6) -> tuple[Any, list[str]]:
+    """(client, run ids) of another program's runs: the third blew up, the fourth is still running, the last is deleted."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    client = tracking.connect(uri)
+    e = client.create_experiment(experiment)
+    ids = []
+    for i in range(rows):
+        run = client.create_run(e, run_name=f"run {i}", start_time=1000 + i).info.run_id
+        loss = math.nan if i == 2 else 3.0 + i / 10
+        metrics = [Metric("eval/loss", v, 1, s) for s, v in enumerate([9.0, 2.0, loss])]
+        metrics += [Metric("step", 500.0, 1, 0), Metric("norm", math.inf, 1, 0)]
+        params = {"params": 10**6 * (i + 1), "lr": 0.01 * (i + 1), "bs": 8, "seq_len": 128, "seed": None}
+        client.log_batch(run, metrics, [Param(k, str(v)) for k, v in params.items()], [RunTag("who", f"\u00e9 {i}")])
+        if i != 3:
+            client.set_terminated(run)
+        ids.append(run)
+    client.delete_run(ids[-1])
+    return client, ids
+
+
+def both_ways(uri: str, experiment: str, **options: Any) -> list[records.Record]:
+    """The records as read from the file, which must be those that MLflow's client gives."""
+    path = records._from_sqlite(uri, experiment, options.get("kind"), options.get("metric", "last"))
+    client = records._from_client(uri, experiment, options.get("kind"), options.get("metric", "last"))
+    assert path is not None
+    # a NaN differs from itself, its text does not
+    assert [repr(r) for r in map(ordered, path)] == [repr(r) for r in map(ordered, client)]
+    return path
+
+
+def ordered(record: records.Record) -> list[Any]:
+    values = (sorted(d.items()) for d in (record.params, record.metrics, record.tags))
+    return [record.run_id, record.name, record.status, *values]
+
+
+@pytest.mark.parametrize("metric", ["last", "min"])
+def test_the_file_is_read_as_the_client_reads_it(metric: str, uri: str) -> None:
+    _, ids = log_foreign_runs(uri, f"two ways {metric}")
+    found = both_ways(uri, f"two ways {metric}", metric=metric)
+    assert [r.run_id for r in found] == ids[:-1]
+    losses = [r.metrics["eval/loss"] for r in found]
+    expected = [2.0, 2.0, math.nan, 2.0, 2.0] if metric == "min" else [3.0, 3.1, math.nan, 3.3, 3.4]
+    assert losses == pytest.approx(expected, nan_ok=True)
+    assert found[0].metrics["norm"] == math.inf
+    assert found[4].tags["who"] == "\u00e9 4"
+
+
+def test_only_runs_of_one_kind_are_read_when_asked(uri: str, tmp_path: Path) -> None:
+    log_two_configurations(uri, "kinds", tmp_path)
+    assert [r.name for r in both_ways(uri, "kinds", kind="run")] == ["config-0000", "config-0001"]
+    assert [r.name for r in both_ways(uri, "kinds", kind="study")] == ["kinds"]
+    assert len(both_ways(uri, "kinds")) == 3
+
+
+def test_every_change_of_a_store_is_seen_by_the_next_reading(uri: str) -> None:
+    """Also a metric that is written after its run's end. It moves none of the run's own fields, so no cache could see it."""
+    client, ids = log_foreign_runs(uri, "changes")
+    before = client.get_run(ids[0]).info
+    client.log_metric(ids[0], "eval/loss", 1.25, step=7)
+    after = client.get_run(ids[0]).info
+    assert (before.end_time, before.status, before.lifecycle_stage) == (
+        after.end_time,
+        after.status,
+        after.lifecycle_stage,
     )
+    assert both_ways(uri, "changes")[0].metrics["eval/loss"] == 1.25
+    client.set_tag(ids[0], "who", "else")
+    assert both_ways(uri, "changes")[0].tags["who"] == "else"
+    client.log_param(ids[0], "late", "1")
+    assert both_ways(uri, "changes")[0].params["late"] == "1"
+    client.set_terminated(ids[3])
+    assert both_ways(uri, "changes")[3].status == "FINISHED"
+    client.delete_run(ids[1])
+    assert [r.run_id for r in both_ways(uri, "changes")] == [ids[0], *ids[2:5]]
+    client.restore_run(ids[5])
+    new = client.create_run(client.get_experiment_by_name("changes").experiment_id, start_time=1).info.run_id
+    assert [r.run_id for r in both_ways(uri, "changes")] == [new, ids[0], *ids[2:]]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
-def test_a_file_comes_back_as_it_was(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"runs{suffix}"
-    save_runs(table(), path)
-    runs = load_runs(path)
-    pd.testing.assert_frame_equal(runs[list(table())], table().astype(float))
-    assert runs["role"].tolist() == ["proxy", "proxy"]
+def test_random_histories_are_read_alike_both_ways(uri: str) -> None:
+    r = random.Random(0)
+    client = tracking.connect(uri)
+    e = client.create_experiment("random")
+    ids: list[str] = []
+    for _ in range(60):
+        what = r.random()
+        if what < 0.3 or not ids:
+            ids.append(client.create_run(e, start_time=r.randrange(5)).info.run_id)
+        elif what < 0.7:
+            value = r.choice([math.nan, math.inf, -math.inf, r.gauss(0, 1), r.gauss(0, 1)])
+            client.log_metric(r.choice(ids), r.choice("ab"), value, step=r.randrange(3), timestamp=r.randrange(9))
+        elif what < 0.85:
+            client.set_tag(r.choice(ids), r.choice("ab"), r.choice(["", "x", "`'\""]))
+        elif what < 0.95:
+            client.set_terminated(r.choice(ids), r.choice(["FINISHED", "FAILED", "KILLED"]))
+        else:
+            client.delete_run(ids.pop(r.randrange(len(ids))))
+    for metric in ("last", "min"):
+        assert len(both_ways(uri, "random", metric=metric)) == len(ids)
 
 
-def test_all_mistakes_of_a_table_are_named_at_once() -> None:
-    wrong = table().rename(columns={"loss": "losss"}).assign(N=[-1.0, 2e6], lr=["fast", "0.02"])
-    with pytest.raises(ValueError, match="cannot be used") as error:
-        check_runs(wrong, origin="runs.csv")
-    said = str(error.value)
-    assert "no column loss (is it losss? rename it)" in said
-    assert "row 0, column N: needed a positive number, got -1.0" in said
-    assert "row 0, column lr: needed a positive number, got 'fast'" in said
+def test_a_file_that_is_no_store_is_left_to_the_client(uri: str, tmp_path: Path) -> None:
+    assert records._from_sqlite(f"sqlite:///{tmp_path}/none.db", "x", None, "last") is None
+    (tmp_path / "text.db").write_text("no database")
+    assert records._from_sqlite(f"sqlite:///{tmp_path}/text.db", "x", None, "last") is None
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("CREATE TABLE runs (run_uuid TEXT)")
+    assert records._from_sqlite(f"sqlite:///{tmp_path}/other.db", "x", None, "last") is None
+    assert records._from_sqlite("http://localhost:1", "x", None, "last") is None
+    assert records._from_sqlite(uri, "no such experiment", None, "last") is None
+    with pytest.raises(ValueError, match="there is no MLflow store at"):
+        load_runs("x", tracking_uri=f"sqlite:///{tmp_path}/none.db")
+    assert not (tmp_path / "none.db").exists()
+    with pytest.raises(ValueError, match="'last' or 'min', got 'mean'"):
+        records.read_records("x", uri=uri, metric="mean")
 
 
-def test_a_missing_loss_is_a_diverged_run_and_a_missing_size_is_a_mistake() -> None:
-    runs = check_runs(table().assign(loss=[3.0, math.nan]))
-    assert runs["diverged"].tolist() == [False, True]
-    with pytest.raises(ValueError, match="row 1, column D"):
-        check_runs(table().assign(D=[1e7, math.nan]))
+def test_reading_neither_writes_nor_waits_for_a_writer(uri: str, tmp_path: Path) -> None:
+    log_foreign_runs(uri, "busy")
+    path = Path(uri.removeprefix("sqlite:///"))
+    before = path.read_bytes()
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")  # a writer at work, not yet committing
+    writer.execute("UPDATE runs SET status = 'FAILED'")
+    found = records._from_sqlite(uri, "busy", None, "last")
+    writer.execute("ROLLBACK")
+    writer.close()
+    assert found is not None
+    assert [r.status for r in found] == ["FINISHED"] * 3 + ["RUNNING"] + ["FINISHED"]
+    assert path.read_bytes() == before
 
 
-def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such file"):
-        load_runs(tmp_path / "none.csv")
-    with pytest.raises(ValueError, match=r"\.parquet, \.csv or \.jsonl"):
-        save_runs(table(), tmp_path / "runs.xlsx")
+def test_runs_of_another_program_become_a_run_table(uri: str) -> None:
+    _, ids = log_foreign_runs(uri, "foreign")
+    mapping = {
+        "N": "params.params",
+        "lr": "lr",
+        "batch_tokens": "bs:sequences",
+        "seq_len": "seq_len",
+        "D": "metrics.step:steps",
+        "loss": "eval/loss",
+    }
+    runs, _ = import_runs("foreign", mapping=mapping, tracking_uri=uri)
+    assert runs["run_id"].tolist() == ids[:-1]
+    assert runs["N"].tolist() == [1e6 * (i + 1) for i in range(5)]
+    assert runs["D"].tolist() == [500 * 8 * 128] * 5
+    assert runs["excluded"].tolist() == ["", "", "diverged: no finite loss", "unfinished (running)", ""]
+    assert usable(runs)["loss"].tolist() == [3.0, 3.1, 3.4]
+    assert quarantine(runs)[0] == "3 of 5 rows are used by laws"
+    lowest, _ = import_runs("foreign", mapping=mapping, tracking_uri=uri, metric="min")
+    assert usable(lowest)["loss"].tolist() == [2.0] * 3, "a low loss before its end does not mend a run that blew up"
+    with pytest.raises(ValueError, match=r"no column N \(is it params\.params\? --map N=params\.params\)"):
+        import_runs("foreign", tracking_uri=uri)
+    with pytest.raises(ValueError, match=f"row {ids[0]}, column lr .from tags.who.: needed a number, got '\u00e9 0'"):
+        import_runs("foreign", mapping={**mapping, "lr": "who"}, tracking_uri=uri)
+
+
+def test_a_study_of_ours_needs_no_mapping(uri: str, tmp_path: Path) -> None:
+    log_two_configurations(uri, "ours", tmp_path)
+    runs, remarks = import_runs("ours", tracking_uri=uri)
+    assert remarks == []
+    assert runs["D"].tolist() == [3000, 9000, 3000]
+    assert runs["excluded"].tolist() == ["", "", "diverged"]

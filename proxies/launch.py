@@ -19,6 +19,7 @@ from proxies.config import ProxyConfig
 from proxies.family import ProxyFamily, Target, describe, measure_speed
 from scaling import tracking
 from scaling.cli import say
+from scaling.runs import usable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,11 +128,11 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
 
 def best_proxy(runs: pd.DataFrame, target: Target) -> WarmStart | None:
     """The run of the largest size with the lowest loss whose checkpoint is still there, to be grown as the target says."""
-    there = runs["checkpoint"].map(lambda p: isinstance(p, str) and Path(p).exists())
-    usable = runs[(runs["role"] == "proxy") & ~runs["diverged"] & there]
-    if usable.empty:
+    proxies = usable(runs)
+    proxies = proxies[proxies["checkpoint"].map(lambda p: isinstance(p, str) and Path(p).exists()).astype(bool)]
+    if proxies.empty:
         return None
-    row = usable[usable["N"] == usable["N"].max()].sort_values("loss").iloc[0]
+    row = proxies[proxies["N"] == proxies["N"].max()].sort_values("loss").iloc[0]
     return WarmStart(
         name=str(row["name"]),
         checkpoint=Path(row["checkpoint"]),

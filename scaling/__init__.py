@@ -11,11 +11,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scaling.compute import Fidelity as Fidelity
     from scaling.curves import fit_curve as fit_curve
+    from scaling.design import plan_next as plan_next
+    from scaling.envelope import compare_approaches as compare_approaches
+    from scaling.envelope import fit_envelope as fit_envelope
     from scaling.fit import Fit as Fit
     from scaling.fit import FitError as FitError
     from scaling.fit import fit_loss_law as fit_loss_law
+    from scaling.forecast import learn_prior as learn_prior
+    from scaling.forecast import predict_end as predict_end
+    from scaling.forms import Comparison as Comparison
+    from scaling.forms import FormFit as FormFit
+    from scaling.forms import compare_forms as compare_forms
+    from scaling.forms import fit_form as fit_form
     from scaling.hpfit import HPFit as HPFit
     from scaling.hpfit import fit_hp_law as fit_hp_law
+    from scaling.imports import import_runs as import_runs
+    from scaling.isoflop import Frontier as Frontier
+    from scaling.isoflop import fit_isoflop as fit_isoflop
     from scaling.laws import HPLaw as HPLaw
     from scaling.laws import LossLaw as LossLaw
     from scaling.laws import PowerLaw as PowerLaw
@@ -23,22 +35,36 @@ if TYPE_CHECKING:
     from scaling.recommendation import recommend as recommend
     from scaling.runs import Measurement as Measurement
     from scaling.runs import load_runs as load_runs
+    from scaling.runs import usable as usable
 
 _HOME = {
+    "Comparison": "forms",
     "Fidelity": "compute",
     "Fit": "fit",
     "FitError": "fit",
+    "FormFit": "forms",
+    "Frontier": "isoflop",
     "HPFit": "hpfit",
     "HPLaw": "laws",
     "LossLaw": "laws",
     "Measurement": "runs",
     "PowerLaw": "laws",
     "Recommendation": "recommendation",
+    "compare_approaches": "envelope",
+    "compare_forms": "forms",
     "fit_curve": "curves",
+    "fit_envelope": "envelope",
+    "fit_form": "forms",
     "fit_hp_law": "hpfit",
+    "fit_isoflop": "isoflop",
     "fit_loss_law": "fit",
+    "import_runs": "imports",
+    "learn_prior": "forecast",
     "load_runs": "runs",
+    "plan_next": "design",
+    "predict_end": "forecast",
     "recommend": "recommendation",
+    "usable": "runs",
 }
 __all__ = sorted(_HOME)
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaling.cli import Json, Uri, refusing
+from scaling.cli import Json, Uri, refusing, say
+from scaling.counts import read_count
+from scaling.runs import is_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,100 +20,113 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
-Source = Annotated[str, typer.Argument(help="a study's name (MLflow experiment), or a .csv, .parquet or .jsonl file")]
+Source = Annotated[
+    str, typer.Argument(help="a study's name (MLflow experiment), or a .csv, .parquet, .jsonl or .json file")
+]
+LONG = ("floors", "optima", "forms", "approaches", "beside", "run_ids")  # not kept with a study: a note is short
 
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="a .csv, .parquet or .jsonl file, or a study's name")],
-    out: Annotated[Path, typer.Option("--out", help="where the checked table goes: .parquet, .csv or .jsonl")],
+    source: Annotated[str, typer.Argument(help="a .csv, .parquet, .jsonl or .json file, or an MLflow experiment")],
+    out: Annotated[Path, typer.Option("--out", help="where the checked table goes: .parquet, .csv, .jsonl or .json")],
+    map_: Annotated[list[str] | None, typer.Option("--map", help="OURS=COLUMN[:UNIT...]; may be repeated")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="OURS=VALUE for all rows; may be repeated")] = None,
+    mapping: Annotated[Path | None, typer.Option(help="a .toml file with the tables map and set")] = None,
+    metric: Annotated[str, typer.Option(help="of an MLflow metric's history: last or min")] = "last",
     tracking_uri: Uri = None,
 ) -> None:
-    """Check a table of runs and write it with its columns in order.
+    """Read runs from a file (also as W&B exports them) or an MLflow experiment, check them, and write one run table.
 
-    Example: scaling import sweep.csv --out sweep.parquet
+    Diverged and unfinished runs stay in it, marked; laws leave them out. Units: N=params:total, D=step:steps, D=tokens:billions,
+    batch_tokens=batch_size:sequences, loss=val_loss:bits, ... (all of them: scaling/units.py).
+
+    Example: scaling import sweep.csv --out sweep.parquet --map N=params --map D=step:steps --map batch_tokens=bs:sequences --set seq_len=2048
     """
-    from scaling.runs import load_runs, save_runs
+    from scaling.imports import import_runs, quarantine, read_mapping
+    from scaling.runs import check_writable, save_runs
 
     with refusing():
-        runs = load_runs(source, tracking_uri=tracking_uri)
+        check_writable(out)
+        mapped, constants = read_mapping(mapping) if mapping else ({}, {})
+        mapped |= pairs("--map", map_ or [])
+        constants |= pairs("--set", set_ or [])
+        runs, remarks = import_runs(
+            source, mapping=mapped, constants=constants, metric=metric, tracking_uri=tracking_uri
+        )
         save_runs(runs, out)
+    for line in [*remarks, *quarantine(runs)]:
+        say(line)
     typer.echo(
         f"{len(runs)} runs ({int(runs['diverged'].sum())} diverged) in {runs.groupby(['N', 'D']).ngroups} (N, D) groups: {out}"
     )
 
 
 @app.command()
-def fit(source: Source, tracking_uri: Uri = None, as_json: Json = False) -> None:
-    """Fit the learning-rate/batch law and the loss law to all runs; say how far each can be trusted.
+def fit(
+    source: Source,
+    compare: Annotated[bool, typer.Option(help="the forms of the loss law and the approaches side by side")] = True,
+    tracking_uri: Uri = None,
+    as_json: Json = False,
+) -> None:
+    """Fit the learning-rate/batch law and the loss law to all runs; say how far each can be trusted. Exit code 3: no loss law.
 
     Example: scaling fit quickstart
+    Example: scaling fit runs.csv --no-compare --json
     """
-    from scaling.fit import FitError, fit_loss_law
-    from scaling.hpfit import fit_hp_law
+    from scaling.overview import overview, overview_text
+    from scaling.runs import load_runs
 
     with refusing():
-        runs = load_proxies(source, tracking_uri)
-        hp = fit_hp_law(runs)
-        floors = hp.floors
-        try:
-            law = fit_loss_law(floors["N"].to_numpy(), floors["D"].to_numpy(), floors["loss"].to_numpy(), bootstrap=400)
-        except FitError as error:
-            typer.echo(f"no loss law: {error}", err=True)
-            raise typer.Exit(3) from error
-    columns = {p: [getattr(s, p) for s in law.samples] for p in ("E", "A", "B", "alpha", "beta")}
-    said: dict[str, Any] = {
-        "runs": len(runs),
-        "groups": len(floors),
-        "loss_law": {p: getattr(law.law, p) for p in columns},
-        "loss_law_90": {p: quantiles(v) for p, v in columns.items()},
-        "loss_law_status": law.status,
-        "hp_law": vars(hp.law),
-        "hp_law_status": hp.status,
-        "floors": floors.to_dict("records"),
-    }
-    record(source, tracking_uri, "fit", {k: v for k, v in said.items() if k != "floors"})
-    if as_json:
-        typer.echo(json.dumps(said, default=float))
-        return
-    typer.echo(f"{len(runs)} runs in {len(floors)} groups of equal N and D\n")
-    typer.echo(f"{'N':>12} {'D':>14} {'runs':>5} {'fitted minimum':>15}")
-    for row in floors.itertuples():
-        typer.echo(f"{row.N:>12,.0f} {row.D:>14,.0f} {row.n:>5} {row.loss:>15.4f}")
-    typer.echo("\nloss(N, D) = E + A / N^alpha + B / D^beta, with 90 % bootstrap intervals")
-    for p, (lo, hi) in said["loss_law_90"].items():
-        typer.echo(f"  {p:6s} {said['loss_law'][p]:<10.4g} ({lo:.4g}, {hi:.4g})")
-    typer.echo(f"  status: {law.status}\n\nlr*(N, D) and B*(N, D)")
-    for D in sorted(floors["D"].unique()):
-        for N in sorted(floors.loc[floors["D"] == D, "N"].unique()):
-            lr, batch = (float(v) for v in hp.law(N, D))
-            (a, b), (c, d) = hp.interval(N, D, mass=0.9)
-            typer.echo(
-                f"  N {N:>10,.0f}  D {D:>12,.0f}  lr {lr:.4g} ({a:.4g}, {b:.4g})  batch {batch:,.0f} ({c:,.0f}, {d:,.0f}) tokens"
-            )
-    typer.echo(f"  status: {hp.status}")
+        said = overview(load_runs(source, tracking_uri=tracking_uri), compare=compare)
+    record(source, tracking_uri, "fit", {k: v for k, v in said.items() if k not in LONG})
+    typer.echo(json.dumps(said, allow_nan=False) if as_json else overview_text(said))
+    if said["loss_law"] is None:
+        raise typer.Exit(3)
 
 
 @app.command()
 def recommend(
     source: Source,
     target: Annotated[bool, typer.Option("--target", help="for the [target] of the study's file")] = False,
-    params: Annotated[float | None, typer.Option("--params", help="N, parameters that multiply tokens")] = None,
-    tokens: Annotated[float | None, typer.Option("--tokens", help="D, training tokens")] = None,
-    flops: Annotated[float | None, typer.Option("--flops", help="C, training FLOPs: N and D are chosen, too")] = None,
+    params: Annotated[
+        float | None,
+        typer.Option("--params", parser=count, metavar="N", help="parameters that multiply tokens: 7B, 7e9"),
+    ] = None,
+    tokens: Annotated[
+        float | None, typer.Option("--tokens", parser=count, metavar="D", help="training tokens: 1.4T, 1.4e12")
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option("--flops", parser=count, metavar="C", help="training FLOPs: N and D are chosen, too")
+    ] = None,
     mass: Annotated[float, typer.Option(min=0.01, max=0.99, help="of every interval")] = 0.9,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="a published law to show beside: step-law, deepseek, ..., all; may be repeated"),
+    ] = None,
+    next_run: Annotated[bool, typer.Option("--next/--no-next", help="say which run would narrow it most")] = True,
+    at_most: Annotated[
+        float | None,
+        typer.Option(
+            parser=count, metavar="C", help="FLOPs of that run; default 3 x the largest, a tenth of the target at most"
+        ),
+    ] = None,
     tracking_uri: Uri = None,
     as_json: Json = False,
 ) -> None:
     """The learning rate, batch size and loss to expect of a larger run, with intervals and warnings. Exit code 3: do not trust it.
 
     Example: scaling recommend quickstart --target
-    Example: scaling recommend runs.csv --params 7e9 --tokens 1.4e12 --json
+    Example: scaling recommend runs.csv --params 7B --tokens 1.4T --beside step-law
+    Example: scaling recommend runs.csv --flops 1e21 --no-next --json
     """
+    from scaling.fit import FitError
+    from scaling.recommendation import UNTRUSTED
     from scaling.recommendation import recommend as ask
+    from scaling.runs import load_runs
 
     with refusing():
-        runs = load_proxies(source, tracking_uri)
+        runs = load_runs(source, tracking_uri=tracking_uri)
         space = None
         if not is_file(source):
             from scaling import tracking
@@ -126,10 +141,25 @@ def recommend(
                 params, tokens = wanted["N"], wanted["D"]
         elif target:
             raise ValueError(f"--target needs a study, got the file {source}: give --params and --tokens, or --flops")
-        answer = ask(runs, N=params, D=tokens, C=flops, mass=mass, space=space)
+        try:
+            answer = ask(
+                runs,
+                N=params,
+                D=tokens,
+                C=flops,
+                mass=mass,
+                space=space,
+                beside=beside or [],
+                next_run=next_run,
+                at_most=at_most,
+            )
+        except FitError as error:
+            reason = {"trustworthy": False, "reason": str(error)}
+            typer.echo(json.dumps(reason) if as_json else f"{UNTRUSTED}: there is no recommendation. {error}")
+            raise typer.Exit(3) from error
     if target:
-        record(source, tracking_uri, "recommendation", answer.to_dict())
-    typer.echo(json.dumps(answer.to_dict()) if as_json else str(answer))
+        record(source, tracking_uri, "recommendation", {k: v for k, v in answer.to_dict().items() if k not in LONG})
+    typer.echo(json.dumps(answer.to_dict(), allow_nan=False) if as_json else str(answer))
     if not answer.trustworthy:
         raise typer.Exit(3)
 
@@ -145,6 +175,7 @@ def report(
     Example: scaling report quickstart
     """
     from scaling import tracking
+    from scaling.halfway import study_curves
     from scaling.recommendation import Recommendation
     from scaling.report import render
     from scaling.runs import load_runs
@@ -162,7 +193,14 @@ def report(
         answer = Recommendation.from_dict(note) if note else None
         warm = tracking.read_note(client, parent, "warm_start")
         curves = target_curves(client, runs, tracking.read_note(client, parent, "targets") or {})
-        page = render(source, runs, recommendation=answer, targets=curves, warm_start=warm)
+        page = render(
+            source,
+            runs,
+            recommendation=answer,
+            targets=curves,
+            warm_start=warm,
+            curves=study_curves(client, runs),
+        )
         path = out or Path("studies") / source / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page)
@@ -185,16 +223,20 @@ def report(
         typer.echo(f"trials     optuna-dashboard {journal}")
 
 
-def is_file(source: str) -> bool:
-    return Path(source).suffix in (".csv", ".parquet", ".jsonl")
+def count(text: str) -> float:
+    """A number of parameters, tokens or FLOPs, as the command line has it."""
+    try:
+        return read_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
-def load_proxies(source: str, tracking_uri: str | None) -> pd.DataFrame:
-    """The runs that laws are fitted to."""
-    from scaling.runs import load_runs
-
-    runs = load_runs(source, tracking_uri=tracking_uri)
-    return runs[runs["role"] != "target"]
+def pairs(option: str, given: list[str]) -> dict[str, str]:
+    """{"N": "params"} of ["N=params"]."""
+    wrong = [text for text in given if "=" not in text.lstrip("=")]
+    if wrong:
+        raise ValueError(f"{option} needs OURS=..., got {', '.join(wrong)}")
+    return {name.strip(): value.strip() for name, _, value in (text.partition("=") for text in given)}
 
 
 def record(source: str, tracking_uri: str | None, name: str, value: dict[str, Any]) -> None:
@@ -210,13 +252,6 @@ def record(source: str, tracking_uri: str | None, name: str, value: dict[str, An
         tracking.log_summary(
             client, parent, {f"recommended_{k}": float(value[k]) for k in ("lr", "batch_tokens", "loss")}
         )
-
-
-def quantiles(values: list[float]) -> tuple[float, float]:
-    import numpy as np
-
-    lo, hi = np.percentile(values, [5, 95])
-    return float(lo), float(hi)
 
 
 def target_curves(client: Any, runs: pd.DataFrame, arms: dict[str, str]) -> list[TargetCurve]:

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
 
+from scaling import published
+from scaling.counts import say_count
+from scaling.design import NextRun, Sweep, loss_half, plan_next
+from scaling.envelope import law_frontier
 from scaling.fit import Fit, fit_loss_law
+from scaling.flags import CONVENTIONS, Flag, all_flags, convention, searched_ranges
 from scaling.hpfit import HPFit, fit_hp_law
+from scaling.runs import usable
 
-TOO_FAR = 30.0  # times the largest N or D of the data; the laws were checked up to 33 times in compute
-FEW_GROUPS = 6  # (N, D) groups; below, hold-out tests of the laws become thin
-EDGE = 0.1  # within this share of the searched range (in logs) counts as at its edge
-WORDS = {"lr": "learning rate", "batch_tokens": "batch"}
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A doubt. A serious one means: do not trust the recommendation."""
-
-    code: str
-    text: str
-    serious: bool
+PAIRS = ("lr_interval", "batch_interval", "loss_interval", "N_interval", "D_interval")
+BOOTSTRAP = 200  # refits behind the intervals of a compute-optimal N and D
+UNTRUSTED = "NOT TO BE TRUSTED"
+WIDTH = 120  # of printed lines
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,12 @@ class Recommendation:
     provenance: dict[str, Any]
     loss_law: dict[str, Any]
     hp_law: dict[str, Any]
+    # what follows is missing in older notes
+    N_interval: tuple[float, float] | None = None  # of the compute-optimal N, D; None where they were given
+    D_interval: tuple[float, float] | None = None
+    next_run: dict[str, Any] | None = None  # scaling.design.NextRun as a dict; None where it was not asked for
+    beside: tuple[dict[str, Any], ...] = ()  # published laws at (N, D); not kept in notes
+    run_ids: tuple[str, ...] = ()  # of the runs that were used; not kept in notes
 
     @property
     def trustworthy(self) -> bool:
@@ -61,16 +65,19 @@ class Recommendation:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same recommendation back."""
         plain = asdict(self) | {"trustworthy": self.trustworthy}
-        for name in ("lr_interval", "batch_interval", "loss_interval", "flags"):
-            plain[name] = list(plain[name])
-        return plain
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Recommendation:
-        values = {k: v for k, v in plain.items() if k != "trustworthy"}
-        for name in ("lr_interval", "batch_interval", "loss_interval"):
-            values[name] = (float(values[name][0]), float(values[name][1]))
+        """Also of notes that were written before a field was there."""
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in plain.items() if k in known}
+        for name in PAIRS:
+            if values.get(name) is not None:
+                values[name] = (float(values[name][0]), float(values[name][1]))
         values["flags"] = tuple(Flag(**f) for f in values["flags"])
+        for name in ("beside", "run_ids"):
+            values[name] = tuple(values.get(name, ()))
         return cls(**values)
 
     def __str__(self) -> str:
@@ -79,19 +86,39 @@ class Recommendation:
         sequences = ""
         if self.batch_seqs is not None:
             sequences = f"   {self.batch_seqs:,} sequence{'' if self.batch_seqs == 1 else 's'} of {self.seq_len:,}"
-        lines = [
-            f"Recommendation for N = {self.N:,.0f}, D = {self.D:,.0f} (C = {self.C:.3g} FLOPs)",
-            f"{'':26}{'best guess':>14}   {100 * self.mass:.0f} % interval",
-            f"{'  learning rate':26}{self.lr:>14.4g}   {self.lr_interval[0]:.4g} to {self.lr_interval[1]:.4g}",
-            f"{'  batch, tokens per step':26}{self.batch_tokens:>14,.0f}   {low:,.0f} to {high:,.0f}{sequences}",
-            f"{'  loss, nats per token':26}{self.loss:>14.4f}   {best:.4f} to {worst:.4f}",
-            f"{'  expected regret':26}{100 * self.expected_regret:>12.2f} %   at most, of the loss",
-            f"From {self.provenance['n_runs']} runs in {self.provenance['n_groups']} (N, D) groups.",
+        flags = sorted(self.flags, key=lambda f: not f.serious)
+        serious = [f.text for f in flags if f.serious]
+        lines = []
+        if serious:
+            more = f" And {len(serious) - 1} more below." if len(serious) > 1 else ""
+            lines += [_wrapped(f"{UNTRUSTED}: {serious[0]}{more}"), ""]
+        guess = "best guess" if self.trustworthy else "untrusted"
+        lines.append(f"Recommendation for N = {self.N:,.0f}, D = {self.D:,.0f} (C = {self.C:.3g} FLOPs)")
+        lines.append(f"{'':26}{guess:>16}   {100 * self.mass:.0f} % interval")
+        for letter, value, pair in (("N", self.N, self.N_interval), ("D", self.D, self.D_interval)):
+            if pair is not None:
+                lines.append(
+                    f"{'  compute-optimal ' + letter:26}{say_count(value):>16}   {say_count(pair[0])} to {say_count(pair[1])}"
+                )
+        lines += [
+            f"{'  learning rate':26}{self.lr:>16.4g}   {self.lr_interval[0]:.4g} to {self.lr_interval[1]:.4g}",
+            f"{'  batch, tokens per step':26}{self.batch_tokens:>16,.0f}   {low:,.0f} to {high:,.0f}{sequences}",
+            f"{'  loss, nats per token':26}{self.loss:>16.4f}   {best:.4f} to {worst:.4f}",
+            f"{'  expected regret':26}{100 * self.expected_regret:>14.2f} %   of the loss; an upper bound",
+            _origin(self.provenance),
         ]
-        for flag in sorted(self.flags, key=lambda f: not f.serious):
-            lines.append(f"  {'SERIOUS' if flag.serious else 'note'}: {flag.text}")
-        verdict = "No serious doubt." if self.trustworthy else "Not to be trusted before the serious points are mended."
-        lines.append(verdict)
+        if flags:
+            lines += ["", "To doubt:"]
+            lines += [_wrapped(f"  {'SERIOUS' if f.serious else 'note'}: {f.text}") for f in flags]
+        if self.beside:
+            lines += [
+                "",
+                "Published laws, with their own settings and counts (none of them enters the recommendation):",
+            ]
+            lines += [_wrapped(_beside_line(law, self), 18) for law in self.beside]
+        if self.next_run is not None:
+            lines += ["", "To narrow it most:", str(next_of(self.next_run))]
+        lines += ["", f"{UNTRUSTED} before the serious points are mended." if serious else "No serious doubt."]
         return "\n".join(lines)
 
 
@@ -103,13 +130,17 @@ def recommend(
     C: float | None = None,
     mass: float = 0.9,
     space: Mapping[str, Sequence[float]] | None = None,
+    beside: Sequence[str] = (),
+    next_run: bool = False,
+    at_most: float | None = None,
     seed: int = 0,
 ) -> Recommendation:
     """Best settings and loss at (N, D), or at the compute-optimal (N, D) of C FLOPs.
 
-    runs: N, D, lr, batch_tokens, loss; optional run_id, role (targets are left out), diverged, seq_len,
-    parametrization, N_total, N_nonembedding. space: {"lr": (low, high), "batch_tokens": (low, high)} that was searched
-    (default: the data's range).
+    runs: N, D, lr, batch_tokens, loss; optional run_id, role, diverged, excluded (`scaling.runs.usable` rows count),
+    seq_len, parametrization, N_convention, N_total, N_nonembedding. space: {"lr": (low, high), "batch_tokens": (low,
+    high)} that was searched (default: the data's range). beside: names of published laws, "all" for every one.
+    next_run: also say which run of at most `at_most` FLOPs narrows the answer most (scaling/design.py; 1 to 3 s).
 
     The loss law is fitted to the fitted minimum of every group, so that all runs speak. ValueError when the target or
     the table is unusable, FitError when no law can exist.
@@ -122,89 +153,176 @@ def recommend(
             raise ValueError(f"{name} must be positive and finite, got {value}")
     if not 0 < mass < 1:
         raise ValueError(f"mass must lie between 0 and 1, got {mass}")
+    if at_most is not None and not (math.isfinite(at_most) and at_most > 0):
+        raise ValueError(f"at_most must be positive FLOPs, got {at_most}")
+    laws = [published.published(name) for name in (published.names() if "all" in beside else dict.fromkeys(beside))]
 
-    proxies = runs[runs["role"] != "target"] if "role" in runs else runs
-    if "diverged" in proxies:
-        proxies = proxies.assign(loss=proxies["loss"].where(~proxies["diverged"].astype(bool)))
-    hp = fit_hp_law(proxies, seed=seed)
-    searched = _searched(hp, space)
-    fit, run_noise = _loss_fit(hp, seed)
+    used = usable(runs)
+    hp = fit_hp_law(used, seed=seed)
+    searched = searched_ranges(hp, space)
+    fit, run_noise = loss_fit(hp, bootstrap=0 if C is None else BOOTSTRAP, seed=seed)
+    optimal: list[tuple[float, float] | None] = [None, None]
+    doubts = []
     if C is not None:
         N, D = (float(v) for v in fit.law.optimum(C))
+        try:
+            frontier = law_frontier(fit, C)
+            optimal = [
+                (float(low), float(high)) for low, high in (t.interval(C, mass) for t in (frontier.N, frontier.D))
+            ]
+        except ValueError as error:
+            doubts.append(Flag("optimum", f"The compute-optimal N and D have no interval: {error}", serious=True))
     assert N is not None
     assert D is not None
 
+    N, D = float(N), float(D)
     lr, batch = (float(v) for v in hp.law(N, D))
     lr_interval, batch_interval = hp.interval(N, D, mass)
-    seq_len = _seq_len(proxies)
-    convention, convention_flag = _convention(proxies)
-    flags = [
-        *_reach(hp, N, D),
-        *_scales(hp, N, D),
-        *_edges(hp, searched, lr, batch),
-        *_doubts(hp, fit),
-        convention_flag,
-    ]
-    ids = sorted(str(i) for i in hp.run_ids)
+    seq_len = _seq_len(used)
+    loss, half = float(fit.predict(N, D)), loss_half(fit, run_noise, N, D, mass)
+    kind = convention(used)
+    flags = [*all_flags(hp, fit, used, searched, N, D), *doubts]
+    planned = None
+    if next_run:
+        try:
+            plan = plan_next(hp, fit, N, D, run_noise=run_noise, mass=mass, at_most=at_most, seq_len=seq_len)
+            planned = json.loads(json.dumps(asdict(plan)))  # lists, as a note has them
+        except ValueError as error:
+            if at_most is not None:
+                raise
+            flags.append(Flag("next-run", f"No next run is proposed: {error}", serious=False))
     return Recommendation(
-        N=float(N),
-        D=float(D),
-        C=6.0 * float(N) * float(D),
+        N=N,
+        D=D,
+        C=6.0 * N * D,
         lr=lr,
         lr_interval=lr_interval,
         batch_tokens=batch,
         batch_interval=batch_interval,
         batch_seqs=None if seq_len is None else max(1, round(batch / seq_len)),
         seq_len=seq_len,
-        loss=float(fit.predict(N, D)),
-        loss_interval=_one_run(fit, run_noise, N, D, mass),
+        loss=loss,
+        loss_interval=(loss * math.exp(-half), loss * math.exp(half)),
         mass=mass,
         expected_regret=hp.expected_regret(N, D),
         flags=tuple(flags),
-        provenance={
-            "run_ids": len(ids),
-            "run_ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-            "n_runs": hp.n_runs,
-            "n_diverged": hp.n_diverged,
-            "n_groups": len(hp.floors),
-            "version": _version(),
-            "N_convention": convention,
-        },
+        provenance=_provenance(runs, hp, kind),
         loss_law=asdict(fit.law) | {"status": fit.status},
         hp_law=asdict(hp.law) | {"status": hp.status},
+        N_interval=optimal[0],
+        D_interval=optimal[1],
+        next_run=planned,
+        beside=tuple(_beside(law, N, D, kind) for law in laws),
+        run_ids=tuple(_ids(hp)),
     )
 
 
-def _loss_fit(hp: HPFit, seed: int) -> tuple[Fit, float]:
+def loss_fit(hp: HPFit, *, bootstrap: int = 0, seed: int = 0) -> tuple[Fit, float]:
     """The loss law, and the noise of one run (sd of ln L) that its evidence does not show.
 
     Its evidence is each group's fitted minimum. Two groups are no table: there each run speaks, lowered by its height.
+    FitError when no law can exist.
     """
     floors = hp.floors
     if len(floors) >= 3:
-        fit = fit_loss_law(floors["N"].to_numpy(), floors["D"].to_numpy(), floors["loss"].to_numpy(), seed=seed)
-        return fit, float(np.mean([f.noise for f in hp.fits]))
+        N, D, loss = (floors[c].to_numpy() for c in ("N", "D", "loss"))
+        return fit_loss_law(N, D, loss, bootstrap=bootstrap, seed=seed), float(np.mean([f.noise for f in hp.fits]))
     N, D, lr, batch, loss = hp.used[["N", "D", "lr", "batch_tokens", "loss"]].to_numpy(float).T
-    return fit_loss_law(N, D, loss * np.exp(-hp.height(lr, batch, N, D)), seed=seed), 0.0
+    lowered = loss * np.exp(-hp.height(lr, batch, N, D))
+    return fit_loss_law(N, D, lowered, bootstrap=bootstrap, seed=seed), 0.0
 
 
-def _one_run(fit: Fit, run_noise: float, N: float, D: float, mass: float) -> tuple[float, float]:
-    """The law's interval, widened by what runs scatter about the minima it was fitted to."""
-    middle = math.log(float(fit.predict(N, D)))
-    half = math.log(float(fit.interval(N, D, mass)[1])) - middle
-    half = math.hypot(half, float(norm.ppf(0.5 + mass / 2)) * run_noise)
-    return math.exp(middle - half), math.exp(middle + half)
+def next_of(plain: Mapping[str, Any]) -> NextRun:
+    """A `NextRun` from the dict in a recommendation."""
+    own: dict[str, Any]
+    sweep: dict[str, Any]
+    own, sweep = ({k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} for d in (plain, plain["sweep"]))
+    return NextRun(**own | {"sweep": Sweep(**sweep)})
 
 
-def _searched(hp: HPFit, space: Mapping[str, Sequence[float]] | None) -> dict[str, tuple[float, float]]:
-    searched = {name: hp.ranges[name] for name in WORDS}
-    for name in WORDS:
-        if space is not None and name in space:
-            low, high = (float(v) for v in space[name])
-            if not 0 < low <= high:
-                raise ValueError(f"space[{name!r}] must be (low, high) with 0 < low <= high, got {space[name]}")
-            searched[name] = (low, high)
-    return searched
+def _provenance(runs: pd.DataFrame, hp: HPFit, kind: str) -> dict[str, Any]:
+    """Which runs, by name and by their numbers, in whatever order they came."""
+    ids = _ids(hp)
+    numbers = hp.used[["N", "D", "lr", "batch_tokens", "loss"]].to_numpy(float)
+    numbers = np.ascontiguousarray(numbers[np.lexsort(numbers.T)], dtype="<f8")
+    proxies = (runs[runs["role"] != "target"] if "role" in runs else runs).reset_index(drop=True)
+    lost = ~np.isfinite(proxies["loss"].to_numpy(float))
+    if "diverged" in proxies:
+        lost |= proxies["diverged"].to_numpy(bool)
+    return {
+        "run_ids": len(ids),
+        "run_ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+        "data_sha256": hashlib.sha256(numbers.tobytes()).hexdigest(),
+        "n_runs": hp.n_runs,
+        "n_diverged": int(lost.sum()),
+        "n_excluded": int((~lost & ~proxies.index.isin(usable(proxies).index)).sum()),
+        "n_far": hp.n_far,
+        "n_groups": len(hp.floors),
+        "version": _version(),
+        "N_convention": CONVENTIONS[kind],
+    }
+
+
+def _wrapped(text: str, indent: int = 8) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _ids(hp: HPFit) -> list[str]:
+    """Each run once, though it may have a row at every rung."""
+    return sorted({str(i) for i in hp.run_ids})
+
+
+def _origin(provenance: Mapping[str, Any]) -> str:
+    left = {"n_diverged": "diverged", "n_excluded": "excluded otherwise", "n_far": "far above their group's best"}
+    out = [f"{provenance[k]} {word}" for k, word in left.items() if provenance.get(k)]
+    data = (
+        f"; data {provenance['data_sha256'][:12]}, muscale {provenance['version']}"
+        if "data_sha256" in provenance
+        else ""
+    )
+    return (
+        f"From {provenance['n_runs']} runs in {provenance['n_groups']} (N, D) groups"
+        f"{' (left out: ' + ', '.join(out) + ')' if out else ''}{data}."
+    )
+
+
+def _beside(law: published.Published, N: float, D: float, kind: str) -> dict[str, Any]:
+    """What a published law says at (N, D), with the warnings that go with it."""
+    lr, batch = law(N, D)
+    warnings = []
+    covers = law.covers(N, D)
+    if covers is False:
+        warnings.append("outside the range it was measured in")
+    elif covers is None and (lr is not None or batch is not None):
+        warnings.append("the range it was measured in is not known here")
+    if law.N_is.startswith("non-embedding") and kind != "nonembedding":
+        warnings.append(f"its N is {law.N_is}; yours: {CONVENTIONS[kind].split(':')[0].split(';')[0]}")
+    elif not law.N_is.startswith(("non-embedding", "not in the law")):
+        warnings.append(law.N_is)
+    return {
+        "name": law.name,
+        "source": law.source,
+        "lr": None if lr is None else float(lr),
+        "batch_tokens": None if batch is None else float(batch),
+        "exponents": {k: dict(v) for k, v in law.exponents.items()},
+        "warnings": warnings,
+    }
+
+
+def _beside_line(law: Mapping[str, Any], ours: Recommendation) -> str:
+    said = []
+    if law["lr"] is not None:
+        said.append(f"lr {law['lr']:.3g} ({law['lr'] / ours.lr:.2g} x ours)")
+    if law["batch_tokens"] is not None:
+        said.append(f"batch {say_count(law['batch_tokens'])} ({law['batch_tokens'] / ours.batch_tokens:.2g} x ours)")
+    if not said:
+        symbol = {"batch_tokens": "B"}
+        said = [
+            f"{'lr' if k == 'lr' else 'B'} as " + " ".join(f"{symbol.get(x, x)}^{e:g}" for x, e in v.items() if e)
+            for k, v in law["exponents"].items()
+        ]
+        said.append("no level of its own")
+    return f"  {law['name']:16}{', '.join(said)}{'; ' if law['warnings'] else ''}{'; '.join(law['warnings'])}. {law['source']}"
 
 
 def _seq_len(runs: pd.DataFrame) -> int | None:
@@ -213,104 +331,6 @@ def _seq_len(runs: pd.DataFrame) -> int | None:
         return None
     lengths = runs["seq_len"].dropna().unique()
     return int(lengths[0]) if len(lengths) == 1 else None
-
-
-def _convention(runs: pd.DataFrame) -> tuple[str, Flag]:
-    name = "as given in the run table"
-    others = {"N_total": "every parameter (Chinchilla)", "N_nonembedding": "non-embedding parameters (Kaplan)"}
-    known = [c for c in others if c in runs and runs[c].notna().all()]
-    if known:
-        name = "parameters that multiply tokens: no input embedding, the unembedding once"
-    for column in known:
-        if np.array_equal(runs[column].to_numpy(float), runs["N"].to_numpy(float)):
-            name = others[column]
-    text = f"N: {name}. Count the target's N in the same way."
-    if known:
-        largest = runs.iloc[int(runs["N"].to_numpy(float).argmax())]
-        counts = ", ".join(f"{c} {float(largest[c]):,.0f}" for c in known)
-        text += f" At the largest proxy: N {float(largest['N']):,.0f}, {counts}."
-    return name, Flag("n-convention", text, serious=False)
-
-
-def _reach(hp: HPFit, N: float, D: float) -> list[Flag]:
-    flags = []
-    for name, value in (("N", N), ("D", D)):
-        low, high = hp.ranges[name]
-        ratio = max(value / high, low / value)
-        if ratio > 1 + 1e-9:
-            side = "above" if value > high else "below"
-            text = f"The target's {name} is {ratio:.3g} times {side} the data ({low:,.0f} to {high:,.0f})."
-            if ratio > TOO_FAR:
-                text += f" Laws are not checked beyond {TOO_FAR:.0f} times: add runs nearer to it."
-            flags.append(Flag(f"beyond-{name}", text, serious=ratio > TOO_FAR))
-            if name == "N":
-                text = (
-                    f"B* is carried beyond the trained N with exponent {hp.law.batch_N:+.2f}; on one real table this "
-                    "made it too small by a factor 1.4. Try a batch half and twice as large if you can."
-                )
-                flags.append(Flag("batch-beyond-N", text, serious=False))
-    return flags
-
-
-def _scales(hp: HPFit, N: float, D: float) -> list[Flag]:
-    flags = []
-    for name, value, least in (("N", N, 3), ("D", D, 2)):
-        distinct = hp.floors[name].nunique()
-        if distinct < least:
-            low, high = hp.ranges[name]
-            outside = not low <= value <= high
-            text = f"{distinct} distinct {name} in the data; a trend in {name} needs at least {least}."
-            flags.append(Flag(f"few-{name}", text, serious=outside))
-    groups = len(hp.floors)
-    if groups < FEW_GROUPS:
-        flags.append(
-            Flag("few-groups", f"{groups} (N, D) groups; {FEW_GROUPS} or more make a law.", serious=groups < 3)
-        )
-    return flags
-
-
-def _edges(hp: HPFit, searched: dict[str, tuple[float, float]], lr: float, batch: float) -> list[Flag]:
-    """Optima at or over the edge of what was searched: those of the data's groups, and the recommended one."""
-    flags = []
-    groups = [hp.interval(N, D, mass=0.9) for N, D in zip(hp.floors["N"], hp.floors["D"], strict=True)]
-    for i, (name, value) in enumerate(zip(WORDS, (lr, batch), strict=True)):
-        low, high = searched[name]
-        if low == high:
-            continue  # one value was tried: `_doubts` says that the optimum is not identified
-        margin = EDGE * math.log(high / low)
-        # A group's optimum counts as outside when its whole interval is: a bowl seen from one side only.
-        below, above = sum(g[i][1] < low for g in groups), sum(g[i][0] > high for g in groups)
-        for side, outside in (("low", below), ("high", above)):
-            if outside > len(groups) / 2:
-                beyond, further = ("below", "lower") if side == "low" else ("above", "higher")
-                text = (
-                    f"The best {WORDS[name]} lies {beyond} the searched range ({low:.4g}, {high:.4g}), with its whole 90 % "
-                    f"interval, in {outside} of {len(groups)} groups: search {further}."
-                )
-                flags.append(Flag(f"{name}-unbracketed-{side}", text, serious=True))
-        for side, edge, depth in (("low", low, math.log(value / low)), ("high", high, math.log(high / value))):
-            if depth >= margin:
-                continue
-            where = "at the edge of" if depth >= 0 else "outside"
-            text = (
-                f"The recommended {WORDS[name]} {value:.4g} is {where} the searched range ({low:.4g}, {high:.4g}), on "
-                f"the {side} side; it is not clipped. To measure it, widen {name} beyond {edge:.4g}."
-            )
-            flags.append(Flag(f"{name}-edge-{side}", text, serious=False))
-    return flags
-
-
-def _doubts(hp: HPFit, fit: Fit) -> list[Flag]:
-    flags = []
-    for name, known in hp.identified.items():
-        if not known:
-            text = f"The runs do not say where the best {WORDS[name]} is; the answer is mostly the prior's."
-            flags.append(Flag(f"{name}-unidentified", text, serious=True))
-    if hp.status != "ok":
-        flags.append(Flag("hp-fit", f"Learning-rate/batch law: {hp.status}", serious=False))
-    if fit.status != "ok":
-        flags.append(Flag("loss-fit", f"Loss law: {fit.status}", serious=False))
-    return flags
 
 
 def _version() -> str:

@@ -2,55 +2,96 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from scaling.fit import Fit, FitError, fit_loss_law
+from scaling import plots, tables
+from scaling.envelope import compare_approaches
+from scaling.fit import Fit, fit_loss_law
+from scaling.forms import Comparison, compare_forms
+from scaling.halfway import RunCurve, check_forecasts, table_curves
 from scaling.hpfit import HPFit, fit_hp_law
+from scaling.imports import quarantine
+from scaling.isoflop import Frontier
+from scaling.page import PAGE
+from scaling.plots import TargetCurve, count, panel
+from scaling.published import Published, names, published
+from scaling.runs import usable
+from scaling.tables import Table
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
+    from scaling.laws import Array
     from scaling.recommendation import Recommendation
 
-COLOURS = ("#1f6feb", "#d1652a", "#1a7f37", "#8250df", "#bf3989", "#6e7781")
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.fonttype": "none",
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-}
+__all__ = ["RunCurve", "TargetCurve", "render"]
 
-
-@dataclass(frozen=True)
-class TargetCurve:
-    """A launched target run: its points on the trunk and its end."""
-
-    name: str
-    tokens: Sequence[float]
-    loss: Sequence[float]
-    final_tokens: float
-    final_loss: float
+MOST_BOWLS = 12  # groups that are drawn
+LEAST_BOWL = 3  # runs in one
+MOST_SIZES = 8  # of curves and rungs
+SMALL = {"width": 2.4, "height": 2.1}
 
 
 @dataclass(frozen=True)
 class Section:
-    """A figure, what it shows, and what to see in it."""
+    """Figures, what they show, and tables."""
 
     title: str
-    svg: str
-    caption: str
+    panels: Sequence[str] = ()
+    caption: str = ""
+    tables: Sequence[Table | None] = ()
+    small: bool = False  # many little panels
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is fitted for the page; a sentence in place of what these runs do not allow."""
+
+    used: pd.DataFrame
+    left_out: pd.DataFrame  # proxies with a loss that laws do not use
+    floors: pd.DataFrame  # N, D, loss, sd: what the loss law is fitted to
+    mup: bool  # rates are at base width
+    hp: HPFit | str
+    law: Fit | str
+    forms: Comparison | str
+    approaches: dict[str, Frontier | str]
+
+
+def gather(runs: pd.DataFrame, seed: int = 0) -> Evidence:
+    """Fit everything to a checked run table. ValueError when no row is usable."""
+    used = usable(runs)
+    if used.empty:
+        reasons = [f"{n} {why}" for why, n in runs["excluded"].value_counts().items() if why]
+        raise ValueError(
+            f"a report needs runs that laws can use, got none of {len(runs)} ({'; '.join(reasons) or 'all are targets'})"
+        )
+    others = runs.drop(used.index)
+    sized = np.isfinite(others["loss"]) & others["N"].gt(0) & others["D"].gt(0)
+    hp: HPFit | str
+    try:
+        hp = fit_hp_law(used, seed=seed)
+        floors = hp.floors
+    except ValueError as error:  # no such columns, say: then every run counts as tuned
+        hp = str(error)
+        floors = used[["N", "D", "loss"]].assign(sd=math.nan, n=1).reset_index(drop=True)
+    at = tuple(floors[c].to_numpy(float) for c in ("N", "D", "loss"))
+    law: Fit | str
+    forms: Comparison | str
+    approaches: dict[str, Frontier | str] = {}
+    try:
+        law = fit_loss_law(*at, seed=seed)
+        forms = compare_forms(*at)
+        approaches = compare_approaches(*at, seed=seed)
+    except ValueError as error:
+        law = forms = str(error)
+    mup = "parametrization" in used and bool((used["parametrization"] == "mup").all())
+    return Evidence(used, others[sized & (others["role"] != "target")], floors, mup, hp, law, forms, approaches)
 
 
 def render(
@@ -60,314 +101,197 @@ def render(
     recommendation: Recommendation | None = None,
     targets: Sequence[TargetCurve] = (),
     warm_start: dict[str, Any] | None = None,
+    curves: Sequence[RunCurve] = (),
     seed: int = 0,
 ) -> str:
-    """The page. `runs`: the checked run table, targets included; fits are made here from its proxies."""
-    proxies = runs[(runs["role"] == "proxy") & ~runs["diverged"]]
-    hp = fit_hp_law(proxies, seed=seed)
-    floors = hp.floors
-    try:
-        law: Fit | None = fit_loss_law(
-            floors["N"].to_numpy(), floors["D"].to_numpy(), floors["loss"].to_numpy(), seed=seed
-        )
-        no_law = ""
-    except FitError as error:
-        law, no_law = None, str(error)
+    """The page. `runs`: the checked run table, targets included; laws are fitted here, to what `usable` keeps of it.
+
+    curves: of `scaling.halfway.study_curves`; without any, those that the table itself holds. ValueError when no row
+    is usable.
+    """
+    found = gather(runs, seed)
     sections = [
-        Section(
-            "Loss against learning rate, per size",
-            _svg(lambda f: _bowls(f, proxies, hp), width=10, height=3.4),
-            "Each size at its largest token count. Points: runs (larger marks, larger batches). Curve: the fitted bowl at the fitted "
-            "best batch. Vertical line: the law's lr*.",
-        ),
-        Section(
-            "Loss against compute",
-            _svg(lambda f: _compute(f, proxies, floors, law, recommendation, targets)),
-            "Points: runs. Diamonds: the fitted minimum of each (N, D) group. Lines: the averaged prediction along each size, with the "
-            "80 % band of one new run; dashed at the target's size. Bar: the recommendation's interval; star: the measured target."
-            + (f" No law: {no_law}." if no_law else ""),
-        ),
-        Section(
-            "lr* and B* against scale",
-            _svg(lambda f: _optima(f, proxies, hp, recommendation), width=10, height=3.4),
-            "Lines: the law at each size, with its 80 % band from draws. Points: the best single run of each group, which the law does "
-            "not follow (all runs speak).",
-        ),
-        Section(
-            "Rungs and promotions",
-            _svg(lambda f: _rungs(f, runs[runs["role"] == "proxy"]), width=10, height=3.4),
-            "One line per configuration, one point per rung; a cross marks a diverged run.",
-        ),
+        *_bowls(found),
+        *_optima(found, recommendation),
+        *_loss_law(found, recommendation, targets),
+        *_frontiers(found, recommendation),
+        *_curves(curves or table_curves(runs)),
+        *_rungs(runs[runs["role"] == "proxy"]),
+        *_targets(targets, recommendation),
+        Section("Rows kept out of laws", tables=[tables.excluded(runs)]),
+        Section("Best runs", tables=[tables.best(runs, found.used)]),
     ]
-    if targets:
-        sections.append(
-            Section(
-                "The target against its prediction",
-                _svg(lambda f: _target(f, targets, recommendation)),
-                "Curves: validation loss on the constant-rate trunk. Star: after the cooldown, which is what the law predicts (bar).",
-            )
-        )
+    plain = recommendation.to_dict() if recommendation else {}
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     return page.render(
         study=study,
-        recommendation=recommendation.to_dict() if recommendation else None,
-        flags=recommendation.flags if recommendation else (),
-        sections=sections,
-        fits={"lr and batch law": hp.status, "loss law": law.status if law else no_law},
-        laws=_law_rows(hp, law),
+        counted=quarantine(runs),
+        recommendation=recommendation,
+        trustworthy=recommendation.trustworthy if recommendation else True,
+        flags=sorted(recommendation.flags, key=lambda f: not f.serious) if recommendation else (),
+        next_run=tables.next_run(plain.get("next_run")),  # notes of older versions have none
+        provenance=tables.pairs(plain.get("provenance")),
+        mup=found.mup,
         warm_start=warm_start,
         targets=targets,
-        best=runs[~runs["diverged"]].sort_values(["role", "loss"]).head(12).to_dict("records"),
-        n_runs=len(runs),
-        n_diverged=int(runs["diverged"].sum()),
+        sections=[s for s in sections if s.panels or s.caption or any(s.tables)],
     )
 
 
-def _svg(draw: Callable[[Figure], None], *, width: float = 7.5, height: float = 4.0) -> str:
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure)
-        for ax in figure.axes:  # labels between the decades run into each other
-            ax.xaxis.set_minor_formatter(NullFormatter())
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _colour(sizes: Sequence[float], N: float) -> str:
-    return COLOURS[sorted(sizes).index(N) % len(COLOURS)]
-
-
-def _count(value: float, _: object = None) -> str:
-    """12345678 -> 12.3M"""
-    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def _bowls(figure: Figure, runs: pd.DataFrame, hp: HPFit) -> None:
-    sizes = sorted(runs["N"].unique())
-    axes = np.atleast_1d(np.asarray(figure.subplots(1, len(sizes), sharey=True)))
-    for ax, N in zip(axes, sizes, strict=True):
-        D = runs.loc[runs["N"] == N, "D"].max()
-        group = runs[(runs["N"] == N) & (runs["D"] == D)]
-        floor = hp.floors[(hp.floors["N"] == N) & (hp.floors["D"] == D)]
-        colour = _colour(sizes, N)
-        marks = 12 + 60 * group["batch_tokens"] / runs["batch_tokens"].max()
-        ax.scatter(group["lr"], group["loss"], s=marks, color=colour, alpha=0.7, linewidths=0)
-        best_lr, best_batch = (float(v) for v in hp.law(N, D))
-        if len(floor):
-            lr = np.geomspace(runs["lr"].min(), runs["lr"].max(), 200)
-            bowl = float(floor["loss"].iloc[0]) * np.exp(np.asarray(hp.height(lr, np.full_like(lr, best_batch), N, D)))
-            ax.plot(lr, np.where(bowl < 1.35 * group["loss"].min(), bowl, np.nan), color=colour)
-        ax.axvline(best_lr, color="#57606a", lw=0.8, ls=":")
-        ax.set_xscale("log")
-        ax.set_title(f"N {_count(N)}, D {_count(D)}")
-        ax.set_xlabel("learning rate (base width)")
-    axes[0].set_ylabel("validation loss, nats/token")
-
-
-def _compute(
-    figure: Figure,
-    runs: pd.DataFrame,
-    floors: pd.DataFrame,
-    law: Fit | None,
-    recommendation: Recommendation | None,
-    targets: Sequence[TargetCurve],
-) -> None:
-    ax: Axes = figure.subplots()
-    sizes = sorted(runs["N"].unique())
-    for N in sizes:
-        mine, floor, colour = runs[runs["N"] == N], floors[floors["N"] == N], _colour(sizes, N)
-        ax.scatter(6 * N * mine["D"], mine["loss"], s=9, color=colour, alpha=0.45, linewidths=0)
-        ax.scatter(6 * N * floor["D"], floor["loss"], s=28, marker="D", color=colour, label=f"N {_count(N)}")
-        if law is not None:
-            _law_line(ax, law, N, floors["D"].min(), floors["D"].max(), colour, "-")
-    if recommendation is not None and law is not None:
-        r = recommendation
-        _law_line(ax, law, r.N, floors["D"].min(), r.D, "#24292f", "--")
-        lo, hi = r.loss_interval
-        ax.errorbar(
-            [r.C],
-            [r.loss],
-            yerr=[[r.loss - lo], [hi - r.loss]],
-            fmt="_",
-            color="#24292f",
-            capsize=4,
-            label=f"target N {_count(r.N)}",
-        )
-        for t in targets:
-            if math.isfinite(t.final_loss):
-                ax.scatter(
-                    [6 * r.N * t.final_tokens], [t.final_loss], marker="*", s=90, zorder=5, label=f"measured, {t.name}"
-                )
-    ax.set_xscale("log")
-    top = runs["loss"].quantile(0.9)
-    ax.set_ylim(top=top + 0.1 * (top - runs["loss"].min()))
-    ax.set_xlabel("training compute C = 6ND, FLOPs")
-    ax.set_ylabel("validation loss, nats/token")
-    ax.legend(frameon=False, fontsize=8)
-
-
-def _law_line(ax: Axes, law: Fit, N: float, low: float, high: float, colour: str, style: str) -> None:
-    D = np.geomspace(low, high, 60)
-    n = np.full_like(D, N)
-    lo, hi = law.interval(n, D, mass=0.8)
-    ax.plot(6 * N * D, np.asarray(law.predict(n, D)), style, color=colour, lw=1.2)
-    ax.fill_between(6 * N * D, np.asarray(lo), np.asarray(hi), color=colour, alpha=0.1, lw=0)
-
-
-def _optima(figure: Figure, runs: pd.DataFrame, hp: HPFit, recommendation: Recommendation | None) -> None:
-    axes = figure.subplots(1, 2)
-    sizes = sorted(runs["N"].unique())
-    top = max([runs["D"].max()] + ([recommendation.D] if recommendation else []))
-    D = np.geomspace(runs["D"].min(), top, 24)
-    best = runs.loc[runs.groupby(["N", "D"])["loss"].idxmin()]
-    for N in sizes:
-        colour = _colour(sizes, N)
-        bands = [hp.interval(N, d, mass=0.8) for d in D]
-        lines = np.array([[float(v) for v in hp.law(N, d)] for d in D])
-        for i, (ax, column) in enumerate(zip(axes, ("lr", "batch_tokens"), strict=True)):
-            ax.plot(D, lines[:, i], color=colour, label=f"N {_count(N)}")
-            ax.fill_between(D, [b[i][0] for b in bands], [b[i][1] for b in bands], color=colour, alpha=0.08, lw=0)
-            mine = best[best["N"] == N]
-            ax.scatter(mine["D"], mine[column], s=18, color=colour)
-    for i, (ax, label) in enumerate(zip(axes, ("lr* (base width)", "B*, tokens per step"), strict=True)):
-        if recommendation is not None:
-            value, (lo, hi) = (
-                (recommendation.lr, recommendation.lr_interval)
-                if i == 0
-                else (recommendation.batch_tokens, recommendation.batch_interval)
-            )
-            ax.errorbar(
-                [recommendation.D],
-                [value],
-                yerr=[[value - lo], [hi - value]],
-                fmt="*",
-                color="#24292f",
-                capsize=4,
-                label="target",
-            )
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_xlabel("training tokens D")
-        ax.set_ylabel(label)
-        ax.xaxis.set_major_formatter(FuncFormatter(_count))
-    axes[0].legend(frameon=False, fontsize=8)
-
-
-def _rungs(figure: Figure, runs: pd.DataFrame) -> None:
-    sizes = sorted(runs["N"].unique())
-    axes = np.atleast_1d(np.asarray(figure.subplots(1, len(sizes), sharey=True)))
-    finite = runs.loc[~runs["diverged"], "loss"]
-    ceiling = float(finite.quantile(0.95)) * 1.05
-    for ax, N in zip(axes, sizes, strict=True):
-        for _, one in runs[runs["N"] == N].groupby("run_id"):
-            one = one.sort_values("D")
-            ax.plot(
-                one["D"], one["loss"].clip(upper=ceiling), marker="o", ms=3, lw=1, alpha=0.6, color=_colour(sizes, N)
-            )
-        lost = runs[(runs["N"] == N) & runs["diverged"]]
-        ax.scatter(lost["D"], np.full(len(lost), ceiling), marker="x", color="#cf222e", s=20)
-        ax.set_xscale("log")
-        ax.set_title(f"N {_count(N)}")
-        ax.set_xlabel("tokens")
-        ax.xaxis.set_major_formatter(FuncFormatter(_count))
-    axes[0].set_ylabel("validation loss, nats/token")
-
-
-def _target(figure: Figure, targets: Sequence[TargetCurve], recommendation: Recommendation | None) -> None:
-    ax: Axes = figure.subplots()
-    for i, t in enumerate(targets):
-        ax.plot(t.tokens, t.loss, color=COLOURS[i], lw=1.3, label=f"{t.name}, trunk")
-        if math.isfinite(t.final_loss):
-            ax.scatter([t.final_tokens], [t.final_loss], marker="*", s=90, color=COLOURS[i], zorder=5)
-        if math.isfinite(t.final_loss) and t.tokens:  # no points, when it was too short for one on the trunk
-            ax.plot([t.tokens[-1], t.final_tokens], [t.loss[-1], t.final_loss], ls=":", color=COLOURS[i], lw=1)
+def _asked(found: Evidence, recommendation: Recommendation | None) -> tuple[float, float]:
+    """(N, D) of the target, else of the group of most compute."""
     if recommendation is not None:
-        r = recommendation
-        lo, hi = r.loss_interval
-        label = f"predicted, {100 * r.mass:.0f} %"
-        ax.errorbar(
-            [r.D], [r.loss], yerr=[[r.loss - lo], [hi - r.loss]], fmt="_", color="#24292f", capsize=5, label=label
+        return recommendation.N, recommendation.D
+    largest = found.floors.iloc[int((found.floors["N"] * found.floors["D"]).argmax())]
+    return float(largest["N"]), float(largest["D"])
+
+
+def _bowls(found: Evidence) -> list[Section]:
+    hp = found.hp
+    if isinstance(hp, str):
+        return [Section("Learning rate and batch", caption=f"No law of learning rate and batch: {hp}.")]
+    floors = hp.floors[hp.floors["n"] >= LEAST_BOWL]
+    every = list(floors[["N", "D", "loss"]].itertuples(index=False, name=None))
+    shown = (
+        [every[i] for i in np.unique(np.linspace(0, len(every) - 1, MOST_BOWLS).round().astype(int))] if every else []
+    )
+    some = f" {len(shown)} of {len(every)} groups." if len(shown) < len(every) else ""
+    colours = plots.palette(hp.floors["N"])
+    words = {"lr": "learning rate" + (" (base width)" if found.mup else ""), "batch_tokens": "batch, tokens per step"}
+    sections = []
+    for column, other in (("lr", "batch"), ("batch_tokens", "learning rate")):
+        if hp.used[column].nunique() < 2:
+            continue  # the law's status says that its optimum is assumed
+        panels = []
+        for N, D, floor in shown:
+            group = hp.used[(hp.used["N"] == N) & (hp.used["D"] == D)]
+            draw = partial(plots.bowl, group=group, hp=hp, floor=floor, column=column, colour=colours[N])
+            panels.append(panel(draw, f"loss against {words[column]}, N {count(N)}, D {count(D)}", **SMALL))
+        caption = (
+            f"Coloured points: runs whose {other} is within 1.6 times the fitted best; grey: other runs. Curve: the fitted bowl at "
+            f"the best {other}. Line and shade: the law's optimum for the group, with its 80 % interval.{some}"
         )
-    ax.set_xscale("log")
-    ax.set_xlabel("tokens")
-    ax.set_ylabel("validation loss, nats/token")
-    ax.xaxis.set_major_formatter(FuncFormatter(_count))
-    ax.legend(frameon=False, fontsize=8)
+        sections.append(Section(f"Loss against {words[column]}", panels, caption if panels else "", small=True))
+    return sections
 
 
-def _law_rows(hp: HPFit, law: Fit | None) -> list[tuple[str, str]]:
-    rows = []
-    if law is not None:
-        one = law.law
-        rows.append(("L(N, D)", f"{one.E:.4g} + {one.A:.4g} / N^{one.alpha:.3f} + {one.B:.4g} / D^{one.beta:.3f}"))
-    base = [float(v) for v in hp.law(1e6, 1e6)]
-    slopes = [
-        [math.log(float(a) / b) / math.log(10) for a, b in zip(hp.law(*at), base, strict=True)]
-        for at in ((1e7, 1e6), (1e6, 1e7))
-    ]
-    for i, name in enumerate(("lr*", "B*")):
-        rows.append((name, f"{base[i]:.4g} (N / 1M)^{slopes[0][i]:+.3f} (D / 1M)^{slopes[1][i]:+.3f}"))
-    return rows
+def _optima(found: Evidence, recommendation: Recommendation | None) -> list[Section]:
+    hp = found.hp
+    if isinstance(hp, str):
+        return []
+    laws = [published(name) for name in names()]
+    panels = []
+    for i, column in enumerate(("lr", "batch_tokens")):
+        speaking = [] if found.mup and column == "lr" else [(law.name, partial(_said, law, i)) for law in laws]
+        draw = partial(plots.optima, used=hp.used, hp=hp, column=column, recommendation=recommendation, beside=speaking)
+        panels.append(panel(draw, f"best {column} against tokens"))
+    caption = (
+        "Lines: the law at each size, with its 80 % band from draws. Points: the best single run of each group, which the law does "
+        "not follow: all runs speak. Grey: published laws at the largest size, except where they are known to be outside what they were measured on."
+    )
+    beside = tables.published(laws, hp, *_asked(found, recommendation), found.mup)
+    return [Section("lr* and B* against scale", panels, caption, [tables.hp_law(hp), beside])]
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ study }}: scaling report</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #24292f; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }
-th { font-weight: 600; } .num td { font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
-.flag { border-left: 3px solid #9a6700; padding-left: .7rem; margin: .4rem 0; } .serious { border-color: #cf222e; }
-figure { margin: 0; } svg { max-width: 100%; height: auto; } figcaption, .quiet { color: #57606a; font-size: .9rem; }
-</style></head><body>
-<h1>{{ study }}</h1>
-<p class="quiet">{{ n_runs }} results in the run table{% if n_diverged %}, {{ n_diverged }} diverged{% endif %}. Losses in nats per token on held-out text.</p>
-{% if recommendation %}
-<h2>Recommendation for N = {{ "{:,.0f}".format(recommendation.N) }}, D = {{ "{:,.0f}".format(recommendation.D) }}</h2>
-{% set pc = "{:.0f} %".format(100 * recommendation.mass) %}
-<table>
-<tr><th>learning rate (base width)</th><td>{{ "{:.4g}".format(recommendation.lr) }}</td>
-<td>{{ pc }}: {{ "{:.4g}".format(recommendation.lr_interval[0]) }} to {{ "{:.4g}".format(recommendation.lr_interval[1]) }}</td></tr>
-<tr><th>batch, tokens per step</th><td>{{ "{:,.0f}".format(recommendation.batch_tokens) }}{% if recommendation.batch_seqs %} ({{ recommendation.batch_seqs }} sequences){% endif %}</td>
-<td>{{ pc }}: {{ "{:,.0f}".format(recommendation.batch_interval[0]) }} to {{ "{:,.0f}".format(recommendation.batch_interval[1]) }}</td></tr>
-<tr><th>predicted loss of one run</th><td>{{ "{:.4f}".format(recommendation.loss) }}</td>
-<td>{{ pc }}: {{ "{:.4f}".format(recommendation.loss_interval[0]) }} to {{ "{:.4f}".format(recommendation.loss_interval[1]) }}</td></tr>
-{% for t in targets %}
-<tr><th>measured, {{ t.name }}</th><td>{{ "{:.4f}".format(t.final_loss) }}</td><td>{{ "inside" if recommendation.loss_interval[0] <= t.final_loss <= recommendation.loss_interval[1] else "outside" }} the interval</td></tr>
-{% endfor %}
-</table>
-{% for f in flags %}<p class="flag{% if f.serious %} serious{% endif %}">{{ f.text }}</p>
-{% endfor %}
-{% endif %}
-{% if warm_start %}
-<h2>Warm start against scratch</h2>
-<table>{% for k, v in warm_start.items() %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>
-{% endfor %}</table>
-{% endif %}
-{% for s in sections %}
-<h2>{{ s.title }}</h2>
-<figure>{{ s.svg | safe }}<figcaption>{{ s.caption }}</figcaption></figure>
-{% endfor %}
-<h2>Laws</h2>
-<table class="num">{% for name, text in laws %}<tr><th>{{ name }}</th><td>{{ text }}</td></tr>
-{% endfor %}
-{% for name, text in fits.items() %}<tr><th>status of the {{ name }}</th><td>{{ text }}</td></tr>
-{% endfor %}</table>
-<h2>Best runs</h2>
-<div class="wide"><table class="num"><tr><th>run</th><th>role</th><th>N</th><th>D</th><th>lr</th><th>batch tokens</th><th>loss</th></tr>
-{% for r in best %}<tr><td>{{ r.get("name", r.get("run_id", "")) }}</td><td>{{ r.role }}</td><td>{{ "{:,.0f}".format(r.N) }}</td><td>{{ "{:,.0f}".format(r.D) }}</td>
-<td>{{ "{:.4g}".format(r.lr) }}</td><td>{{ "{:,.0f}".format(r.batch_tokens) }}</td><td>{{ "{:.4f}".format(r.loss) }}</td></tr>
-{% endfor %}</table></div>
-{% if recommendation %}
-<p class="quiet">Provenance: {% for k, v in recommendation.provenance.items() %}{{ k }} {{ v }}{% if not loop.last %}; {% endif %}{% endfor %}.</p>
-{% endif %}
-</body></html>
-"""
+def _said(law: Published, i: int, N: float, D: Array) -> Array | None:
+    """What a published law says of lr (0) or batch (1) where it may; NaN elsewhere, None when nowhere."""
+    value = law(N, D)[i]
+    if value is None:
+        return None
+    value = np.where((value > 0) & [law.covers(N, float(d)) is not False for d in D], value, np.nan)
+    return None if np.isnan(value).all() else value
+
+
+def _loss_law(found: Evidence, recommendation: Recommendation | None, targets: Sequence[TargetCurve]) -> list[Section]:
+    floors, grouped = found.floors, isinstance(found.hp, HPFit)
+    fit = None if isinstance(found.law, str) else found.law
+    draw = partial(
+        plots.compute,
+        used=found.used,
+        left_out=found.left_out,
+        floors=floors,
+        law=fit,
+        recommendation=recommendation,
+        targets=targets,
+    )
+    panels = [panel(draw, "loss against compute")]
+    caption = "Points: runs" + ("; pale: runs kept out of laws." if len(found.left_out) else ".")
+    caption += " Diamonds: the fitted minimum of each (N, D) group." if grouped else ""
+    if fit is None:
+        return [Section("Loss against compute", panels, f"{caption} No loss law: {found.law}.")]
+    N, D = _asked(found, recommendation)
+    panels.append(panel(partial(plots.two_forms, law=fit, floors=floors, N=N, D=D), "the two averaged forms"))
+    one = "new group's minimum" if grouped else "new run"
+    caption += (
+        f" First figure: the averaged prediction along some sizes, with the 80 % band of one {one}"
+        + (", dashed at the target's size; bar: the recommendation's interval" if recommendation else "")
+        + ("; star: a measured target" if targets else "")
+        + ". Second: what is averaged, at one size; no run has more tokens than at the vertical line."
+    )
+    sections = [Section("Loss against compute", panels, caption, [tables.loss_law(fit, N, D)])]
+    left = []
+    for column in ("N", "D"):
+        draw = partial(plots.residuals, law=fit, floors=floors, column=column)
+        left.append(panel(draw, f"what the loss law leaves, against {column}", height=2.6))
+    caption = "ln(loss / prediction)" + (
+        " of each group's minimum, with the minimum's own sd" if grouped else " of each run"
+    )
+    sections.append(
+        Section("What the loss law leaves", left, f"{caption}. Grey: the scatter that the interval counts with.")
+    )
+    if isinstance(found.forms, Comparison):
+        sections.append(Section("Forms of the loss law", tables=[tables.forms(found.forms)]))
+    return sections
+
+
+def _frontiers(found: Evidence, recommendation: Recommendation | None) -> list[Section]:
+    if not found.approaches:
+        return []
+    panels, caption = [], ""
+    if any(isinstance(v, Frontier) for v in found.approaches.values()):
+        draw = partial(plots.approaches, found=found.approaches, recommendation=recommendation)
+        panels = [panel(draw, "compute-optimal N against compute", width=6.2, height=3.6)]
+        caption = (
+            "N of least loss by the envelope of runs, by parabolas at equal compute, and by the loss law; 80 % bands."
+        )
+    N, D = _asked(found, recommendation)
+    table = tables.approaches(found.approaches, 6 * N * D)
+    return [Section("Compute-optimal sizes, three ways", panels, caption, [table])]
+
+
+def _curves(curves: Sequence[RunCurve]) -> list[Section]:
+    if not curves:
+        return []
+    colours = plots.palette(c.N for c in curves)
+    panels = []
+    for N in plots.few(list(colours), MOST_SIZES):
+        mine = [(c.tokens, c.loss) for c in curves if c.N == N]
+        draw = partial(plots.curves, of_one_size=mine, colour=colours[N], N=N)
+        panels.append(panel(draw, f"loss along runs, N {count(N)}", **SMALL))
+    checks = check_forecasts(curves)
+    caption = "Loss along runs; the last point is the end, after the cooldown where there is one."
+    if any(c.schedule is None for c in curves):
+        caption += " Some schedules are not recorded: there, forecasts take the rate as constant."
+    return [Section("Curves", panels, caption, [tables.forecasts(checks)] if checks else [], small=True)]
+
+
+def _rungs(proxies: pd.DataFrame) -> list[Section]:
+    finite = proxies.loc[np.isfinite(proxies["loss"]), "loss"]
+    if finite.empty or not {"rung", "run_id"} <= set(proxies):
+        return []
+    colours, ceiling = plots.palette(proxies["N"]), float(finite.quantile(0.95)) * 1.05
+    panels = []
+    for N in plots.few(list(colours), MOST_SIZES):
+        draw = partial(plots.rungs, runs=proxies, N=N, colour=colours[N], ceiling=ceiling)
+        panels.append(panel(draw, f"rungs, N {count(N)}", **SMALL))
+    caption = "One line per configuration, one point per rung; a cross marks a diverged run."
+    return [Section("Rungs and promotions", panels, caption, small=True)]
+
+
+def _targets(targets: Sequence[TargetCurve], recommendation: Recommendation | None) -> list[Section]:
+    if not targets:
+        return []
+    draw = partial(plots.target, targets=targets, recommendation=recommendation)
+    caption = "Curves: validation loss on the constant-rate trunk. Star: after the cooldown, which is what the law predicts (bar)."
+    figure = panel(draw, "the target against its prediction", width=6.2, height=3.6)
+    return [Section("The target against its prediction", [figure], caption)]

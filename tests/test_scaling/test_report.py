@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import math
+import re
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from scaling.recommendation import recommend
-from scaling.report import TargetCurve, _count, render
+from scaling import plots, tables
+from scaling.halfway import RunCurve, check_forecasts, study_curves, table_curves
+from scaling.hpfit import fit_hp_law
+from scaling.published import names, published
+from scaling.recommendation import Recommendation, recommend
+from scaling.report import TargetCurve, gather, render
 from scaling.runs import check_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def planted(sizes: tuple[float, ...] = (1e4, 4e4, 1.6e5)) -> pd.DataFrame:
+def planted(sizes: tuple[float, ...] = (1e4, 4e4, 1.6e5), **columns: Any) -> pd.DataFrame:
     """A known law and bowl; one run in each group diverged."""
     rng = np.random.default_rng(0)
     rows = []
@@ -27,11 +36,28 @@ def planted(sizes: tuple[float, ...] = (1e4, 4e4, 1.6e5)) -> pd.DataFrame:
                 loss = 1 + 20 / N**0.4 + 30 / D**0.3
                 loss *= math.exp(0.01 * math.log(lr / 0.003) ** 2 + 0.005 * math.log(batch / 500) ** 2)
                 rows.append((f"{N:g}-{i}", N, D, lr, batch, math.nan if i == 7 else loss))
-    return check_runs(pd.DataFrame(rows, columns=["run_id", "N", "D", "lr", "batch_tokens", "loss"]))
+    table = pd.DataFrame(rows, columns=["run_id", "N", "D", "lr", "batch_tokens", "loss"])
+    return check_runs(table.assign(**columns))
+
+
+def curves(sizes: tuple[float, ...] = (1e4, 1e5), runs: int = 4, noise: float = 1e-3) -> list[RunCurve]:
+    """Power laws along runs at a constant rate, each with an amplitude of its own."""
+    rng = np.random.default_rng(1)
+    tokens = np.geomspace(1e4, 1e6, 25)
+    out = []
+    for N in sizes:
+        for i in range(runs):
+            loss = 1.5 + (20 + i) * tokens**-0.35 + 10 / N**0.4
+            out.append(RunCurve(f"{N:g}/{i}", N, tokens, loss * np.exp(noise * rng.normal(size=25))))
+    return out
 
 
 def svgs(page: str) -> list[str]:
     return ["<svg" + part.split("</svg>")[0] + "</svg>" for part in page.split("<svg")[1:]]
+
+
+def titles(page: str) -> list[str]:
+    return re.findall("<h2>(.*?)</h2>", page)
 
 
 def test_the_page_says_the_recommendation_and_whether_it_held() -> None:
@@ -43,36 +69,185 @@ def test_the_page_says_the_recommendation_and_whether_it_held() -> None:
         "planted", runs, recommendation=answer, targets=[held, missed], warm_start={"speed-up in tokens": 1.24}
     )
     assert page.index("inside the interval") < page.index("outside the interval")
-    assert "9 diverged" in page
+    assert "63 of 72 rows are used by laws; 9 kept, but excluded: diverged" in page
     assert "1.24" in page
-    assert len(svgs(page)) == 5
+    assert all(f.text in html.unescape(page) for f in answer.flags)
+    for title in (
+        "Loss against learning rate",
+        "Loss against batch, tokens per step",
+        "lr* and B* against scale",
+        "Loss against compute",
+        "What the loss law leaves",
+        "Forms of the loss law",
+        "Compute-optimal sizes, three ways",
+        "The target against its prediction",
+        "Rows kept out of laws",
+        "Best runs",
+        "Provenance",
+    ):
+        assert title in titles(page)
+    assert len(svgs(page)) == 9 + 9 + 2 + 2 + 2 + 1 + 1  # nine groups
 
 
-def test_every_figure_is_well_formed_and_fetches_nothing() -> None:
-    for svg in svgs(render("planted", planted())):
+def test_every_figure_is_well_formed_and_nothing_is_fetched_or_run() -> None:
+    page = render("planted", planted(), curves=curves())
+    for svg in svgs(page):
         root = ElementTree.fromstring(svg)
         links = [v for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
         assert all(link.startswith("#") for link in links)
+        known = {e.attrib["id"] for e in root.iter() if "id" in e.attrib}
+        assert {link[1:] for link in links} <= known
+        assert root.attrib["aria-label"]
+    assert not re.search(r"<script|<link|<img|src=|@import|url\((?!#)", page)
 
 
-def test_text_from_the_table_is_escaped() -> None:
-    runs = planted()
-    runs["name"] = "<script>alert(1)</script>"
-    page = render("a <b>", runs)
-    assert "<script>" not in page
+def test_text_from_the_table_and_the_notes_is_escaped() -> None:
+    evil = "<script>alert('1 & 2')</script>"
+    runs = planted(name=evil)
+    runs.loc[:1, "excluded"] = evil
+    answer = recommend(runs, N=6e5, D=3e6)
+    answer = dataclasses.replace(answer, provenance=answer.provenance | {evil: evil}, next_run={evil: evil})
+    target = TargetCurve(evil, [1e5, 1e6], [3.0, 2.5], 3e6, 2.0)
+    page = render(f"a <b> {evil}", runs, recommendation=answer, targets=[target], warm_start={evil: evil})
+    assert "<script" not in page
     assert "a &lt;b&gt;" in page
+    assert page.count("&lt;script&gt;") > 8
+    for svg in svgs(page):
+        ElementTree.fromstring(svg)
 
 
-def test_one_size_is_drawn_without_a_law_it_cannot_have() -> None:
-    page = render("one", planted((1e4,)))
-    assert len(svgs(page)) == 4
+def test_one_group_is_drawn_without_laws_it_cannot_have() -> None:
+    runs = planted((1e4,))
+    page = render("one", runs[runs["D"] == 1e5])
+    assert "No loss law: a loss law needs at least 3 runs" in page
+    assert "Compute-optimal sizes, three ways" not in titles(page)
+    assert len(svgs(page)) == 1 + 1 + 2 + 1
 
 
-def test_the_same_table_gives_the_same_laws() -> None:
-    one, two = (render("planted", planted()).split("<h2>Laws</h2>")[1] for _ in range(2))
+def test_a_column_that_does_not_vary_has_no_bowl() -> None:
+    there = titles(render("one lr", planted(lr=0.003)))
+    assert "Loss against learning rate" not in there
+    assert "Loss against batch, tokens per step" in there
+
+
+def test_a_table_of_sizes_tokens_and_losses_is_enough() -> None:
+    runs = planted()
+    best = runs.loc[runs.groupby(["N", "D"])["loss"].idxmin(), ["N", "D", "loss"]]
+    page = render("bare", check_runs(best))
+    assert "missing: lr, batch_tokens" in page
+    assert "Forms of the loss law" in titles(page)
+
+
+def test_nothing_usable_is_refused_with_the_reasons() -> None:
+    runs = planted()
+    with pytest.raises(ValueError, match=r"got none of 9 \(9 diverged\)"):
+        render("lost", runs[runs["diverged"]])
+
+
+def test_rows_kept_out_of_laws_move_no_law_and_are_counted() -> None:
+    runs = planted()
+    odd = runs.tail(8).assign(loss=0.5, diverged=False, final=False, excluded="not final: <a point>")
+    clean, more = gather(runs), gather(pd.concat([runs, odd], ignore_index=True))
+    assert not isinstance(clean.law, str)
+    assert not isinstance(more.law, str)
+    assert more.law.law == clean.law.law
+    assert len(more.left_out) == 8
+    table = tables.excluded(pd.concat([runs, odd], ignore_index=True))
+    assert table is not None
+    assert {row[0]: row[1] for row in table.rows} == {"diverged": "9", "not final: <a point>": "8"}
+
+
+def test_the_same_table_gives_the_same_page() -> None:
+    one, two = (render("planted", planted((1e4, 4e4)), curves=curves()) for _ in range(2))
     assert one == two
 
 
-@pytest.mark.parametrize(("value", "text"), [(12_345_678, "12.3M"), (1e9, "1B"), (512, "512"), (34_816, "34.8k")])
+def test_a_note_of_an_older_version_is_drawn() -> None:
+    runs = planted()
+    plain = recommend(runs, N=6e5, D=3e6).to_dict()
+    for new in ("next_run", "beside", "run_ids", "N_interval", "D_interval"):
+        plain.pop(new, None)
+    page = render("old", runs, recommendation=Recommendation.from_dict(plain))
+    assert "What to run next" not in page
+
+
+def test_the_next_run_is_told_in_words() -> None:
+    sweep = {
+        "N": 2e4, "D": 3e6, "lr": [1e-3, 2e-3, 4e-3], "batch_tokens": [100.0, 200.0, 400.0],
+        "lr_factor": [1.6, 1.3], "batch_factor": [2.0, 1.7],
+    }  # fmt: skip
+    said = dict(
+        tables.next_run(
+            {"N": 1.5e5, "D": 2e6, "lr": 2.1e-3, "batch_tokens": 640.0, "loss_half": [0.031, 0.018], "sweep": sweep}
+        )
+    )
+    assert said["one run"] == "N 150K, D 2M, lr 0.0021, batch 640 tokens"
+    assert said["loss interval at the target"] == "± 3.10 % now, ± 1.80 % expected then"
+    assert said["batch at the target"] == "within a factor 2.00 now, 1.70 expected then"
+
+
+def test_under_mup_published_rates_are_not_compared() -> None:
+    laws = [published(name) for name in names()]
+    hp = fit_hp_law(planted())
+    for mup, shown in ((False, {"step-law", "deepseek", "kaplan"}), (True, {"step-law", "deepseek"})):
+        table = tables.published(laws, hp, 4e8, 1e10, mup)
+        assert table is not None
+        assert {row[0] for row in table.rows[1:]} == shown
+        assert all(bool(row[1]) is not mup for row in table.rows[1:])
+
+
+def test_planted_curves_are_forecast_from_half_and_no_run_sees_its_own_end() -> None:
+    checks = check_forecasts(curves())
+    assert [(c.N, c.runs) for c in checks] == [(1e4, 4), (1e5, 4)]
+    for c in checks:
+        assert c.error < 0.004  # of noise .001
+        assert c.error < c.carried / 4
+        assert c.held >= 3
+    # the forecast of the only run of its group is the same whatever its end
+    lone, rest = curves((3e4,), runs=1)[0], curves()
+    other = dataclasses.replace(lone, loss=np.append(lone.loss[:-1], 1.3 * lone.loss[-1]))
+    (a,), (b,) = ([c for c in check_forecasts([x, *rest]) if c.N == 3e4] for x in (lone, other))
+    assert (1 + a.bias) * lone.loss[-1] == pytest.approx((1 + b.bias) * other.loss[-1])
+
+
+def test_a_tables_own_curves_are_found_and_rungs_of_a_ladder_are_none() -> None:
+    rows = [(c.run_id, c.N, t, y) for c in curves() for t, y in zip(c.tokens, c.loss, strict=True)]
+    runs = check_runs(pd.DataFrame(rows, columns=["run_id", "N", "D", "loss"]).assign(final=False))
+    found = table_curves(runs)
+    assert {c.run_id for c in found} == {c.run_id for c in curves()}
+    assert all(c.D == 1e6 and c.tokens.size == 25 for c in found)
+    assert table_curves(runs.assign(rung=0)) == []
+
+
+class Store:
+    """As much of an MLflow client as reading a curve needs: one run at lr .01, points to beyond 1000 tokens."""
+
+    def get_run(self, run_id: str) -> Any:
+        return SimpleNamespace(data=SimpleNamespace(params={"cooldown": "0.2", "warmup_tokens": "10"}))
+
+    def get_metric_history(self, run_id: str, key: str) -> list[Any]:
+        assert (run_id, key) == ("a", "loss")
+        return [SimpleNamespace(step=t, timestamp=0, value=5 - t / 1000) for t in (100, 200, 400, 700, 850, 950, 1200)]
+
+
+def test_a_studys_curves_stop_where_the_cooldown_branches_off() -> None:
+    """Beyond that the trunk goes on to a rung that is not in the table yet."""
+    rows = {"run_id": ["a", "a"], "N": 100, "D": [500, 1000], "loss": [4.1, 3.5], "rung": [0, 1]}
+    (found,) = study_curves(cast(Any, Store()), check_runs(pd.DataFrame(rows)))
+    assert found.tokens.tolist() == [100, 200, 400, 700, 1000]
+    assert found.loss.tolist() == [4.9, 4.8, 4.6, 4.3, 3.5]
+    assert found.schedule is not None
+    assert found.schedule(np.array([5.0, 500.0, 800.0, 850.0, 1000.0])).tolist() == pytest.approx([0.5, 1, 1, 0.5, 0])
+
+
+def test_colours_tell_sizes_apart_and_few_keeps_the_ends() -> None:
+    for sizes in (range(1, 5), range(1, 40)):
+        colours = plots.palette(float(N) for N in sizes)
+        assert len(set(colours.values())) == len(sizes)
+    assert plots.few(list(range(100)), 4) == [0, 33, 66, 99]
+    assert plots.few([3.0, 1.0, 2.0], 4) == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(("value", "text"), [(12_345_678, "12.3M"), (1e9, "1B"), (512, "512"), (34_816, "34.8K")])
 def test_counts_are_read_at_a_glance(value: float, text: str) -> None:
-    assert _count(value) == text
+    assert plots.count(value) == text

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial
 from hpo.cube import Cube
 from hpo.hyperband import Bracket
 from hpo.parameters import FidelitySampler
-from hpo.record import View, resumed_seeds_of, seeds_of
+from hpo.record import View, last_tokens, resumed_seeds_of, seeds_of
 from scaling.compute import Fidelity
 
 
@@ -36,11 +36,11 @@ class Wanted(NamedTuple):
 
 
 def paid(view: View, cost: Callable[[Fidelity], float]) -> float:
-    """What all runs cost, those in progress as if they had ended. cost: of one training from the beginning."""
+    """What all runs cost, those in progress as if they had ended, stopped ones up to there. cost: of one training from the beginning."""
     total = 0.0
     for trial in view.at.values():
         size, attrs = trial.user_attrs["N"], trial.user_attrs
-        total += seeds_of(trial) * cost(Fidelity(size, attrs["tokens"]))
+        total += seeds_of(trial) * cost(Fidelity(size, last_tokens(trial)))
         if resumed_seeds_of(trial):
             total -= resumed_seeds_of(trial) * cost(Fidelity(size, attrs["resumed_tokens"]))
     return total

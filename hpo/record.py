@@ -43,6 +43,16 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """A run that was given up on the way: where, the loss there (not annealed), and its end as it was forecast (mean and sd)."""
+
+    tokens: int
+    loss: float  # nats per token, as the others
+    mean: float
+    sd: float
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a search is. Counts are of evaluations, (configuration, rung) pairs, each with all its seeds; planned is
     None when it has no end.
@@ -64,6 +74,8 @@ class Progress:
     tokens_planned: int | None  # spent ones included
     reused: int = 0
     tokens_reused: int = 0
+    stopped: int = 0  # given up as hopeless; not among the diverged
+    tokens_stopped: int = 0  # that those had still before them
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,7 @@ def progress_of(view: View, plan: Plan | None, variant: Variant, raised_at: int)
     """
     done = [t for t in view.at.values() if t.state.is_finished()]
     spent, saved = sum(map(trained_tokens, done)), sum(map(resumed_tokens, done))
+    given_up = [t for t in done if stopped_of(t) is not None]
     reused = []
     if raised_at:
         places = standing(view.entries, view.ladder, variant=variant)
@@ -145,13 +158,15 @@ def progress_of(view: View, plan: Plan | None, variant: Variant, raised_at: int)
         done=len(done),
         planned=None if plan is None or not plan.counted else len(done) + len(plan.increments),
         running=sum(t.state == TrialState.RUNNING for t in view.pending),
-        diverged=sum(not math.isfinite(loss_of(t)) for t in done),
+        diverged=sum(not math.isfinite(loss_of(t)) for t in done) - len(given_up),
         configurations=len(view.entries),
         tokens_spent=spent,
         tokens_saved=saved,
         tokens_planned=None if plan is None else spent + int(sum(f.D for f in plan.increments)),
         reused=len(reused),
         tokens_reused=sum(map(trained_tokens, reused)),
+        stopped=len(given_up),
+        tokens_stopped=sum(int(t.user_attrs["tokens"]) - last_tokens(t) for t in given_up),
     )
 
 
@@ -172,7 +187,24 @@ def resumed_tokens(trial: FrozenTrial) -> int:
 
 def trained_tokens(trial: FrozenTrial) -> int:
     """Tokens that a trial trains itself, all its seeds together."""
-    return int(trial.user_attrs["tokens"]) * seeds_of(trial) - resumed_tokens(trial)
+    return last_tokens(trial) * seeds_of(trial) - resumed_tokens(trial)
+
+
+def last_tokens(trial: FrozenTrial) -> int:
+    """Where each seed of a trial ends: at its rung, unless it was stopped.
+
+    A run that was stopped within the share of the rung below that is trained once more counts as having trained nothing.
+    """
+    stopped = stopped_of(trial)
+    if stopped is None:
+        return int(trial.user_attrs["tokens"])
+    return max(stopped.tokens, int(trial.user_attrs.get("resumed_tokens") or 0))
+
+
+def stopped_of(trial: FrozenTrial) -> Stopped | None:
+    """Of a finished trial: where and why it was given up."""
+    found = trial.user_attrs.get("stopped")
+    return Stopped(**found) if found and trial.state == TrialState.PRUNED else None
 
 
 def job_of(trial: FrozenTrial, parameters: Iterable[str], *, resumable: bool) -> Job:
@@ -204,8 +236,10 @@ def violates(trial: FrozenTrial) -> bool:
 
 
 def loss_of(trial: FrozenTrial) -> float:
-    """Of a finished trial: inf when it diverged or violates a constraint, NaN when it has no result and is to be run
-    again."""
+    """Of a finished trial: inf when it diverged, was stopped or violates a constraint, NaN when it has no result and is to
+    be run again."""
+    if stopped_of(trial) is not None:
+        return math.inf
     if trial.state == TrialState.COMPLETE and violates(trial):
         return math.inf
     if trial.state == TrialState.COMPLETE and (value := trial.value) is not None:

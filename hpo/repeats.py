@@ -9,10 +9,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from hpo.stopping import Hopeless
 from hpo.study import Trainer
 from scaling import tracking
 from scaling.compute import Fidelity
@@ -20,15 +22,24 @@ from scaling.compute import Fidelity
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from hpo.record import Stopped
     from hpo.search import Job
+    from hpo.stopping import Watch
     from hpo.workers import StudyFiles
     from scaling.runs import Measurement
 
 
 def run_job(
-    job: Job, trainer: Trainer, files: StudyFiles, client: MlflowClient, parent: str, stop: StopSignals
-) -> list[float]:
-    """Train one (configuration, rung), repeat by repeat, and record each; the losses, NaN where it diverged.
+    job: Job,
+    trainer: Trainer,
+    files: StudyFiles,
+    client: MlflowClient,
+    parent: str,
+    stop: StopSignals,
+    watch: Watch | None = None,
+) -> list[float] | Stopped:
+    """Train one (configuration, rung), repeat by repeat, and record each; the losses, NaN where it diverged, or where and
+    why `watch` stopped it.
 
     The first repeat that diverges ends it: the others are NaN, too. KeyboardInterrupt when `stop` was asked for, but only
     while it trains: a repeat that has ended is recorded, and not trained again by whoever takes the job up.
@@ -52,18 +63,28 @@ def run_job(
             resume = None
             if job.resume_tokens and repeat < job.resume_seeds:
                 resume = files.checkpoint(job.config, job.resume_tokens, repeat)
-            loss, seconds = train_once(
-                trainer,
-                job.params,
-                job.fidelity,
-                repeat,
-                resume=resume,
-                save=save,
-                keep=files.partial(job.config, tokens, repeat),
-                client=client,
-                run=run,
-                stop=stop,
-            )
+            keep, began = files.partial(job.config, tokens, repeat), time.perf_counter()
+            try:
+                loss, seconds = train_once(
+                    trainer,
+                    job.params,
+                    job.fidelity,
+                    repeat,
+                    resume=resume,
+                    save=save,
+                    keep=keep,
+                    client=client,
+                    run=run,
+                    stop=stop,
+                    watch=watch,
+                )
+            except Hopeless as given_up:
+                keep.unlink(missing_ok=True)
+                tracking.log_stopped(
+                    client, run, rung=job.rung, seconds=time.perf_counter() - began, **asdict(given_up.stopped)
+                )
+                tracking.finish(client, run, status="KILLED")
+                return given_up.stopped
             tracking.log_result(
                 client,
                 run,
@@ -94,11 +115,14 @@ def train_once(
     stop: StopSignals,
     resume: Path | None = None,
     save: Path | None = None,
+    watch: Watch | None = None,
 ) -> tuple[float, float]:
     """One training with its curve: (loss, seconds); NaN when it diverged. It goes on from `keep` if that exists.
 
-    KeyboardInterrupt, with the state in `keep`, when `stop` was asked for before the end.
+    KeyboardInterrupt, with the state in `keep`, when `stop` was asked for before the end; Hopeless when `watch` says so.
     """
+    if watch is not None:
+        watch.check()
     started, last = time.perf_counter(), None
     resume = keep if keep.exists() else resume
     points = trainer(params, fidelity, resume=resume, save=save, keep=keep, repeat=repeat)
@@ -107,6 +131,8 @@ def train_once(
             curve.add(last)
             if last.final:
                 break
+            if watch is not None:
+                watch.look(last)
     if last is None or not last.final:
         raise RuntimeError(
             f"the trainer ended {dict(params)} at {fidelity} without a final measurement: it must yield one with final=True"

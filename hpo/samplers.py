@@ -2,8 +2,9 @@
 
 A trial's fidelity stands in its user attributes "tokens" (int) and "N" (float); a trial without them ran at the target,
 so that the sampler works in any study. COMPLETE trials have a loss; FAIL with the user attribute "diverged" True, and a
-violated constraint (Optuna's `trial.set_constraint`), are outcomes too, as bad as the worst loss seen; RUNNING trials
-are pending and repel. Other trials say nothing, PRUNED ones included, because a pruned value names no fidelity.
+violated constraint (Optuna's `trial.set_constraint`), are outcomes too, as bad as the worst loss seen; PRUNED ones with
+"stopped" (`hpo.stopping`) count as their forecast, and are neither continued nor answered with; RUNNING trials are pending
+and repel. Other trials say nothing, other PRUNED ones included, because a pruned value names no fidelity.
 
 Decisions are pure: the trials and the seed determine every proposal, whichever process asks.
 """
@@ -31,7 +32,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.belief import Belief, check_belief
 from hpo.cube import Array, Cube, from_unit, known_kind
-from hpo.record import violates
+from hpo.record import stopped_of, violates
 from scaling.compute import Fidelity
 
 if TYPE_CHECKING:
@@ -73,13 +74,15 @@ class _Seen:
 
     cube: Array  # [n + q, p]
     levels: list[Fidelity]  # n + q
-    loss: Array  # [n], minimised; NaN when diverged
+    loss: Array  # [n], minimised; NaN when diverged; a forecast where stopped
+    stopped: NDArray[np.bool_]  # [n]
     resumed: Array  # [n + q], tokens that a run did not train itself
     configurations: int  # distinct ones ever started, also those that failed
 
     @property
     def finite(self) -> NDArray[np.bool_]:
-        return np.isfinite(self.loss)
+        """[n], which losses were measured."""
+        return np.isfinite(self.loss) & ~self.stopped
 
 
 def _fidelity(trial: FrozenTrial, default: Fidelity) -> Fidelity:
@@ -102,6 +105,8 @@ def _look(study: optuna.Study, cube: Cube, target: Fidelity, asking: int | None 
         if trial.state == TrialState.COMPLETE and trial.value is not None:
             broken = not math.isfinite(trial.value) or violates(trial)
             done.append((trial, math.nan if broken else sign * trial.value))
+        elif (stopped := stopped_of(trial)) is not None:
+            done.append((trial, sign * stopped.mean))
         elif trial.state == TrialState.FAIL and trial.user_attrs.get("diverged") is True:
             done.append((trial, math.nan))
         elif trial.state == TrialState.RUNNING:
@@ -111,6 +116,7 @@ def _look(study: optuna.Study, cube: Cube, target: Fidelity, asking: int | None 
         np.array([cube.unit(t.params) for t in trials], float).reshape(-1, len(cube.space)),
         [_fidelity(t, target) for t in trials],
         np.array([loss for _, loss in done], float),
+        np.array([stopped_of(trial) is not None for trial, _ in done], bool),
         np.array([float(t.user_attrs.get("resumed_tokens") or 0) for t in trials], float),
         len(configurations),
     )

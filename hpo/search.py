@@ -6,8 +6,8 @@ asking again, and a second process sees the same. hpo.record reads the trials, h
 be run, hpo.trials writes it.
 
 Decisions are taken under a lock, and a kill at any point leaves either nothing or a running trial of a dead worker,
-which the next ask takes over. A trial that failed without `diverged` (from the dashboard, say) is no result: its run is
-asked again.
+which the next ask takes over. A trial that failed without `diverged`, or was pruned without `stopped` (from the dashboard,
+say), is no result: its run is asked again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
-from optuna.trial import TrialState
 
 from hpo import record, trials
 from hpo.belief import Belief, check_belief
@@ -33,7 +32,7 @@ from hpo.hyperband import Bracket, Ladder, Promote, Scores, Start, Variant, move
 from hpo.opening import Promotion, abandoned, checked_seeds, checked_settings, open_storage, process_name, whole_tokens
 from hpo.parameters import FidelitySampler, Judge, Predictor, draw, made_sampler
 from hpo.record import Job as Job
-from hpo.record import Plan, Progress, View
+from hpo.record import Plan, Progress, Stopped, View
 from hpo.trials import SETTINGS as SETTINGS
 from scaling.compute import Fidelity
 
@@ -224,10 +223,10 @@ class Search:
             for trial in abandoned(view.trials, self.worker, self._held):
                 self._start(trial.number)
                 first = view.at[record.config_of(trial), int(trial.user_attrs["rung"])]
-                if first is trial and not trial.user_attrs.get("diverged"):
+                if first is trial and not trials.has_ended(trial):
                     return self._handed_out(trial.number)
-                # A second run of the same, or one whose worker was killed between the two writes of a divergence.
-                self.study.tell(trial.number, state=TrialState.FAIL)
+                # A second run of the same, or one whose worker was killed between the two writes of its outcome.
+                trials.close(self._opened, trial)
                 view = self._read()
             if self._is_spent(view):
                 return None
@@ -245,6 +244,22 @@ class Search:
         """
         losses = [float(x) for x in loss] if isinstance(loss, Sequence | np.ndarray) else [float(loss)]
         trials.finish(self._opened, job, losses)
+        self._held.discard(job.number)
+
+    def report(self, job: Job, tokens: int, loss: float) -> None:
+        """Keep a point of a running job's curve, for the forecasts of hpo.stopping. ValueError when it is not running."""
+        trials.report(self._opened, job, tokens, loss)
+
+    def stop(self, job: Job, stopped: Stopped) -> None:
+        """Record that a job was given up on the way: it ranks last, like one that diverged, and is not asked again.
+
+        ValueError, and nothing is changed, for a job that is unknown or was told already, or has several seeds.
+        """
+        if job.seeds > 1:
+            raise ValueError(
+                f"only a run of one seed can be stopped, trial {job.number} has {job.seeds}: tell its losses"
+            )
+        trials.stop(self._opened, job, stopped)
         self._held.discard(job.number)
 
     def release(self, job: Job) -> None:

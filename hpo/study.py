@@ -73,7 +73,10 @@ class Trainer(Protocol):
         """N and D of the `[target]` table."""
 
     def describe(self, params: Mapping[str, Any], fidelity: Fidelity, *, repeat: int = 0) -> dict[str, Any]:
-        """Every setting of one run, resolved, for the record: N, lr, batch_tokens, seq_len, ... and the data's hash."""
+        """Every setting of one run, resolved, for the record: N, lr, batch_tokens, seq_len, ... and the data's hash.
+
+        `schedule` "wsd" with `cooldown` and `warmup_tokens` also tells hpo.stopping the schedule.
+        """
 
     def manifest(self) -> list[dict[str, Any]]:
         """The data's files, one record each (path, size, split, ...). ValueError when they cannot be read."""

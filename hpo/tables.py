@@ -73,6 +73,12 @@ class SearchTable(Table):
         description="trainings of a configuration with different seeds: one number, or one per rung, cheapest first",
     )
     promote: Promotion = Field("rank", description="by the losses of the rung, or by the model's at the target")
+    stop: float = Field(
+        0.0,
+        ge=0,
+        le=0.2,
+        description="a run ends early when the forecast gives it less than this chance of beating the best of its rung; 0: never",
+    )
     asynchronous: bool = Field(False, description="promote the best so far instead of waiting for their rung")
 
     @model_validator(mode="before")

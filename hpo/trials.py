@@ -3,8 +3,9 @@
 What all trials say together is read in hpo.record. The user attributes of a trial: tokens, N, config (number of the
 configuration's first trial), rung, bracket [iteration, size index, start rung], continues (trial number or None),
 resumed_tokens (where each resumed seed went on), seeds, resumed_seeds, worker, losses (one per seed, when there are
-several; the value is their mean), goal (the rung where a free search wants the run, see hpo.free), and diverged (True)
-on a run of which a loss was not finite.
+several; the value is their mean), goal (the rung where a free search wants the run, see hpo.free), diverged (True)
+on a run of which a loss was not finite, and stopped (tokens, loss, mean, sd: record.Stopped) on one that was given up, whose
+state is PRUNED and which has no value. Where runs may be stopped, intermediate values are the points of their curves.
 
 A trial is created with its attributes in one write, so that a kill at any point leaves either nothing or a running
 trial of a dead worker. It may lack parameters then; whoever starts it fills them in.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +30,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from hpo.free import Wanted
 from hpo.opening import check_fresh, check_same
 from hpo.parameters import fill_in, made_sampler
-from hpo.record import Job, View, config_of, seeds_of
+from hpo.record import Job, Stopped, View, config_of, seeds_of
 
 SETTINGS = "muscale"  # the study's user attribute
 
@@ -183,6 +185,33 @@ def _stream(seed: int, number: int) -> int:
 
 
 # The end
+
+
+def report(opened: Opened, job: Job, tokens: int, loss: float) -> None:
+    """Keep a point of a job's curve; one at the same tokens is replaced."""
+    opened.storage.set_trial_intermediate_value(running(opened, job), tokens, loss)
+
+
+def stop(opened: Opened, job: Job, stopped: Stopped) -> None:
+    """End a job's trial as given up. ValueError, and nothing is changed, for a job that is not running."""
+    trial_id = running(opened, job)
+    try:
+        opened.storage.set_trial_user_attr(trial_id, "stopped", asdict(stopped))
+        # not study.tell, which would take the last point of the curve for the trial's value
+        opened.storage.set_trial_state_values(trial_id, TrialState.PRUNED)
+    except UpdateFinishedTrialError as error:
+        raise ValueError(f"trial {job.number} was told by someone else in the meantime") from error
+
+
+def has_ended(trial: FrozenTrial) -> bool:
+    """Whether a running trial's outcome was written, but not its state: its worker was killed in between."""
+    return bool(trial.user_attrs.get("diverged") or trial.user_attrs.get("stopped"))
+
+
+def close(opened: Opened, trial: FrozenTrial) -> None:
+    """End a running trial that nobody works on, by the outcome that was written, or as one without a result."""
+    state = TrialState.PRUNED if trial.user_attrs.get("stopped") else TrialState.FAIL
+    opened.storage.set_trial_state_values(id_of(opened, trial.number), state)
 
 
 def running(opened: Opened, job: Job) -> int:

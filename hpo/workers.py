@@ -22,6 +22,7 @@ import numpy as np
 
 from hpo import record
 from hpo.repeats import StopSignals, run_job, suffix
+from hpo.stopping import watch_of
 from hpo.study import StudyConfig, StudyError, Trainer, Workers, load_study
 from scaling import tracking
 from scaling.cli import say, sigterm_as_interrupt
@@ -309,20 +310,22 @@ def work(files: StudyFiles, *, uri: str | None = None) -> int:
                 time.sleep(POLL_SECONDS)  # the rung that would follow waits for another worker's run
                 continue
             try:
-                losses = run_job(job, trainer, files, client, parent, stop)
+                outcome = run_job(
+                    job, trainer, files, client, parent, stop, watch_of(search, job, trainer, study.search.stop)
+                )
             except KeyboardInterrupt:
                 return 130  # the trial stays as it is; whoever asks next takes it up from what is on disk
-            search.tell(job, losses)
+            if isinstance(outcome, record.Stopped):
+                search.stop(job, outcome)
+            else:
+                search.tell(job, outcome)
     return 130
 
 
 def outcomes(search: Search) -> list[FrozenTrial]:
-    """The trials that have a result: a loss, or diverged."""
-    return [
-        t
-        for t in search.study.get_trials(deepcopy=False)
-        if t.state.is_finished() and "bracket" in t.user_attrs and (t.value is not None or t.user_attrs.get("diverged"))
-    ]
+    """The trials that have a result: a loss, diverged, or stopped."""
+    ours = [t for t in search.study.get_trials(deepcopy=False) if t.state.is_finished() and "bracket" in t.user_attrs]
+    return [t for t in ours if t.value is not None or t.user_attrs.get("diverged") or record.stopped_of(t)]
 
 
 def log_outcome(client: MlflowClient, parent: str, search: Search) -> None:
@@ -333,9 +336,11 @@ def log_outcome(client: MlflowClient, parent: str, search: Search) -> None:
         "evaluations": float(now.done),
         "configurations": float(now.configurations),
         "diverged": float(now.diverged),
+        "stopped": float(now.stopped),
         "tokens_spent": float(now.tokens_spent),
         "tokens_saved": float(now.tokens_saved),
         "tokens_reused": float(now.tokens_reused),
+        "tokens_stopped": float(now.tokens_stopped),
     }
     if losses:
         figures["best_loss"] = min(losses)
@@ -348,6 +353,8 @@ def spent_in_words(now: record.Progress) -> str:
     said = f"{now.tokens_spent:,} tokens trained; resuming checkpoints saved {now.tokens_saved:,}"
     if now.reused:
         said += f", and results from before the raise {now.tokens_reused:,} ({now.reused} evaluations)"
+    if now.stopped:
+        said += f"; stopping {now.stopped} hopeless runs saved {now.tokens_stopped:,}"
     return said
 
 
@@ -377,6 +384,8 @@ class Progress:
             if self.began is None:
                 self.began = time.time() - took
             loss = "diverged" if trial.value is None else f"{trial.value:.4f}"
+            if stopped := record.stopped_of(trial):
+                loss = f"stopped at {stopped.tokens:,} tokens (forecast {stopped.mean:.4f} +- {stopped.sd:.4f})"
             say(
                 f"trial {len(self.seen)}{self.of()}  N {attrs['N']:,.0f}  D {attrs['tokens']:,}  {words(trial.params)}  "
                 f"loss {loss}  best {best:.4f}  {extra / took:,.0f} tokens/s  left {self.left()}"

@@ -2,8 +2,8 @@
 
 One experiment per study. In it one parent run for the study, one child run per configuration, and one child run per launched
 target. A child's curve is its metrics `loss`, `train_loss` and `lr` with tokens as the step; each finished rung k adds the
-metrics `rung_k/loss`, `rung_k/tokens`, `rung_k/seconds` and the tag `rung_k/checkpoint`, so that one query reads the run table
-without any metric history. MLflow keeps every parameter as a string; types are restored here and nowhere else.
+metrics `rung_k/loss`, `rung_k/tokens`, `rung_k/seconds` and the tag `rung_k/checkpoint`, one that was given up the tag
+`rung_k/stopped`, so that one query reads the run table without any metric history. MLflow keeps every parameter as a string; types are restored here and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -178,6 +178,14 @@ def log_result(
     )
 
 
+def log_stopped(
+    client: MlflowClient, run_id: str, *, rung: int, tokens: int, loss: float, mean: float, sd: float, seconds: float
+) -> None:
+    """That a rung was given up after `tokens`, at this loss (not annealed), with its end forecast as mean and sd."""
+    value = {"tokens": tokens, "loss": loss, "mean": mean, "sd": sd, "seconds": seconds}
+    client.set_tag(run_id, f"rung_{rung}/stopped", json.dumps(value))
+
+
 def finish(client: MlflowClient, run_id: str, *, status: str = "FINISHED") -> None:
     """Close a run: FINISHED, FAILED or KILLED; RUNNING opens it again."""
     client.update_run(run_id, status=status) if status == "RUNNING" else client.set_terminated(run_id, status=status)
@@ -211,20 +219,20 @@ def log_file(client: MlflowClient, run_id: str, path: Path) -> None:
 
 
 def read_runs(study: str, *, uri: str | None = None) -> pd.DataFrame:
-    """The run table of a study: one row per (configuration or target, rung) that has finished, unchecked."""
+    """The run table of a study: one row per (configuration or target, rung) that has finished, unchecked.
+
+    A rung that was given up has the tokens and the loss of its last point, excluded as "stopped".
+    """
     import pandas as pd
 
-    client = connect(uri)
+    from scaling.records import read_records
+
     rows = []
-    for run in _children(client, experiment_id(client, study)):
-        params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
+    for run in read_records(study, uri=uri, kind="run"):
+        params, metrics, tags = run.params, run.metrics, run.tags
         fixed: dict[str, Any] = {k: float(params[k]) for k in NUMBERS if params.get(k) not in (None, "None")}
         fixed |= {k: params[k] for k in WORDS if k in params}
-        fixed |= {
-            "run_id": run.info.run_id,
-            "name": tags.get("muscale.name"),
-            "role": tags.get("muscale.role", "proxy"),
-        }
+        fixed |= {"run_id": run.run_id, "name": tags.get("muscale.name"), "role": tags.get("muscale.role", "proxy")}
         for rung in sorted(int(m[1]) for k in metrics if (m := re.fullmatch(r"rung_(\d+)/tokens", k))):
             loss = metrics.get(f"rung_{rung}/loss", math.nan)
             rows.append(
@@ -238,6 +246,10 @@ def read_runs(study: str, *, uri: str | None = None) -> pd.DataFrame:
                     "checkpoint": tags.get(f"rung_{rung}/checkpoint"),
                 }
             )
+        for rung in sorted(int(m[1]) for k in tags if (m := re.fullmatch(r"rung_(\d+)/stopped", k))):
+            at = json.loads(tags[f"rung_{rung}/stopped"])  # its forecast is no measurement and stays there
+            given_up = {"D": float(at["tokens"]), "loss": float(at["loss"]), "seconds": float(at["seconds"])}
+            rows.append(fixed | given_up | {"rung": rung, "diverged": False, "final": False, "excluded": "stopped"})
     if not rows:
         raise ValueError(f"study {study!r} has no finished run yet: `hpo resume {study}` trains some")
     return pd.DataFrame(rows)
@@ -259,16 +271,6 @@ def git_commit() -> str:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _children(client: MlflowClient, experiment: str) -> Iterable[Any]:
-    token = None
-    while True:
-        page = client.search_runs([experiment], "tags.`muscale.kind` = 'run'", max_results=1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:

@@ -136,6 +136,10 @@ class Member:
     deviance: float  # smaller fits better; weighs the members
     table: Table
 
+    def curves(self, theta: Array, n: Array, d: Array) -> Array:
+        """ln L of a new model for coefficients (k, 8) at n, d (m,): (k, m)."""
+        return self.table.level + _bent(self.form, theta, n, d)[0]
+
     def moments(self, n: Array, d: Array) -> tuple[Array, Array]:
         """Mean and variance of ln L expected of a model with this N; where N was trained, its runs' residuals count."""
         f, jacobian = (v[0] for v in _bent(self.form, self.theta[None], n, d))

@@ -23,11 +23,23 @@ from scaling.newton import Local, Objective, minimise
 
 FAINT = 12.0  # a term e^-12 of the least loss is nil: 6e-6 of it
 STEEPEST = 3.0  # no measured exponent comes near
+DRAWS = 400  # of coefficients, for the interval of an optimum
 SPREAD = 0.25  # share of the forms' squared disagreement that enters the variance
 
 
 class FitError(ValueError):
     """The fit that was asked for cannot exist on these data."""
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Compute-optimal sizes, with an interval each."""
+
+    N: float
+    D: float
+    N_interval: tuple[float, float]
+    D_interval: tuple[float, float]
+    bounded: bool  # whether the interval ends inside what was searched
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,34 @@ class Fit:
         noise = sum(m.weight * m.noise for m in self.members)
         reach = norm.ppf(0.5 + mass / 2) * np.sqrt(variance + noise**2 + SPREAD * spread**2)
         return np.asarray(np.exp(mean - reach)), np.asarray(np.exp(mean + reach))
+
+    def optimum(self, C: float, mass: float = 0.8, *, seed: int = 0) -> Optimum:
+        """The N of least predicted loss under C = 6 N D FLOPs, by the average of the forms; D follows from it.
+
+        The interval: of the same minimum for draws of each form's coefficients, as often as the form weighs. Minima
+        are looked for from 1e-3 to 1e4 times the sizes of the data; ValueError when the average has none inside.
+        """
+        if not (np.isfinite(C) and C > 0 and 0 < mass < 1):
+            raise ValueError(f"an optimum needs positive finite FLOPs and a mass between 0 and 1, got {C=}, {mass=}")
+        low, high = (np.log(v) for v in self.ranges["N"])
+        n = np.linspace(low + np.log(1e-3), high + np.log(1e4), 800)
+        n_, d_ = n - self.centre[0], np.log(C / 6.0) - n - self.centre[1]
+        weight = np.array([m.weight for m in self.members])
+        middle = int(np.argmin(weight @ np.array([m.curves(m.theta[None], n_, d_)[0] for m in self.members])))
+        if middle in (0, n.size - 1):
+            raise ValueError(
+                "the predicted loss has no minimum between very small and very large models: add runs at other N and D/N"
+            )
+        rng = np.random.default_rng(seed)
+        counts = rng.multinomial(DRAWS, weight)
+        found = [
+            n[np.argmin(m.curves(rng.multivariate_normal(m.theta, m.covariance, size=count), n_, d_), axis=1)]
+            for m, count in zip(self.members, counts, strict=True)
+        ]
+        below, above = np.quantile(np.concatenate(found), [0.5 - mass / 2, 0.5 + mass / 2])
+        bounded = bool(below > n[0] and above < n[-1])
+        N, ends = float(np.exp(n[middle])), (float(np.exp(below)), float(np.exp(above)))
+        return Optimum(N, C / 6.0 / N, ends, (C / 6.0 / ends[1], C / 6.0 / ends[0]), bounded)
 
     def disagreement(self, N: ArrayLike, D: ArrayLike) -> Array:
         """By how much the two forms disagree there: weighted standard deviation of ln L, so a relative loss."""

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from scaling.counts import say_count
-from scaling.fit import Fit
+from scaling.fit import Fit, Optimum
 from scaling.hpfit import HPFit
 
 TOO_FAR = 30.0  # times the largest N or D of the data. Assumed: the laws were checked to 33 times in compute
@@ -21,6 +21,7 @@ FEW_GROUPS = 6  # (N, D) groups; below, hold-out tests of the laws become thin
 EDGE = 0.1  # within this share of the searched range (in logs) counts as at its edge
 APART = 0.01  # relative; a disagreement of the loss law's two forms that is worth saying
 MOVED = 1.2  # a factor in B* by its trend in N that is worth saying
+ELSEWHERE = 1.5  # a factor between two optima of N that is worth saying
 WORDS = {"lr": "learning rate", "batch_tokens": "batch"}
 
 CONVENTIONS = {
@@ -209,3 +210,28 @@ def _forms(fit: Fit, N: float, D: float) -> list[Flag]:
     ]
     text = f"The averaged forms disagree on the loss by {100 * apart:.1f} % (sd): {', '.join(said)}; the interval counts it."
     return [Flag("forms-disagree", text.replace("with a no floor", "without a floor"), serious=False)]
+
+
+def optimum_doubts(fit: Fit, C: float, best: Optimum) -> list[Flag]:
+    """Of the compute-optimal N and D: no interval, or another place by the plain law, which bends otherwise."""
+    flags = []
+    if not best.bounded:
+        text = "The compute-optimal N and D have no interval: the runs allow any size. Vary N and D/N more."
+        flags.append(Flag("optimum", text, serious=True))
+    try:
+        law = float(fit.law.optimum(C)[0])
+    except ValueError:
+        return flags
+    if abs(math.log(law / best.N)) > math.log(ELSEWHERE):
+        text = (
+            f"By the plain law E + A/N^alpha + B/D^beta the compute-optimal N is {say_count(law)}, by the averaged forms "
+            f"{say_count(best.N)}, where the averaged loss is {100 * _worse(fit, C, law, best.N):.2f} % lower than there."
+        )
+        flags.append(Flag("optimum-forms", text, serious=False))
+    return flags
+
+
+def _worse(fit: Fit, C: float, N: float, best: float) -> float:
+    """Predicted loss at N over that at the best N, less 1, at equal compute."""
+    there, here = fit.predict(np.array([N, best]), C / 6.0 / np.array([N, best]))
+    return float(there / here - 1)

@@ -17,14 +17,12 @@ import pandas as pd
 from scaling import published
 from scaling.counts import say_count
 from scaling.design import NextRun, Sweep, loss_half, plan_next
-from scaling.envelope import law_frontier
 from scaling.fit import Fit, fit_loss_law
-from scaling.flags import CONVENTIONS, Flag, all_flags, convention, searched_ranges
+from scaling.flags import CONVENTIONS, Flag, all_flags, convention, optimum_doubts, searched_ranges
 from scaling.hpfit import HPFit, fit_hp_law
 from scaling.runs import usable
 
 PAIRS = ("lr_interval", "batch_interval", "loss_interval", "N_interval", "D_interval")
-BOOTSTRAP = 200  # refits behind the intervals of a compute-optimal N and D
 UNTRUSTED = "NOT TO BE TRUSTED"
 WIDTH = 120  # of printed lines
 
@@ -160,18 +158,13 @@ def recommend(
     used = usable(runs)
     hp = fit_hp_law(used, seed=seed)
     searched = searched_ranges(hp, space)
-    fit, run_noise = loss_fit(hp, bootstrap=0 if C is None else BOOTSTRAP, seed=seed)
+    fit, run_noise = loss_fit(hp, seed=seed)
     optimal: list[tuple[float, float] | None] = [None, None]
-    doubts = []
+    doubts: list[Flag] = []
     if C is not None:
-        N, D = (float(v) for v in fit.law.optimum(C))
-        try:
-            frontier = law_frontier(fit, C)
-            optimal = [
-                (float(low), float(high)) for low, high in (t.interval(C, mass) for t in (frontier.N, frontier.D))
-            ]
-        except ValueError as error:
-            doubts.append(Flag("optimum", f"The compute-optimal N and D have no interval: {error}", serious=True))
+        best = fit.optimum(C, mass, seed=seed)
+        N, D, optimal = best.N, best.D, [best.N_interval, best.D_interval]
+        doubts = optimum_doubts(fit, C, best)
     assert N is not None
     assert D is not None
 

@@ -350,6 +350,8 @@ def test_the_model_takes_a_stopped_run_at_its_forecast_but_no_answer_is_taken_fr
                 search.tell(one, loss)
     grid = [{"lr": float(lr)} for lr in np.geomspace(1e-4, 1.0, 9)]
     predicted = [cast(Predictor, s._sampler).predict(s.study, SPACE, grid, s.target) for s in searches]
+    assert predicted[0] is not None
+    assert predicted[1] is not None
     np.testing.assert_allclose(predicted[0], predicted[1])
     seen = [samplers._look(s.study, Cube(SPACE), s.target) for s in searches]
     assert [int((~x.finite).sum()) for x in seen] == [0, 1], "what was not measured is neither continued nor an answer"

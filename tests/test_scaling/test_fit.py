@@ -313,3 +313,25 @@ def test_the_batch_minimiser_solves_each_problem_as_if_alone_and_keeps_to_its_bo
     for i in range(4):
         alone = minimise(_huber(n, d, y, counts[i : i + 1], 0.05), start[:1], lower=low, upper=high)
         assert together.value[i] == pytest.approx(alone.value[0], rel=1e-9)
+
+
+def test_the_optimum_of_the_average_is_its_least_prediction_and_its_interval_holds_the_planted_one() -> None:
+    truth = LossLaw(E=1.7, A=400.0, B=410.0, alpha=0.34, beta=0.28)
+    C, held = 1e21, 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        N, D = (v.ravel() for v in np.meshgrid(np.geomspace(5e7, 2e9, 6), np.geomspace(1e9, 4e10, 6)))
+        fit = fit_loss_law(N, D, truth(N, D) * np.exp(0.003 * rng.standard_normal(N.size)))
+        best = fit.optimum(C)
+        assert 6 * best.N * best.D == pytest.approx(C)
+        near = best.N * np.array([0.8, 1.0, 1.25])
+        assert np.argmin(fit.predict(near, C / 6 / near)) == 1
+        assert best.N_interval[0] * best.D_interval[1] == pytest.approx(C / 6)
+        assert best.bounded
+        held += best.N_interval[0] <= float(truth.optimum(C)[0]) <= best.N_interval[1]
+    assert held >= 14  # of a nominal 16
+    rising = fit_loss_law(N, D, truth(N, np.full_like(D, 1e9)))  # tokens do nothing: the larger the better
+    with pytest.raises(ValueError, match="no minimum"):
+        rising.optimum(C)
+    with pytest.raises(ValueError, match="positive finite FLOPs"):
+        fit.optimum(-1.0)

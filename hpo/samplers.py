@@ -356,26 +356,28 @@ class MultiFidelitySampler(BaseSampler):
 
         n, features, levels = len(seen.loss), cube.features(seen.cube), [*seen.levels, *slots]
         coordinates = fidelity_coordinates(levels, target)[: len(seen.levels)]
+
+        def key(runs: int) -> tuple[bytes, ...]:
+            return features[:runs].tobytes(), coordinates[:runs].tobytes(), seen.loss[:runs].tobytes()
+
+        everything = key(len(features))
+        if self._fitted is not None and self._fitted[0] == everything:
+            return self._fitted[1]
         ids = {level: i for i, level in enumerate(dict.fromkeys(seen.levels[:n]))}
         level = np.array([ids[f] for f in seen.levels[:n]], dtype=np.int64)
         belief = {name: law for name, law in self._belief.items() if name in cube.distributions}
         centre = centre_of(belief, cube, levels, target) if belief else None
 
-        def key(runs: int) -> tuple[bytes, ...]:
-            return features[:runs].tobytes(), coordinates[:runs].tobytes(), seen.loss[:runs].tobytes()
-
         def fit(runs: int, fitter: Fitter) -> Surrogate:
             u, t = features[:runs], coordinates[:runs]
             return fit_surrogate(u, t, level[:runs], seen.loss[:runs], fitter=fitter, centre=centre)
 
-        pending = (*key(len(features)), seen.loss.tobytes())
-        if self._fitted is None or self._fitted[0] != pending:
-            fitter, first = _fitter(self._surrogate), _milestone(n)
-            if self._surrogate == "bowl" and first < n and seen.finite[:first].any():
-                if self._begun is None or self._begun[0] != key(first):
-                    self._begun = key(first), fit(first, fitter)
-                fitter = partial(fit_bowl, near=self._begun[1].best)
-            self._fitted = pending, fit(n, fitter).with_pending(features[n:], coordinates[n:])
+        fitter, first = _fitter(self._surrogate), _milestone(n)
+        if self._surrogate == "bowl" and first < n and seen.finite[:first].any():
+            if self._begun is None or self._begun[0] != key(first):
+                self._begun = key(first), fit(first, fitter)
+            fitter = partial(fit_bowl, near=self._begun[1].best)
+        self._fitted = everything, fit(n, fitter).with_pending(features[n:], coordinates[n:])
         return self._fitted[1]
 
     def _answer(self, cube: Cube, seen: _Seen, target: Fidelity) -> Array:

@@ -129,6 +129,7 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
 def best_proxy(runs: pd.DataFrame, target: Target) -> WarmStart | None:
     """The run of the largest size with the lowest loss whose checkpoint is still there, to be grown as the target says."""
     proxies = usable(runs)
+    proxies = proxies[proxies["role"] == "proxy"]  # a confirmation trains again what was chosen
     proxies = proxies[proxies["checkpoint"].map(lambda p: isinstance(p, str) and Path(p).exists()).astype(bool)]
     if proxies.empty:
         return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scaling.compute import Fidelity as Fidelity
+    from scaling.curves import annealed_ends as annealed_ends
     from scaling.curves import fit_curve as fit_curve
     from scaling.design import plan_next as plan_next
     from scaling.envelope import compare_approaches as compare_approaches
@@ -52,6 +53,7 @@ _HOME = {
     "Recommendation": "recommendation",
     "compare_approaches": "envelope",
     "compare_forms": "forms",
+    "annealed_ends": "curves",
     "fit_curve": "curves",
     "fit_envelope": "envelope",
     "fit_form": "forms",

@@ -32,8 +32,8 @@ class FitError(ValueError):
 
 
 @dataclass(frozen=True)
-class Optimum:
-    """Compute-optimal sizes, with an interval each."""
+class Allocation:
+    """How compute is best divided between N and D, with an interval each."""
 
     N: float
     D: float
@@ -72,11 +72,11 @@ class Fit:
         reach = norm.ppf(0.5 + mass / 2) * np.sqrt(variance + noise**2 + SPREAD * spread**2)
         return np.asarray(np.exp(mean - reach)), np.asarray(np.exp(mean + reach))
 
-    def optimum(self, C: float, mass: float = 0.8, *, seed: int = 0) -> Optimum:
+    def optimum(self, C: float, mass: float = 0.8, *, seed: int = 0) -> Allocation:
         """The N of least predicted loss under C = 6 N D FLOPs, by the average of the forms; D follows from it.
 
         The interval: of the same minimum for draws of each form's coefficients, as often as the form weighs. Minima
-        are looked for from 1e-3 to 1e4 times the sizes of the data; ValueError when the average has none inside.
+        are looked for from 1e-3 to 1e4 times the sizes of the data; FitError when the average has none inside.
         """
         if not (np.isfinite(C) and C > 0 and 0 < mass < 1):
             raise ValueError(f"an optimum needs positive finite FLOPs and a mass between 0 and 1, got {C=}, {mass=}")
@@ -86,7 +86,7 @@ class Fit:
         weight = np.array([m.weight for m in self.members])
         middle = int(np.argmin(weight @ np.array([m.curves(m.theta[None], n_, d_)[0] for m in self.members])))
         if middle in (0, n.size - 1):
-            raise ValueError(
+            raise FitError(
                 "the predicted loss has no minimum between very small and very large models: add runs at other N and D/N"
             )
         rng = np.random.default_rng(seed)
@@ -98,7 +98,7 @@ class Fit:
         below, above = np.quantile(np.concatenate(found), [0.5 - mass / 2, 0.5 + mass / 2])
         bounded = bool(below > n[0] and above < n[-1])
         N, ends = float(np.exp(n[middle])), (float(np.exp(below)), float(np.exp(above)))
-        return Optimum(N, C / 6.0 / N, ends, (C / 6.0 / ends[1], C / 6.0 / ends[0]), bounded)
+        return Allocation(N, C / 6.0 / N, ends, (C / 6.0 / ends[1], C / 6.0 / ends[0]), bounded)
 
     def disagreement(self, N: ArrayLike, D: ArrayLike) -> Array:
         """By how much the two forms disagree there: weighted standard deviation of ln L, so a relative loss."""

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from scaling.counts import say_count
-from scaling.fit import Fit, Optimum
+from scaling.fit import Allocation, Fit
 from scaling.hpfit import HPFit
 
 TOO_FAR = 30.0  # times the largest N or D of the data. Assumed: the laws were checked to 33 times in compute
@@ -212,7 +212,7 @@ def _forms(fit: Fit, N: float, D: float) -> list[Flag]:
     return [Flag("forms-disagree", text.replace("with a no floor", "without a floor"), serious=False)]
 
 
-def optimum_doubts(fit: Fit, C: float, best: Optimum) -> list[Flag]:
+def optimum_doubts(fit: Fit, C: float, best: Allocation) -> list[Flag]:
     """Of the compute-optimal N and D: no interval, or another place by the plain law, which bends otherwise."""
     flags = []
     if not best.bounded:

@@ -1,8 +1,6 @@
-"""Compute-optimal N and D without a loss law: approaches 1 and 2 of Hoffmann et al. (arXiv 2203.15556), and approach 3
-(from the law) in the same terms, so that a reader can compare the three.
-
-1, "envelope": the run (or point of a curve) of least loss at each compute; 2, "isoflop": a parabola in ln N through the
-runs of each compute. Both then fit N_opt and D_opt as power laws of compute.
+"""Compute-optimal N and D without a loss law, approach 2 of Hoffmann et al. (arXiv 2203.15556): a parabola in ln N through
+the runs of each compute, then N_opt and D_opt as power laws of compute; and the terms in which `scaling.envelope` gives
+approaches 1 and 3, so that a reader can compare the three.
 """
 
 from __future__ import annotations

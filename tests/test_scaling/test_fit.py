@@ -331,7 +331,7 @@ def test_the_optimum_of_the_average_is_its_least_prediction_and_its_interval_hol
         held += best.N_interval[0] <= float(truth.optimum(C)[0]) <= best.N_interval[1]
     assert held >= 14  # of a nominal 16
     rising = fit_loss_law(N, D, truth(N, np.full_like(D, 1e9)))  # tokens do nothing: the larger the better
-    with pytest.raises(ValueError, match="no minimum"):
+    with pytest.raises(FitError, match="no minimum"):
         rising.optimum(C)
     with pytest.raises(ValueError, match="positive finite FLOPs"):
         fit.optimum(-1.0)

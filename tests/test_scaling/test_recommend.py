@@ -41,7 +41,7 @@ def test_a_planted_world_is_recommended_back() -> None:
     assert 0 < answer.expected_regret < 0.02
 
 
-def test_compute_alone_asks_at_the_optimum_of_the_loss_law() -> None:
+def test_compute_alone_asks_where_the_averaged_prediction_is_least() -> None:
     answer = recommend(RUNS, C=2e13)
     size, tokens = answer.N, answer.D
     assert 6 * size * tokens == pytest.approx(2e13)

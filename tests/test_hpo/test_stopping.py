@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ import optuna
 import pytest
 from mlflow import MlflowClient
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
@@ -512,3 +513,25 @@ def test_a_chance_that_is_none_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"stop\b"):
         SearchTable.model_validate({"tokens": {"min": 1000, "max": 9000}, "stop": 0.6})
     assert SearchTable.model_validate({"tokens": {"min": 1000, "max": 9000}}).stop == 0
+
+
+def test_a_run_is_judged_by_those_that_had_ended_before_it_began_whatever_ended_since() -> None:
+    noon = datetime(2026, 1, 1, 12)
+
+    def run(began: int, ended: int | None, loss: float = 2.0, tokens: int = 9000) -> FrozenTrial:
+        """Minutes after noon; None: it runs."""
+        trial = create_trial(
+            state=TrialState.RUNNING if ended is None else TrialState.COMPLETE,
+            value=None if ended is None else loss,
+            user_attrs={"N": 1e3, "tokens": tokens, "bracket": [0, 0, 0], "seeds": 1},
+        )
+        trial.datetime_start = noon + timedelta(minutes=began)
+        trial.datetime_complete = None if ended is None else noon + timedelta(minutes=ended)
+        return trial
+
+    one = run(10, None)
+    before, earlier = run(1, 9), run(0, 8)
+    others = [before, earlier, run(2, 10), run(3, 30), run(4, 5, tokens=3000), run(5, None)]
+    for number, trial in enumerate([*others, one]):
+        trial.number = number
+    assert stopping.rivals([*others, one], one) == [earlier, before]

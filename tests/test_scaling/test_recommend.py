@@ -8,9 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scaling.counts import say_count
 from scaling.fit import FitError
+from scaling.flags import optimum_doubts
+from scaling.hpfit import fit_hp_law
 from scaling.laws import HPLaw
-from scaling.recommendation import Recommendation, recommend
+from scaling.recommendation import Recommendation, loss_fit, recommend
 from scaling.runs import check_runs
 from tests.test_scaling.test_hpfit import FLOOR, MUP, sweep
 
@@ -304,3 +307,17 @@ def test_a_law_that_moves_with_size_is_followed() -> None:
     moving = HPLaw(MUP.lr_coef * 2e5**0.5, -0.5, -0.25, MUP.batch_coef, 0.0, 0.5)
     answer = recommend(sweep(moving, per=20, seed=3), N=8e5, D=5e6)
     assert answer.lr_interval[0] < float(moving(8e5, 5e6)[0]) < answer.lr_interval[1]
+
+
+def test_a_compute_optimum_elsewhere_by_the_plain_law_is_noted_and_one_without_bounds_is_serious() -> None:
+    near, far = recommend(RUNS, C=2e13), recommend(RUNS, C=1e17)
+    assert "optimum-forms" not in codes(near)
+    assert codes(far)["optimum-forms"] is False
+    fit, _ = loss_fit(fit_hp_law(RUNS))
+    plain = float(fit.law.optimum(1e17)[0])
+    note = next(f.text for f in far.flags if f.code == "optimum-forms")
+    assert f"is {say_count(plain)}, by the averaged forms {say_count(far.N)}" in note
+    worse = float(fit.predict(plain, 1e17 / 6 / plain) / fit.predict(far.N, far.D) - 1)
+    assert f"{100 * worse:.2f} % lower" in note
+    loose = dataclasses.replace(fit.optimum(2e13), bounded=False)
+    assert [(f.code, f.serious) for f in optimum_doubts(fit, 2e13, loose)] == [("optimum", True)]

@@ -130,9 +130,9 @@ def coordinates(model: Transformer, x_bt: Tensor) -> Coordinates:
         normed = norm(stream, block.attn_norm)
         seen[f"block {i} attention scores"] = block.attention_logits(normed, rope)
         seen[f"block {i} attention"] = block.attention(normed, rope)
-        stream = stream + seen[f"block {i} attention"]
+        stream = block.add(stream, seen[f"block {i} attention"])
         seen[f"block {i} mlp"] = block.mlp(norm(stream, block.mlp_norm))
-        stream = stream + seen[f"block {i} mlp"]
+        stream = block.add(stream, seen[f"block {i} mlp"])
         seen[f"block {i} stream"] = stream
     seen["logits"] = model.head(stream)
     return seen

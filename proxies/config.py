@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from scaling.compute import ParamCounts, count_transformer, flops_per_token
+
+OptimizerName = Literal[
+    "adamw",
+    "adamw8bit",
+    "ademamix",
+    "lamb",
+    "lion",
+    "muon",
+    "muon-rms",
+    "prodigy",
+    "schedule-free",
+    "soap",
+]
 
 
 class ProxySettings(BaseModel):
@@ -21,10 +35,16 @@ class ProxySettings(BaseModel):
     ff_mult: PositiveInt = Field(3, description="d_ff / d_model, SwiGLU")
     vocab: PositiveInt = 256
     seq_len: PositiveInt = 128
+    qk_norm: bool = Field(False, description="RMSNorm of every query and key head, one gain of d_head numbers each")
+    tied: bool = Field(False, description="one table for embedding and unembedding")
 
     # muP (docs/math.md §2): all values are those at base width
     parametrization: Literal["mup", "standard"] = "mup"
     base_width: PositiveInt = 64
+    base_layers: PositiveInt | None = Field(
+        None, description="depth of the base model; default: n_layers, no depth rule"
+    )
+    depth_power: float = Field(1.0, ge=0, le=1, description="branches times (L / L0)^-this: 1 CompleteP, 1/2 depth-muP")
     init_std: PositiveFloat = Field(0.08, description="hidden matrices at base width")
     embed_std: PositiveFloat = Field(1.0, description="token embedding; at 0.08 a 200k-token proxy loses 0.29 nats")
     embed_lr_mult: PositiveFloat = Field(1.0, description="learning rate of the token embedding over the others'")
@@ -33,7 +53,7 @@ class ProxySettings(BaseModel):
     alpha_attn: PositiveFloat = Field(1.0, description="multiplier on the attention scale 1/sqrt(d_head)")
 
     # optimizer
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     lr: PositiveFloat = Field(2**-7, description="peak learning rate at base width")
     weight_decay: NonNegativeFloat = Field(0.1, description="as given to AdamW: decay per step is lr * weight_decay")
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -57,6 +77,16 @@ class ProxySettings(BaseModel):
             raise ValueError(f"d_head must be even (rotary embedding turns pairs of channels), got {self.d_head}")
         return self
 
+    @model_validator(mode="after")
+    def _a_tied_table_starts_small(self) -> Self:
+        start = self.embed_std * self.alpha_out * math.sqrt(self.base_width)
+        if self.tied and start > 2:
+            raise ValueError(
+                f"tied = true: needed first logits of standard deviation embed_std * alpha_out * sqrt(base_width) at most 2, "
+                f"got {start:.3g}: set embed_std near {1 / math.sqrt(self.base_width):.3g} and alpha_in near {math.sqrt(self.base_width):.3g}"
+            )
+        return self
+
 
 class ProxyConfig(ProxySettings):
     """One proxy: the settings of its family and a width."""
@@ -78,6 +108,11 @@ class ProxyConfig(ProxySettings):
     def m(self) -> float:
         """Width multiplier d / d0."""
         return self.d_model / self.base_width
+
+    @property
+    def r(self) -> float:
+        """Depth multiplier L / L0."""
+        return self.n_layers / (self.base_layers or self.n_layers)
 
     @property
     def n_heads(self) -> int:
@@ -105,6 +140,8 @@ class ProxyConfig(ProxySettings):
             d_head=self.d_head,
             d_ff=self.d_ff,
             vocab=self.vocab,
+            qk_norm=self.qk_norm,
+            tied=self.tied,
         )
 
     @property

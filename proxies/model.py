@@ -1,10 +1,10 @@
 """The proxy: a small decoder-only transformer with pre-RMSNorm, rotary positions, SwiGLU, grouped queries.
 
-No biases, untied readout. Every matrix is its own named parameter [out, in], so that growth can pad each one:
+No biases. Every matrix is its own named parameter [out, in], so that growth can pad each one:
 
     embed [v, d]    blocks.i.attn_norm [d]    blocks.i.q [h·k, d]    blocks.i.k, .v [g·k, d]     blocks.i.o [d, h·k]
                     blocks.i.mlp_norm [d]     blocks.i.gate, .up [f, d]                          blocks.i.down [d, f]
-    final_norm [d]  readout [v, d]
+    final_norm [d]  readout [v, d] unless tied; blocks.i.q_norm, .k_norm [k] with QK-norm
 
 Query head i reads key/value head i // (h / g); the rows of one head are adjacent.
 """
@@ -43,18 +43,21 @@ def rotate(x_bthk: Tensor, table: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + swiglu(norm(x))."""
+    """One layer: x + branch * attention(norm(x)), then x + branch * swiglu(norm(x)); branch depends on depth alone."""
 
     def __init__(self, config: ProxyConfig) -> None:
         super().__init__()
         d, k, f = config.d_model, config.d_head, config.d_ff
         self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, k
         self.scale = config.alpha_attn / math.sqrt(k)
+        self.branch = mup.rules(config)["hidden"].multiplier
         self.attn_norm = _empty(d)
         self.q = _empty(self.n_heads * k, d)
         self.k = _empty(self.n_kv_heads * k, d)
         self.v = _empty(self.n_kv_heads * k, d)
         self.o = _empty(d, self.n_heads * k)
+        self.q_norm: nn.Parameter | None = _empty(k) if config.qk_norm else None
+        self.k_norm: nn.Parameter | None = _empty(k) if config.qk_norm else None
         self.mlp_norm = _empty(d)
         self.gate = _empty(f, d)
         self.up = _empty(f, d)
@@ -64,6 +67,8 @@ class Block(nn.Module):
         """Rotated queries [b, t, h, k] and keys [b, t, g, k] of a normed stream."""
         q_bthk = self._heads(F.linear(x_btd, self.q), self.n_heads)
         k_btgk = self._heads(F.linear(x_btd, self.k), self.n_kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_bthk, k_btgk = norm(q_bthk, self.q_norm), norm(k_btgk, self.k_norm)
         if q_bthk.dtype in (torch.bfloat16, torch.float16):  # autocast; there are no complex numbers of that size
             kind = q_bthk.dtype
             return rotate(q_bthk.float(), rope).to(kind), rotate(k_btgk.float(), rope).to(kind)
@@ -95,8 +100,12 @@ class Block(nn.Module):
         return F.linear(F.silu(F.linear(x_btd, self.gate)) * F.linear(x_btd, self.up), self.down)
 
     def forward(self, x_btd: Tensor, rope: Tensor) -> Tensor:
-        x_btd = x_btd + self.attention(norm(x_btd, self.attn_norm), rope)
-        return x_btd + self.mlp(norm(x_btd, self.mlp_norm))
+        x_btd = self.add(x_btd, self.attention(norm(x_btd, self.attn_norm), rope))
+        return self.add(x_btd, self.mlp(norm(x_btd, self.mlp_norm)))
+
+    def add(self, x_btd: Tensor, branch_btd: Tensor) -> Tensor:
+        """The stream after a branch: CompleteP scales each by a power of depth."""
+        return x_btd + branch_btd if self.branch == 1 else torch.add(x_btd, branch_btd, alpha=self.branch)
 
 
 class Transformer(nn.Module):
@@ -111,7 +120,7 @@ class Transformer(nn.Module):
         self.embed = _empty(config.vocab, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = _empty(config.d_model)
-        self.readout = _empty(config.vocab, config.d_model)
+        self.readout = None if config.tied else _empty(config.vocab, config.d_model)
         # No buffer: it follows from the shape, and `.double()` would cast complex numbers to real ones.
         self._ropes: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -137,7 +146,7 @@ class Transformer(nn.Module):
         x_btd = norm(x_btd, self.final_norm)
         if self.multiplier_out != 1:
             x_btd = x_btd * self.multiplier_out  # before the matrix: d numbers per token instead of v
-        return F.linear(x_btd, self.readout)
+        return F.linear(x_btd, self.embed if self.readout is None else self.readout)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
         rope = self.rope_for(tokens_bt)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from proxies.config import ProxyConfig
 from proxies.data import Windows, held_out, load_corpus
 from proxies.model import Transformer, build, loss_of
+from proxies.mup import rule_of
 from proxies.optimizers import make_optimizer, set_lr
 from proxies.schedules import wsd
 from scaling.runs import Measurement
@@ -121,6 +122,7 @@ class _Run:
     def __init__(self, config: ProxyConfig, cut: Plan, data_sha256: str, device: torch.device) -> None:
         self.config, self.cut, self.data_sha256, self.device = config, cut, data_sha256, device
         self.model = build(config).to(device)
+        self.names = tuple(name for name, _ in self.model.named_parameters())
         self.optimizer = make_optimizer(self.model, config)
         self.step = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # kept there: reading it would stall steps
@@ -177,6 +179,7 @@ class _Run:
         return {
             "format": FORMAT,
             "config": self.config.model_dump(),
+            "mup": {name: asdict(rule) for name, rule in rule_of(self.names, self.config).items()},
             "data_sha256": self.data_sha256,
             "phase": phase,
             "tokens": self.cut.tokens,
@@ -191,7 +194,10 @@ class _Run:
 
     def restore(self, saved: Mapping[str, Any], path: Path) -> None:
         """Go on from a file; ValueError if it belongs to another run or is already past this one's trunk."""
-        ours, theirs = self.config.model_dump(), saved["config"]
+        ours = self.config.model_dump()
+        theirs = ProxyConfig.model_validate(
+            saved["config"]
+        ).model_dump()  # settings younger than the file: their defaults
         wrong = [
             f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
             for name in sorted(ours.keys() | theirs.keys())

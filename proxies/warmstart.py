@@ -21,7 +21,7 @@ from torch import Tensor
 
 from proxies.config import ProxyConfig
 from proxies.model import build
-from proxies.mup import role_of, rules
+from proxies.mup import GAINS, role_of, rules
 
 Method = Literal["shrink-pad-perturb", "pad", "duplicate"]
 SAME = (
@@ -30,7 +30,11 @@ SAME = (
     "q_per_kv",
     "ff_mult",
     "vocab",
+    "qk_norm",
+    "tied",
     "base_width",
+    "base_layers",
+    "depth_power",
     "parametrization",
     "alpha_in",
     "alpha_out",
@@ -68,7 +72,7 @@ def grow(
     grown = {}
     for name, start in fresh.items():
         leading = tuple(slice(n) for n in state[name].shape)
-        if role_of(name) == "norm":
+        if role_of(name) in GAINS:
             tensor = torch.ones_like(start)
             tensor[leading] = state[name]
         else:
@@ -103,8 +107,10 @@ def _preserve(state: Mapping[str, Tensor], small: ProxyConfig, large: ProxyConfi
     grown = {}
     for name, shape in ((n, p.shape) for n, p in build(large).named_parameters()):
         role = role_of(name)
-        tensor = (torch.ones if role == "norm" else torch.zeros)(shape, dtype=state[name].dtype)
-        factor = {"norm": correction, "readout": readout}.get(role, 1.0)
+        tensor = (torch.ones if role in GAINS else torch.zeros)(shape, dtype=state[name].dtype)
+        factor = {"norm": correction, "final_norm": correction, "readout": readout}.get(role, 1.0)
+        if role == "final_norm" and small.tied:
+            factor *= readout  # the table serves as input, too, so what its output side lacks goes into the last gain
         tensor[tuple(slice(n) for n in state[name].shape)] = factor * state[name]
         grown[name] = tensor
     return grown
@@ -116,8 +122,9 @@ def _duplicate(state: Mapping[str, Tensor], small: ProxyConfig, large: ProxyConf
     grown = {}
     for name, value in state.items():
         role = role_of(name)
-        tensor = value.tile({"hidden": (k, k), "norm": (k,)}.get(role, (1, k)))
-        if role != "norm" and noise:
+        times = {"hidden": (k, k), "norm": (k,), "final_norm": (k,), "qk_norm": (1,)}.get(role, (1, k))
+        tensor = value.tile(times)
+        if role not in GAINS and noise:
             xi = torch.empty(tensor.shape).normal_(generator=generator) / math.sqrt(value.shape[-1])
             tensor = tensor + noise * xi.to(tensor.dtype)
         grown[name] = tensor / k if role == "hidden" else tensor

@@ -32,14 +32,26 @@ class ParamCounts:
 
 
 def count_transformer(
-    *, d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_head: int, d_ff: int, vocab: int
+    *,
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    d_head: int,
+    d_ff: int,
+    vocab: int,
+    qk_norm: bool = False,
+    tied: bool = False,
 ) -> ParamCounts:
-    """Decoder-only, SwiGLU, grouped-query attention, RMSNorm gains, no biases, untied unembedding."""
+    """Decoder-only, SwiGLU, grouped-query attention, RMSNorm gains, no biases.
+
+    The unembedding multiplies every token, tied or not, so N does not depend on `tied`; the total does.
+    """
     attention = d_model * n_heads * d_head * 2 + 2 * d_model * n_kv_heads * d_head
     blocks = n_layers * (attention + 3 * d_model * d_ff)
-    gains = (2 * n_layers + 1) * d_model
+    gains = (2 * n_layers + 1) * d_model + (2 * n_layers * d_head if qk_norm else 0)
     table = d_model * vocab
-    return ParamCounts(N=blocks + table, nonembedding=blocks + gains, total=blocks + gains + 2 * table)
+    return ParamCounts(N=blocks + table, nonembedding=blocks + gains, total=blocks + gains + (1 if tied else 2) * table)
 
 
 def flops_per_token(*, N: float, n_layers: int, n_heads: int, d_head: int, seq_len: int, causal: bool = False) -> float:

@@ -7,7 +7,7 @@ import torch
 
 from proxies.config import ProxyConfig
 from proxies.model import build
-from proxies.mup import param_groups, role_of, rules
+from proxies.mup import clean, param_groups, role_of, rule_of, rules
 from proxies.optimizers import make_optimizer, set_lr
 
 SETTINGS = {
@@ -28,30 +28,35 @@ TABLE = {
         "embedding": (0.05, 0.03, 0.0, 2e-8, 2.0),
         "hidden": (0.1131370849898476, 0.02, 0.05, 2e-8, 1.0),
         "norm": (0.0, 0.01, 0.0, 2e-8, 1.0),
+        "final_norm": (0.0, 0.01, 0.0, 2e-8, 1.0),
         "readout": (0.0, 0.01, 0.1, 2e-8, 10.0),
     },
     ("mup", 64): {
         "embedding": (0.05, 0.03, 0.0, 1e-8, 2.0),
         "hidden": (0.08, 0.01, 0.1, 1e-8, 1.0),
         "norm": (0.0, 0.01, 0.0, 1e-8, 1.0),
+        "final_norm": (0.0, 0.01, 0.0, 1e-8, 1.0),
         "readout": (0.0, 0.01, 0.1, 1e-8, 5.0),
     },
     ("mup", 256): {
         "embedding": (0.05, 0.03, 0.0, 0.25e-8, 2.0),
         "hidden": (0.04, 0.0025, 0.4, 0.25e-8, 1.0),
         "norm": (0.0, 0.01, 0.0, 0.25e-8, 1.0),
+        "final_norm": (0.0, 0.01, 0.0, 0.25e-8, 1.0),
         "readout": (0.0, 0.01, 0.1, 0.25e-8, 1.25),
     },
     ("standard", 64): {
         "embedding": (0.05, 0.03, 0.0, 1e-8, 2.0),
         "hidden": (0.08, 0.01, 0.1, 1e-8, 1.0),
         "norm": (0.0, 0.01, 0.0, 1e-8, 1.0),
+        "final_norm": (0.0, 0.01, 0.0, 1e-8, 1.0),
         "readout": (0.0, 0.01, 0.1, 1e-8, 5.0),
     },
     ("standard", 256): {
         "embedding": (0.05, 0.03, 0.0, 1e-8, 2.0),
         "hidden": (0.04, 0.01, 0.1, 1e-8, 1.0),
         "norm": (0.0, 0.01, 0.0, 1e-8, 1.0),
+        "final_norm": (0.0, 0.01, 0.0, 1e-8, 1.0),
         "readout": (0.0, 0.01, 0.1, 1e-8, 5.0),
     },
 }
@@ -64,7 +69,57 @@ def test_the_table_is_the_one_written_by_hand(parametrization: str, width: int, 
     rule = rules(config)[role]
     got = (rule.init_std, rule.lr, rule.weight_decay, rule.eps, rule.multiplier)
     assert got == pytest.approx(TABLE[parametrization, width][role], rel=1e-12)
-    assert rule.init_mean == (1.0 if role == "norm" else 0.0)
+    assert rule.init_mean == (1.0 if role.endswith("norm") else 0.0)
+
+
+# Twice as wide and four times as deep, by hand, for depth power 1 (CompleteP) and 1/2: lr, weight decay, eps, multiplier.
+DEEP = {
+    1.0: {
+        "embedding": (0.03, 0.0, 0.5e-8, 2.0),
+        "hidden": (0.005, 0.2, 0.125e-8, 0.25),
+        "norm": (0.01, 0.0, 0.125e-8, 1.0),
+        "qk_norm": (0.01, 0.0, 0.25e-8, 1.0),
+        "final_norm": (0.01, 0.0, 0.5e-8, 1.0),
+        "readout": (0.01, 0.1, 0.5e-8, 2.5),
+    },
+    0.5: {
+        "embedding": (0.03, 0.0, 0.5e-8, 2.0),
+        "hidden": (0.0025, 0.2, 0.25e-8, 0.5),
+        "norm": (0.005, 0.0, 0.25e-8, 1.0),
+        "qk_norm": (0.005, 0.0, 0.5e-8, 1.0),
+        "final_norm": (0.01, 0.0, 0.5e-8, 1.0),
+        "readout": (0.01, 0.1, 0.5e-8, 2.5),
+    },
+}
+
+
+@pytest.mark.parametrize("power", DEEP)
+def test_the_table_of_a_deeper_model_is_the_one_written_by_hand(power: float) -> None:
+    config = ProxyConfig(**SETTINGS, d_model=128, n_layers=8, base_layers=2, depth_power=power, qk_norm=True)
+    table = rules(config)
+    for role, expected in DEEP[power].items():
+        rule = table[role]
+        assert (rule.lr, rule.weight_decay, rule.eps, rule.multiplier) == pytest.approx(expected, rel=1e-12)
+    assert build(config).blocks[5].branch == pytest.approx(DEEP[power]["hidden"][-1])
+    standard = rules(config.model_copy(update={"parametrization": "standard"}))
+    assert standard["hidden"].multiplier == 1.0
+    assert {standard[role].lr for role in ("hidden", "norm")} == {0.01}
+
+
+def test_muon_keeps_its_rate_over_width_and_with_adams_size_loses_the_root() -> None:
+    for name, lr, decay in (("muon", 0.01, 0.1), ("muon-rms", 0.005, 0.2), ("lion", 0.0025, 0.4)):
+        hidden = rules(ProxyConfig(**SETTINGS, d_model=256, optimizer=name))["hidden"]
+        assert (hidden.lr, hidden.weight_decay) == pytest.approx((lr, decay))
+
+
+def test_a_parameter_is_known_through_any_wrapper() -> None:
+    config = ProxyConfig(**SETTINGS, d_model=32, n_layers=1)
+    names = [name for name, _ in build(config).named_parameters()]
+    wrapped = [
+        f"_orig_mod.module.{name}".replace("blocks.0.", "blocks.0._checkpoint_wrapped_module.") for name in names
+    ]
+    assert [clean(name) for name in wrapped] == names
+    assert rule_of(wrapped, config) == rule_of(names, config)
 
 
 @pytest.mark.parametrize("width", [32, 256])
@@ -123,7 +178,8 @@ def test_a_schedule_scales_every_group_by_its_own_peak() -> None:
         set_lr(optimizer, factor)
         rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
         assert rates == pytest.approx(
-            {"embedding": 0.03 * factor, "hidden": 0.0025 * factor, "norm": 0.01 * factor, "readout": 0.01 * factor}
+            {"embedding": 0.03 * factor, "hidden": 0.0025 * factor}
+            | dict.fromkeys(("norm", "final_norm", "readout"), 0.01 * factor)
         )
 
 

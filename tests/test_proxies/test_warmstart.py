@@ -11,7 +11,7 @@ from torch import Tensor
 from proxies import model
 from proxies.config import ProxyConfig
 from proxies.model import build
-from proxies.mup import role_of
+from proxies.mup import GAINS, role_of
 from proxies.warmstart import Method, grow
 
 SMALL = ProxyConfig(d_model=64, base_width=32, d_head=16, q_per_kv=2, seq_len=24, seed=1)
@@ -65,7 +65,7 @@ def test_shrink_pad_perturb_is_its_formula() -> None:
     grown = grow(state, SMALL, LARGE, shrink=0.3, noise=0.5)
     for name, tensor in grown.items():
         leading = tuple(slice(n) for n in state[name].shape)
-        if role_of(name) == "norm":
+        if role_of(name) in GAINS:
             assert torch.equal(tensor[leading], state[name])
             assert (tensor[64:] == 1).all()
             continue
@@ -77,7 +77,7 @@ def test_shrink_pad_perturb_is_its_formula() -> None:
 def test_shrinking_to_nothing_is_training_from_scratch() -> None:
     grown, fresh = grow(trained_like(SMALL), SMALL, LARGE, shrink=0.0), build(LARGE).state_dict()
     for name in fresh:
-        if role_of(name) != "norm":
+        if role_of(name) not in GAINS:
             assert torch.equal(grown[name], fresh[name])
 
 

@@ -99,8 +99,8 @@ def grow(
     """
     import torch
 
+    from proxies.checkpoints import load_model
     from proxies.config import ProxyConfig
-    from proxies.training import load_model
     from proxies.warmstart import grow as grow_state
 
     with refusing():

@@ -116,7 +116,7 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
             f"the recommendation is for N {because['N']:,.0f}, D {because['D']:,.0f}, the target in {toml} has N {config.counts.N:,}, "
             f"D {target.tokens:,}: run `scaling recommend {study} --target` again after `hpo resume {study}`"
         )
-    from proxies.training import load_model
+    from proxies.checkpoints import load_model
     from proxies.warmstart import check_growth
     from scaling.runs import load_runs
 
@@ -148,7 +148,8 @@ def best_proxy(runs: pd.DataFrame, target: Target) -> WarmStart | None:
 
 def train_arm(plan: LaunchPlan, arm: Arm, folder: Path, *, uri: str | None = None) -> float:
     """Train one arm to its end and record it (resumed when it was interrupted); its final loss, NaN when it diverged."""
-    from proxies.training import load_model, train
+    from proxies.checkpoints import load_model
+    from proxies.training import train
     from proxies.warmstart import grow
 
     client = tracking.connect(uri)

@@ -7,7 +7,6 @@ only for the new tokens. A resumed run is bitwise the uninterrupted one, on the 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Generator, Mapping
 from contextlib import nullcontext
@@ -18,15 +17,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from proxies.checkpoints import FORMAT, copy_to_cpu, load_state, load_weights, write_state
 from proxies.config import ProxyConfig
 from proxies.data import Windows, held_out, load_corpus
-from proxies.model import Transformer, build, loss_of
+from proxies.model import build, loss_of
 from proxies.mup import rule_of
 from proxies.optimizers import make_optimizer, set_lr
 from proxies.schedules import wsd
 from scaling.runs import Measurement
 
-FORMAT = "muscale-proxy-1"
 CHECK_EVERY = 8  # steps between looks at whether the loss is still finite
 EVAL_CHUNK = 16  # windows per forward pass; fixed, so that the same weights always give the same loss
 # A trunk point costs the forward passes of the held-out windows, a third of training on as many tokens. Two points an
@@ -110,7 +109,7 @@ def train(
     held = held_out(corpus.val, config.seq_len, config.eval_windows)
     run = _Run(config, cut, corpus.sha256, where)
     if init is not None:
-        _load_weights(run.model, init)
+        load_weights(run.model, init)
     if resume is not None:
         run.restore(load_state(resume), resume)
     return _measurements(run, windows, held, save, keep, keep_every_s)
@@ -171,7 +170,7 @@ class _Run:
             "loss_sum": self.loss_sum,
             "loss_windows": self.loss_windows,
         }
-        copied: dict[str, Any] = _copy(state)
+        copied: dict[str, Any] = copy_to_cpu(state)
         return copied
 
     def file(self, phase: Literal["trunk", "cooldown", "done"], **more: Any) -> dict[str, Any]:
@@ -218,7 +217,7 @@ class _Run:
         self.trunk = saved["trunk"] if same_cooldown else None
         self.model.load_state_dict(state["model"])
         # A copy: the optimizer takes tensors of the right kind as they are, and this one's trunk must stay as it is.
-        self.optimizer.load_state_dict(_copy(state["optimizer"]))
+        self.optimizer.load_state_dict(copy_to_cpu(state["optimizer"]))
         self.loss_sum = state["loss_sum"].to(self.device, copy=True)
         self.loss_windows, self.step = state["loss_windows"], state["step"]
 
@@ -264,7 +263,7 @@ def _measurements(
                 loss = evaluate(run.model, held)
                 last = measure(loss, final=True, diverged=not loss <= math.log(run.config.vocab))
                 if save is not None:
-                    annealed = {"model": _copy(run.model.state_dict()), "measurement": asdict(last)}
+                    annealed = {"model": copy_to_cpu(run.model.state_dict()), "measurement": asdict(last)}
                     write_state(run.file("done", annealed=annealed), save)
                 break
             whole = False
@@ -300,65 +299,3 @@ def evaluate(model: nn.Module, windows: tuple[Tensor, Tensor]) -> float:
 def autocast(device: torch.device) -> Any:
     """bfloat16 on CUDA, nothing elsewhere."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
-
-
-def write_state(state: Mapping[str, Any], path: Path) -> None:
-    """Write whole or not at all: to a temporary file beside `path`, then over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            torch.save(dict(state), stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """A file written by `train`, on CPU. Only tensors and plain values are read, never code."""
-    if not path.is_file():
-        raise ValueError(f"needed a saved run, got {path}: no such file")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("format") != FORMAT:
-        raise ValueError(f"needed a run saved as {FORMAT}, got {path} with format {state.get('format')!r}")
-    return state
-
-
-def load_model(path: Path, which: Literal["annealed", "trunk"] = "annealed") -> tuple[ProxyConfig, Transformer]:
-    """Configuration and model of a saved run: the weights after the cooldown, or those at its branch point."""
-    state = load_state(path)
-    if which not in ("annealed", "trunk"):
-        raise ValueError(f"needed which = 'annealed' or 'trunk', got {which!r}")
-    if which not in state:
-        raise ValueError(
-            f"needed a run that has ended, got {path} in its {state['phase']}: ask for 'trunk', or finish it"
-        )
-    config = ProxyConfig.model_validate(state["config"])
-    model = build(config)
-    _load_weights(model, state[which]["model"])
-    return config, model
-
-
-def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    given = {name: tuple(t.shape) for name, t in weights.items()}
-    wrong = [
-        f"{name}: {given.get(name, 'missing')} given, {own.get(name, 'no such parameter')} needed"
-        for name in sorted(own.keys() | given.keys())
-        if own.get(name) != given.get(name)
-    ]
-    if wrong:
-        raise ValueError("needed weights of this configuration's shape, got " + "; ".join(wrong))
-    model.load_state_dict(dict(weights))
-
-
-def _copy(value: Any) -> Any:
-    """Nested dicts, lists and tuples with every tensor copied to CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copy(item) for item in value)
-    return value

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from proxies.checkpoints import write_state
 from proxies.config import ProxyConfig
 from proxies.model import Block, build, loss_of, rope_table, rotate
 from proxies.mup import GAINS, role_of
 from proxies.optimizers import make_optimizer
-from proxies.training import write_state
 
 
 def config(**changes: Any) -> ProxyConfig:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from proxies import training
+from proxies.checkpoints import load_model, load_state, write_state
 from proxies.config import ProxyConfig
 from proxies.data import held_out, load_corpus
 from proxies.model import build
-from proxies.training import evaluate, load_model, load_state, plan, point_steps, train, write_state
+from proxies.training import evaluate, plan, point_steps, train
 from scaling.runs import Measurement
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from scaling.cli import DryRun, Json, Uri, refusing, sigterm_as_interrupt
+from scaling.cli import DryRun, Json, Uri, interrupted_code, refusing, sigterm_as_interrupt
 
 if TYPE_CHECKING:
+    from proxies.config import ProxyConfig
     from proxies.family import ProxyFamily
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -65,23 +66,65 @@ def train(
     """
     from dataclasses import asdict
 
-    from proxies.config import ProxyConfig
     from proxies.training import train as run
 
     with refusing():
         family, _ = read_family(study)
-        changes = set_ or []
-        wrong = [s for s in changes if "=" not in s]
-        if wrong:
-            raise ValueError(f"needed --set name=value, got {', '.join(wrong)}")
-        settings: dict[str, Any] = dict(s.split("=", 1) for s in changes)
-        config = ProxyConfig.model_validate(family.model_dump(exclude={"widths"}) | {"d_model": width} | settings)
+        config = configured(family, width, set_ or [])
         points = run(config, tokens, resume=resume, save=save)
     last = None
     for last in points:
         typer.echo(json.dumps(asdict(last)))
     if last is not None and last.diverged:
         raise typer.Exit(1)
+
+
+@app.command()
+def recipe(
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY.toml | NAME | PLAN.json", help="a study's family, or the target of a plan")
+    ],
+    width: Annotated[int | None, typer.Option(help="d_model to carry the values to")] = None,
+    layers: Annotated[int | None, typer.Option(help="n_layers to carry them to (CompleteP)")] = None,
+    batch: Annotated[int | None, typer.Option(help="sequences per step to carry them to")] = None,
+    tuned_tokens: Annotated[int | None, typer.Option(help="length of the runs that the values were tuned with")] = None,
+    tokens: Annotated[int | None, typer.Option(help="length to carry them to")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="name=value of any tuned setting, such as lr=0.01")
+    ] = None,
+    form: Annotated[Literal["table", "json", "torchtitan", "megatron"], typer.Option("--for")] = "table",
+) -> None:
+    """What every kind of parameter gets: initial std, learning rate, decay, epsilon, multiplier; also for other trainers.
+
+    Example: proxies recipe quickstart --width 1024 --set lr=0.0078 --for torchtitan
+    """
+    from proxies.export import as_json, as_megatron, as_table, as_torchtitan
+    from proxies.recipe import Recipe
+
+    with refusing():
+        if study.endswith(".json"):
+            from proxies.launch import read_plan
+
+            if not Path(study).is_file():
+                raise ValueError(f"no plan {study}")
+            plan = read_plan(Path(study))
+            base, tuned = plan.config, plan.tokens
+        else:
+            family, _ = read_family(study)
+            base, tuned = configured(family, family.base_width, set_ or []), tuned_tokens
+        if tokens is not None and tuned is None:
+            raise ValueError("--tokens: needed --tuned-tokens, too, the length of the runs that the values come from")
+        moved = Recipe(base=base, tokens=tuned or base.batch_tokens).at(
+            d_model=width, n_layers=layers, batch_seqs=batch, tokens=tokens
+        )
+        length = tokens or tuned
+        text = {
+            "table": lambda: as_table(moved, length),
+            "json": lambda: as_json(moved, length),
+            "torchtitan": lambda: as_torchtitan(moved),
+            "megatron": lambda: as_megatron(moved, length),
+        }[form]()
+    typer.echo(text)
 
 
 @app.command()
@@ -144,7 +187,7 @@ def launch(
             with sigterm_as_interrupt():
                 launching.train_arm(made, only, folder, uri=tracking_uri)
         except KeyboardInterrupt as stop:
-            raise typer.Exit(130) from stop
+            raise typer.Exit(interrupted_code(stop)) from stop
         return
     typer.echo(str(made), err=True)
     typer.echo(f"  about {launching.estimate_seconds(made) / 60:.1f} core-minutes", err=True)
@@ -155,7 +198,7 @@ def launch(
             outcome = launching.launch(made, folder, uri=tracking_uri)
     except KeyboardInterrupt as stop:
         typer.echo(f"stopped; `proxies launch {folder / 'plan.json'}` goes on where it was", err=True)
-        raise typer.Exit(130) from stop
+        raise typer.Exit(interrupted_code(stop)) from stop
     except RuntimeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
@@ -182,6 +225,16 @@ def read_family(study: str) -> tuple[ProxyFamily, Path]:
         return ProxyFamily.model_validate({k: v for k, v in table.items() if k != "use"}), path
     except ValidationError as error:
         raise ValueError(f"{path}, table [trainer]: {error}; `hpo validate {path}` says more") from error
+
+
+def configured(family: ProxyFamily, width: int, changes: list[str]) -> ProxyConfig:
+    """The family's proxy of this width with `name=value` settings in place of its own."""
+    from proxies.config import ProxyConfig
+
+    if wrong := [s for s in changes if "=" not in s]:
+        raise ValueError(f"needed --set name=value, got {', '.join(wrong)}")
+    settings: dict[str, Any] = dict(s.split("=", 1) for s in changes)
+    return ProxyConfig.model_validate(family.model_dump(exclude={"widths"}) | {"d_model": width} | settings)
 
 
 def slopes(result: Any) -> Any:

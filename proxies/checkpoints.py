@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +21,10 @@ FORMAT = "muscale-proxy-1"
 
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:
-    """Write whole or not at all: to a temporary file beside `path`, then over it."""
+    """Write whole or not at all: to a temporary file beside `path`, then over it.
+
+    OSError when it cannot be written (a full disk, for one); what stood at `path` before is still there then.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
@@ -25,18 +32,45 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch's own writer raises RuntimeError where Python's would raise OSError
+        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        before = "the one written before is intact" if path.exists() else "nothing was written"
+        raise OSError(
+            number, f"cannot write a checkpoint ({error}): free space or mend the folder; {before}", str(path)
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name must survive a power cut, too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """A file written by `train`, on CPU. Only tensors and plain values are read, never code."""
     if not path.is_file():
         raise ValueError(f"needed a saved run, got {path}: no such file")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("format") != FORMAT:
-        raise ValueError(f"needed a run saved as {FORMAT}, got {path} with format {state.get('format')!r}")
-    return state
+    try:
+        # torch does not look at the checksums that it has written.
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise zipfile.BadZipFile(f"wrong checksum of {broken}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"needed a run saved by `train`, got {path}, which is cut short, damaged or something else "
+            f"({(str(error) or type(error).__name__).splitlines()[0]}): name another checkpoint, or train it again"
+        ) from error
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if found != FORMAT:
+        raise ValueError(f"needed a run saved as {FORMAT}, got {path} with format {found!r}")
+    whole: dict[str, Any] = state
+    return whole
 
 
 def load_model(path: Path, which: Literal["annealed", "trunk"] = "annealed") -> tuple[ProxyConfig, Transformer]:

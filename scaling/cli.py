@@ -28,12 +28,21 @@ def refusing() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by the same door as Ctrl-C."""
+
+
+def interrupted_code(stop: KeyboardInterrupt) -> int:
+    """The exit code that a shell expects: 143 after SIGTERM, 130 after Ctrl-C."""
+    return 143 if isinstance(stop, Terminated) else 130
+
+
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, too, so that both leave by the same door and save on the way."""
+    """SIGTERM raises a KeyboardInterrupt, too, so that both leave by the same door and save on the way."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -1,0 +1,180 @@
+"""A recipe in the words of other trainers: the same training, whoever does it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from proxies.config import ProxyConfig
+from proxies.export import TORCHTITAN, absorbed, as_json, as_megatron, as_torchtitan, groups
+from proxies.model import Transformer, build, loss_of
+from proxies.mup import rules
+from proxies.optimizers import make_optimizer
+
+WIDE: dict[str, Any] = {
+    "d_model": 64,
+    "base_width": 32,
+    "n_layers": 4,
+    "base_layers": 2,
+    "q_per_kv": 2,
+    "seq_len": 16,
+    "vocab": 40,
+    "lr": 0.01,
+    "eps": 1e-5,
+    "weight_decay": 0.4,
+    "alpha_in": 3.0,
+    "alpha_out": 2.0,
+    "alpha_attn": 1.5,
+    "embed_lr_mult": 2.0,
+}
+
+
+def tokens(step: int) -> torch.Tensor:
+    return torch.randint(40, (4, 16), generator=torch.Generator().manual_seed(step))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_absorbed_multipliers_train_the_same_model(qk_norm: bool) -> None:
+    """Ours with its multipliers, and one that has none, its weights scaled at the start and its groups as exported."""
+    config = ProxyConfig(**WIDE, qk_norm=qk_norm)
+    ours, plain = build(config).double(), build(config).double()
+    with torch.no_grad():
+        ours.readout.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    table, exported = rules(config), absorbed(config)
+    factors = {"embed": 3.0, "readout": 2.0 / 2, "o": 0.5, "down": 0.5, "q_norm" if qk_norm else "q": 1.5}
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(ours.get_parameter(name) * factors.get(name.rsplit(".", 1)[-1], 1.0))
+    strip_multipliers(plain)
+    x = tokens(99)
+    torch.testing.assert_close(plain(x), ours(x), rtol=0, atol=1e-12)
+
+    theirs = torch.optim.AdamW(
+        [
+            {"params": [p], "lr": rule.lr, "weight_decay": rule.weight_decay, "eps": rule.eps}
+            for name, p in plain.named_parameters()
+            for rule in [exported[name.rsplit(".", 1)[-1]]]
+        ],
+        betas=(config.beta1, config.beta2),
+    )
+    start = ours(x).detach()
+    for model, optimizer in ((ours, make_optimizer(ours, config)), (plain, theirs)):
+        for step in range(12):
+            loss_of(model, tokens(step), tokens(step + 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (ours(x) - start).abs().max() > 0.1
+    torch.testing.assert_close(plain(x), ours(x), rtol=0, atol=1e-11)
+    assert table["hidden"].multiplier == 0.5
+
+
+def strip_multipliers(model: Transformer) -> None:
+    model.multiplier_in = model.multiplier_out = 1.0
+    for block in model.blocks:
+        block.branch = 1.0
+        block.scale = model.config.d_head**-0.5
+
+
+# What a torchtitan Llama calls its parameters, before and after attention.qkv_linear came.
+NAMES = {
+    "embed": ("tok_embeddings.weight", "tok_embeddings.embedding.weight"),
+    "q": ("layers.0.attention.wq.weight", "layers.11.attention.qkv_linear.wq.weight"),
+    "k": ("layers.0.attention.wk.weight", "layers.11.attention.qkv_linear.wk.weight"),
+    "v": ("layers.0.attention.wv.weight", "layers.11.attention.qkv_linear.wv.weight"),
+    "o": ("layers.0.attention.wo.weight",),
+    "q_norm": ("layers.0.attention.q_norm.weight",),
+    "k_norm": ("layers.0.attention.k_norm.weight",),
+    "gate": ("layers.0.feed_forward.w1.weight",),
+    "down": ("layers.3.feed_forward.w2.weight",),
+    "up": ("layers.0.feed_forward.w3.weight",),
+    "attn_norm": ("layers.0.attention_norm.weight",),
+    "mlp_norm": ("layers.0.ffn_norm.weight",),
+    "final_norm": ("norm.weight",),
+    "readout": ("output.weight", "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"alpha_attn": 1.0, "base_layers": 4}])
+def test_every_parameter_is_in_the_one_group_that_has_its_rule(changes: dict[str, Any]) -> None:
+    config = ProxyConfig(**(WIDE | changes))
+    made, exported = groups(config), absorbed(config)
+    assert len({g.rule for g in made}) == len(made) < len(exported)
+    for leaf, names in NAMES.items():
+        for name in names:
+            matched = [g for g in made if re.search(g.pattern, name)]
+            if leaf not in exported:
+                assert matched == []
+                continue
+            assert [g.rule for g in matched] == [exported[leaf]]
+    assert set(TORCHTITAN) == set(NAMES)
+
+
+def test_torchtitan_gets_valid_python_with_the_very_numbers() -> None:
+    config = ProxyConfig(**WIDE)
+    made: list[dict[str, Any]] = []
+    scope: dict[str, Any] = {"ParamGroupConfig": lambda **kwargs: made.append(kwargs)}
+    exec(as_torchtitan(config), scope)
+    by_pattern = {g.pattern: g.rule for g in groups(config)}
+    assert [m["pattern"] for m in made] == list(by_pattern)
+    for one in made:
+        rule, kwargs = by_pattern[one["pattern"]], one["optimizer_kwargs"]
+        assert one["optimizer_name"] == "AdamW"
+        assert (kwargs["lr"], kwargs["weight_decay"], kwargs["eps"]) == (rule.lr, rule.weight_decay, rule.eps)
+        assert kwargs["betas"] == (0.9, 0.95)
+
+
+def test_muon_keeps_to_hidden_matrices_in_torchtitan() -> None:
+    made: list[dict[str, Any]] = []
+    exec(as_torchtitan(ProxyConfig(**WIDE, optimizer="muon")), {"ParamGroupConfig": lambda **k: made.append(k)})
+    hidden = {m["optimizer_name"] for m in made if re.search(m["pattern"], "layers.0.feed_forward.w2.weight")}
+    others = {m["optimizer_name"] for m in made if re.search(m["pattern"], "tok_embeddings.weight")}
+    assert (hidden, others) == ({"Muon"}, {"AdamW"})
+    with pytest.raises(ValueError, match="got 'lion'"):
+        as_torchtitan(ProxyConfig(**WIDE, optimizer="lion"))
+
+
+def test_a_tied_table_with_multipliers_cannot_be_absorbed() -> None:
+    config = ProxyConfig(**(WIDE | {"tied": True, "embed_std": 0.05}))
+    with pytest.raises(ValueError, match="tied = true with 3 on its output and 1 on its other"):
+        absorbed(config)
+    assert "without_multipliers" not in json.loads(as_json(config))
+
+
+def test_json_holds_the_table() -> None:
+    config = ProxyConfig(**WIDE)
+    said = json.loads(as_json(config, tokens=1_000_000))
+    assert (said["m"], said["r"]) == (2.0, 2.0)
+    assert said["parameters"]["gate"]["lr"] == 0.005
+    assert said["parameters"]["gate"]["weight_decay"] == 0.8
+    assert said["multipliers"] == {
+        "embedding_output": 3.0,
+        "readout_input": 1.0,
+        "branch": 0.5,
+        "attention_scale": 0.375,
+    }
+    assert said["decay_timescale"] == pytest.approx(1 / (0.01 * 0.4 * 1_000_000 / (16 * 16)))
+    assert ProxyConfig.model_validate(said["config"]) == config
+
+
+def test_megatron_gets_its_own_recipe_and_is_told_what_it_lacks() -> None:
+    said = as_megatron(ProxyConfig(**WIDE), tokens=160_000)
+    flags = dict(line[2:].split(" ", 1) for line in said.splitlines() if line.startswith("--") and " " in line)
+    bare = {line for line in said.splitlines() if line.startswith("--") and " " not in line}
+    assert flags["scaling-recipe"] == "depth_mup"
+    assert (flags["scaling-base-hidden-size"], flags["scaling-base-num-layers"]) == ("32", "2")
+    # Megatron: softmax scale = sqrt(base head size) / head size
+    assert float(flags["scaling-base-head-dim"]) ** 0.5 / 16 == pytest.approx(1.5 / 4)
+    assert (flags["mup-embedding-mult"], flags["lr"]) == ("3", "0.01")
+    # exactly 1 is taken for "not given" and would become 1/m
+    assert 1 < float(flags["mup-output-mult"]) < 1 + 1e-6
+    base = as_megatron(ProxyConfig(**(WIDE | {"d_model": 32, "alpha_out": 1.0})))
+    assert "--mup-output-mult 1\n" in base
+    assert (flags["num-query-groups"], flags["train-samples"], flags["lr-wsd-decay-samples"]) == ("2", "10000", "2000")
+    assert {"--swiglu", "--group-query-attention", "--untie-embeddings-and-output-weights"} <= bare
+    assert "embed_lr_mult 2 has no flag" in said
+    with pytest.raises(ValueError, match="got 'muon' under 'mup'"):
+        as_megatron(ProxyConfig(**WIDE, optimizer="muon"))

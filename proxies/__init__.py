@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from proxies.launch import LaunchPlan as LaunchPlan
     from proxies.model import build as build
     from proxies.mup import param_groups as param_groups
+    from proxies.recipe import Recipe as Recipe
     from proxies.training import train as train
     from proxies.warmstart import grow as grow
 
@@ -21,6 +22,7 @@ _HOME = {
     "LaunchPlan": "launch",
     "ProxyConfig": "config",
     "ProxyFamily": "family",
+    "Recipe": "recipe",
     "build": "model",
     "coordinate_check": "checks",
     "grow": "warmstart",

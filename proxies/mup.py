@@ -130,11 +130,14 @@ def init(model: nn.Module, config: ProxyConfig, generator: torch.Generator | Non
         generator = torch.Generator().manual_seed(config.seed)
     table = rules(config)
     for name, parameter in model.named_parameters():
-        rule = table[role_of(name)]
-        if rule.init_std == 0:
-            parameter.fill_(rule.init_mean)
-        else:
-            parameter.copy_(torch.empty(parameter.shape).normal_(rule.init_mean, rule.init_std, generator=generator))
+        parameter.copy_(draw(tuple(parameter.shape), table[role_of(name)], generator))
+
+
+def draw(shape: tuple[int, ...], rule: Rule, generator: torch.Generator) -> torch.Tensor:
+    """A fresh tensor by the rule, float32 on CPU; a constant one asks the generator for nothing."""
+    if rule.init_std == 0:
+        return torch.full(shape, rule.init_mean)
+    return torch.empty(shape).normal_(rule.init_mean, rule.init_std, generator=generator)
 
 
 def param_groups(model: nn.Module, config: ProxyConfig) -> list[dict[str, Any]]:

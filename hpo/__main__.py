@@ -50,6 +50,8 @@ def launch(study: Study, dry_run: DryRun = False, tracking_uri: Uri = None) -> N
             workers.refuse_existing(files, uri=tracking_uri)
         cost = workers.estimate(workers.open_search(config, trainer, None), config, trainer)
     typer.echo(f"{files.name}: {describe(cost)}", err=True)
+    if not workers.resumable(trainer):
+        say("  a longer run cannot go on from a shorter one with this trainer: promotions start afresh")
     if dry_run:
         return
     with refusing():

@@ -60,6 +60,8 @@ class Trainer(Protocol):
     another order of the data, each always the same.
 
     A trainer made from bad settings raises ValueError (or pydantic's ValidationError, whose every mistake is then named).
+    One whose longer runs cannot go on from shorter ones has an attribute `resumable` that is False: it is then never asked
+    to, and every promotion pays its full price.
     """
 
     @property

@@ -115,10 +115,16 @@ def open_search(study: StudyConfig, trainer: Trainer, storage: str | None, name:
         promote=search.promote,
         asynchronous=search.asynchronous,
         belief={name: table.law for name, table in study.belief.items()},
+        resumable=resumable(trainer),
         storage=storage,
         name=name,
         seed=study.seed,
     )
+
+
+def resumable(trainer: Trainer) -> bool:
+    """Whether promotions go on from checkpoints: so unless the trainer says that it cannot."""
+    return bool(getattr(trainer, "resumable", True))
 
 
 def open_existing(files: StudyFiles, study: StudyConfig, trainer: Trainer) -> Search:

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from proxies.model import build as build
     from proxies.mup import param_groups as param_groups
     from proxies.recipe import Recipe as Recipe
+    from proxies.stagewise import autolrs as autolrs
     from proxies.training import train as train
+    from proxies.transfers import Transfer as Transfer
+    from proxies.transfers import transfer as transfer
     from proxies.warmstart import grow as grow
 
 _HOME = {
@@ -23,11 +26,14 @@ _HOME = {
     "ProxyConfig": "config",
     "ProxyFamily": "family",
     "Recipe": "recipe",
+    "Transfer": "transfers",
+    "autolrs": "stagewise",
     "build": "model",
     "coordinate_check": "checks",
     "grow": "warmstart",
     "param_groups": "mup",
     "train": "training",
+    "transfer": "transfers",
 }
 __all__ = sorted(_HOME)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,28 +26,122 @@ def check(
     study: Study,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     parametrization: Annotated[str | None, typer.Option(help="'mup' or 'standard'; default: the study's")] = None,
+    widths: Annotated[
+        str | None, typer.Option(help="such as 32,64,128; default: half the base width to eight times it")
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="such as 2,4,8, at base width; default: 1 to 8 times base_layers, if it is set")
+    ] = None,
+    engine: Annotated[Literal["plain", "compile", "ddp", "fsdp2"], typer.Option(help="what runs the steps")] = "plain",
+    ranks: Annotated[int, typer.Option(min=1, help="processes of ddp and fsdp2")] = 2,
+    plot: Annotated[Path | None, typer.Option(help="a figure, .png, .pdf or .svg")] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="where the outcome goes that an optimizer without a verified rule needs, .json")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """The coordinate check: do activations move alike at every width? Exit code 1 when they do not.
+    """The coordinate check: do activations move alike at every width and depth? Exit code 1 when they do not.
 
     Example: proxies check studies/quickstart.toml
     """
+    from proxies.certificates import STEPS, STEPS_OF, write_certificate
     from proxies.checks import coordinate_check
 
     with refusing():
         family, _ = read_family(study)
-        settings = {"parametrization": parametrization} if parametrization else {}
-        config = family.member(family.base_width, settings)
-        config = type(config).model_validate(config.model_dump())
-        widths = [
-            w for w in (config.base_width // 2, *(config.base_width * 2**i for i in range(4))) if w % config.d_head == 0
-        ]
-        result = coordinate_check(config, widths, seeds=seeds)
-    if as_json:
-        typer.echo(json.dumps({"passed": result.passed, "widths": widths, "slopes": slopes(result)}))
-    else:
-        typer.echo(result.text)
+        config = configured(
+            family, family.base_width, [f"parametrization={parametrization}"] if parametrization else []
+        )
+        head, base = config.d_head * config.q_per_kv, config.base_width
+        usual = [w for w in (base // 2, *(base * 2**i for i in range(4))) if w % head == 0]
+        if plot is not None:
+            from proxies.plots import check_figure, draw_check
+
+            check_figure(plot)
+        if certificate is not None and not certificate.parent.is_dir():
+            raise ValueError(f"--certificate: needed a path in an existing folder, got {certificate}")
+        result = coordinate_check(
+            config,
+            numbers("--widths", widths) or usual,
+            depths=numbers("--depths", depths),
+            seeds=seeds,
+            steps=STEPS_OF.get(config.optimizer, STEPS),
+            engine=engine,
+            ranks=ranks,
+        )
+    if plot is not None:
+        draw_check(result, plot)
+    if certificate is not None:
+        write_certificate(certificate, config, result)
+    typer.echo(json.dumps(result.json) if as_json else result.text)
     raise typer.Exit(0 if result.passed else 1)
+
+
+@app.command()
+def transfer(
+    study: Study,
+    over: Annotated[Literal["width", "depth"], typer.Option(help="what grows")] = "width",
+    sizes: Annotated[
+        str | None, typer.Option(help="such as 32,64,128; default: the study's widths, or 1, 2 and 4 times its depth")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="of every run, cooldown included")] = 204_800,
+    seeds: Annotated[int, typer.Option(min=1)] = 2,
+    control: Annotated[bool, typer.Option(help="also the standard table (over depth: no depth rule)")] = True,
+    workers: Annotated[int, typer.Option(min=1, help="processes of one thread each")] = 1,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of any setting")] = None,
+    plot: Annotated[Path | None, typer.Option(help="a figure, .png, .pdf or .svg")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Does the best learning rate stay as models grow? Short runs on a grid; kept, so that a second call goes on.
+
+    Exit code 1 when the shift, the regret or the exponent is beyond its limit.
+
+    Example: proxies transfer studies/quickstart.toml --sizes 32,64,128 --dry-run
+    """
+    from proxies.transfers import arms_of, expected_cost
+    from proxies.transfers import transfer as run
+
+    with refusing():
+        family, toml = read_family(study)
+        config = configured(family, family.base_width, set_ or [])
+        layers = config.base_layers or config.n_layers
+        chosen = numbers("--sizes", sizes) or (
+            list(family.widths) if over == "width" else [layers, 2 * layers, 4 * layers]
+        )
+        flops, seconds = expected_cost(arms_of(config, over, chosen, control=control), tokens, seeds)
+        runs = toml.parent / toml.stem / "transfer" / "runs.jsonl"
+        typer.echo(
+            f"about {flops:.2g} FLOPs, {seconds / 60:.1f} core-minutes, less what {runs} holds of it; "
+            f"{seconds / 60 / workers:.1f} minutes with {workers} workers",
+            err=True,
+        )
+        if dry_run:
+            return
+        if plot is not None:
+            from proxies.plots import check_figure, draw_transfer
+
+            check_figure(plot)
+        try:
+            with sigterm_as_interrupt():
+                report = run(
+                    config,
+                    chosen,
+                    tokens,
+                    over=over,
+                    seeds=seeds,
+                    control=control,
+                    runs=runs,
+                    workers=workers,
+                    progress=lambda text: typer.echo(text, err=True),
+                )
+        except KeyboardInterrupt as stop:
+            typer.echo(f"stopped; the same command goes on with the runs in {runs}", err=True)
+            raise typer.Exit(interrupted_code(stop)) from stop
+    if plot is not None:
+        draw_transfer(report, plot)
+    typer.echo(json.dumps(report.json) if as_json else report.text)
+    raise typer.Exit(0 if report.passed else 1)
 
 
 @app.command()
@@ -59,6 +154,12 @@ def train(
         Path | None, typer.Option(help="checkpoint of a shorter or interrupted run to go on from")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="where the checkpoint goes")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="where the state of an interrupted run goes; gone on from if it is there")
+    ] = None,
+    peak_flops: Annotated[
+        float | None, typer.Option(min=1, help="of the device, per second, for MFU; known for H100 and A100")
+    ] = None,
 ) -> None:
     """Train one proxy of a study's family outside the search; one line of JSON per measurement.
 
@@ -67,14 +168,59 @@ def train(
     from dataclasses import asdict
 
     from proxies.training import train as run
+    from proxies.usage import Usage
 
     with refusing():
         family, _ = read_family(study)
         config = configured(family, width, set_ or [])
-        points = run(config, tokens, resume=resume, save=save)
+        resume = keep if keep is not None and keep.exists() else resume
+        usage = Usage(config, peak_flops)
+        points = run(config, tokens, resume=resume, save=save, keep=keep)
     last = None
-    for last in points:
-        typer.echo(json.dumps(asdict(last)))
+    try:
+        with sigterm_as_interrupt(), closing(points):
+            for last in usage.of(points):
+                typer.echo(json.dumps(asdict(last)))
+    except KeyboardInterrupt as stop:
+        raise interrupted(stop, keep) from stop
+    typer.echo(str(usage), err=True)
+    if last is not None and last.diverged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def autolrs(
+    study: Study,
+    width: Annotated[int, typer.Option(help="d_model")],
+    tokens: Annotated[int, typer.Option(help="how long, without what the search adds")],
+    stages: Annotated[int, typer.Option(min=1, help="stages of one rate each")] = 8,
+    overhead: Annotated[float, typer.Option(min=0, help="tokens of the search over those trained, at most")] = 0.3,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of any setting, such as lr=0.01")] = None,
+    save: Annotated[Path | None, typer.Option(help="where the checkpoint goes")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="where the state after every stage goes; gone on from if it is there")
+    ] = None,
+) -> None:
+    """Train one proxy with a learning rate searched stage by stage; one line of JSON per stage. It lost to a tuned WSD.
+
+    Example: proxies autolrs studies/quickstart.toml --width 64 --tokens 800000 --set batch_seqs=4
+    """
+    from dataclasses import asdict
+
+    from proxies.stagewise import autolrs as search
+
+    with refusing():
+        family, _ = read_family(study)
+        found = search(
+            configured(family, width, set_ or []), tokens, stages=stages, overhead=overhead, save=save, keep=keep
+        )
+    last = None
+    try:
+        with sigterm_as_interrupt(), closing(found):
+            for last in found:
+                typer.echo(json.dumps(asdict(last)))
+    except KeyboardInterrupt as stop:
+        raise interrupted(stop, keep) from stop
     if last is not None and last.diverged:
         raise typer.Exit(1)
 
@@ -227,6 +373,13 @@ def read_family(study: str) -> tuple[ProxyFamily, Path]:
         raise ValueError(f"{path}, table [trainer]: {error}; `hpo validate {path}` says more") from error
 
 
+def interrupted(stop: KeyboardInterrupt, keep: Path | None) -> typer.Exit:
+    """The end of a command that was told to stop, and what is left of its run."""
+    left = f"the same command goes on from {keep}" if keep else "nothing was kept: --keep would have"
+    typer.echo(f"stopped; {left}", err=True)
+    return typer.Exit(interrupted_code(stop))
+
+
 def configured(family: ProxyFamily, width: int, changes: list[str]) -> ProxyConfig:
     """The family's proxy of this width with `name=value` settings in place of its own."""
     from proxies.config import ProxyConfig
@@ -237,8 +390,16 @@ def configured(family: ProxyFamily, width: int, changes: list[str]) -> ProxyConf
     return ProxyConfig.model_validate(family.model_dump(exclude={"widths"}) | {"d_model": width} | settings)
 
 
-def slopes(result: Any) -> Any:
-    return json.loads(json.dumps(result.slopes, default=str))
+def numbers(option: str, text: str | None) -> list[int] | None:
+    """'32,64' as [32, 64]; None where nothing is given."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"{option}: needed whole numbers with commas between, such as 32,64,128, got {text!r}"
+        ) from error
 
 
 def main() -> None:

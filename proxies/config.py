@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from proxies.weights import allotted, check_weights, shares_of
 from scaling.compute import ParamCounts, count_transformer, flops_per_token
 
 OptimizerName = Literal[
@@ -21,6 +33,9 @@ OptimizerName = Literal[
     "schedule-free",
     "soap",
 ]
+
+ScheduleName = Literal["wsd", "power", "inverse-sqrt", "cosine", "linear", "rex", "constant"]
+DecayName = Literal["1-sqrt", "linear", "cosine", "square", "exponential"]
 
 
 class ProxySettings(BaseModel):
@@ -59,22 +74,104 @@ class ProxySettings(BaseModel):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: PositiveFloat = 1e-8
+    momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
+    beta3: float = Field(0.9999, ge=0, lt=1, description="of AdEMAMix's slow average")
+    slow_weight: NonNegativeFloat = Field(5.0, description="AdEMAMix's alpha: weight of the slow average")
+    slow_warmup_tokens: int = Field(0, ge=0, description="AdEMAMix raises slow_weight and beta3 over so many tokens")
+    coordinate_check: str | None = Field(
+        None, description="certificate from `proxies check --certificate`, for an optimizer without a verified rule"
+    )
     batch_seqs: PositiveInt = Field(16, description="sequences per optimizer step")
 
-    # schedule: warm-up, constant trunk, 1 - sqrt cooldown over the last share of the run (WSD, arXiv 2405.18392)
-    schedule: Literal["wsd"] = "wsd"
+    # schedule (docs/math.md §3): warm-up, trunk, and, where there is one, a cooldown over the last share of the run
+    schedule: ScheduleName = "wsd"
+    decay: DecayName = Field("1-sqrt", description="shape of the cooldown of 'wsd', 'power' and 'inverse-sqrt'")
     warmup_tokens: int = Field(8192, ge=0)
     cooldown: float = Field(0.2, gt=0, lt=1, description="share of a run's tokens spent in the cooldown branch")
+    lr_floor: float = Field(0.1, ge=0, lt=1, description="share of the peak where cosine and exponential decay end")
+    power_a: PositiveFloat = Field(4.6, description="'power': lr at most batch_seqs * a * tokens^b")
+    power_b: float = Field(-0.51, lt=0, description="'power': the exponent of tokens")
+    sqrt_tokens: PositiveInt = Field(
+        65_536, description="'inverse-sqrt': constant until here, then sqrt(here / tokens)"
+    )
+
+    # memory: neither changes what is computed, but for the rounding of a sum over parts
+    micro_seqs: PositiveInt | None = Field(None, description="sequences per forward and backward; default: the batch")
+    recompute: bool = Field(False, description="keep no activations inside blocks: a third more work, less memory")
+
+    # speed
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of matrix products; weights stay float32. Default: float32 on CPU, bfloat16 on CUDA"
+    )
+    compile: bool = Field(False, description="torch.compile: a minute before the first step; needs a C++ compiler")
 
     # data
-    corpus: str = Field("stdlib", description="'stdlib', or a text file, a folder, or a .bin file of uint16 tokens")
+    tokenizer: str = Field("bytes", description="'bytes', 'bpe' (trained on the training part), or a tokenizer.json")
+    corpus: str | dict[str, str] = Field(
+        "stdlib", description="'stdlib', text, a folder, .bin tokens, a data set (proxies/data.py); several by name"
+    )
+    mixture: dict[str, float] = Field(
+        default_factory=dict,
+        validate_default=True,
+        description="weights of several sources in training, by name; their sum does not matter; default: equal",
+    )
+    eval_mixture: dict[str, float] = Field(
+        default_factory=dict,
+        validate_default=True,
+        description="the same for the held-out loss; default: equal, whatever is trained on",
+    )
+    order: Literal["random", "epochs"] = Field(
+        "random", description="windows drawn with replacement, or pass after pass"
+    )
     eval_windows: PositiveInt = Field(64, description="held-out windows of seq_len tokens, always the same ones")
     seed: int = Field(0, ge=0)
+
+    @field_validator("corpus")
+    @classmethod
+    def _sources_have_names(cls, corpus: str | dict[str, str]) -> str | dict[str, str]:
+        if not isinstance(corpus, str):
+            wrong = [name for name in corpus if not re.fullmatch(r"[\w-]+", name)]
+            if wrong or not corpus:
+                raise ValueError(f"needed sources with names of letters, digits, - and _, got {wrong or 'none'}")
+        return corpus
+
+    @field_validator("mixture", "eval_mixture")
+    @classmethod
+    def _weights_make_shares(cls, weights: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        if "corpus" in info.data and (problems := check_weights(weights, _names(info.data["corpus"]))):
+            raise ValueError("; ".join(problems))
+        return weights
+
+    @model_validator(mode="after")
+    def _every_source_is_measured(self) -> Self:
+        shares = shares_of(self.eval_mixture, _names(self.corpus))
+        given = allotted(self.eval_windows, list(shares.values()))
+        missing = [name for (name, share), n in zip(shares.items(), given, strict=True) if share > 0 and n == 0]
+        if missing:
+            raise ValueError(
+                f"eval_windows: needed a window for every source with a weight in eval_mixture, got {self.eval_windows} "
+                f"and none for {', '.join(missing)}: raise eval_windows, or set those weights to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rope_needs_pairs(self) -> Self:
         if self.d_head % 2:
             raise ValueError(f"d_head must be even (rotary embedding turns pairs of channels), got {self.d_head}")
+        return self
+
+    @model_validator(mode="after")
+    def _prodigy_finds_its_own_rate(self) -> Self:
+        if self.optimizer == "prodigy" and not 0.1 <= self.lr <= 10:
+            raise ValueError(
+                f"optimizer = 'prodigy' finds the rate, which lr multiplies: needed lr from 0.1 to 10, got {self.lr:g}: set lr = 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _exponential_decay_ends_above_zero(self) -> Self:
+        if self.decay == "exponential" and self.lr_floor == 0:
+            raise ValueError("decay = 'exponential' needs lr_floor > 0, the share of the peak where it ends, got 0")
         return self
 
     @model_validator(mode="after")
@@ -92,6 +189,11 @@ class ProxyConfig(ProxySettings):
     """One proxy: the settings of its family and a width."""
 
     d_model: PositiveInt = 64
+
+    @field_validator("mixture", "eval_mixture")
+    @classmethod
+    def _shares(cls, weights: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        return shares_of(weights, _names(info.data.get("corpus", "")))
 
     @model_validator(mode="after")
     def _whole_heads(self) -> Self:
@@ -154,3 +256,8 @@ class ProxyConfig(ProxySettings):
             d_head=self.d_head,
             seq_len=self.seq_len,
         )
+
+
+def _names(corpus: str | dict[str, str]) -> list[str]:
+    """Names of the sources in an order that no file can change; a single corpus has none."""
+    return [] if isinstance(corpus, str) else sorted(corpus)

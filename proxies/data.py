@@ -1,39 +1,51 @@
-"""What proxies read: bytes of text or a file of tokens, split into train and validation once and for all.
+"""What proxies read: text as bytes or by byte-pair encoding, or files of tokens, split into train and validation once and for all.
 
 The default corpus, "stdlib", is the source of Python's own standard library: about 30 MB, on every machine.
+
+    "stdlib"                              Python's standard library, split by file
+    a folder                              its text, split by file; one with train.bin and val.bin: those tokens
+    a text file                           split by blocks of 2,048 bytes
+    a .bin file                           tokens (proxies/tokens.py says of which width), the last sixteenth held out
+    a .parquet or .jsonl file, a data set saved to disk, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]   split by row; needs muscale[data]
+
+Bytes of up to 256 MiB are held in memory. Larger text, and all that is not bytes, is tokenized once into a cache and mapped.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import sysconfig
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-Split = Literal["train", "val"]
-Tokens = NDArray[Any]  # 1-D, uint8 (bytes) or uint16 (.bin)
+from proxies.sources import BLOCK as BLOCK
+from proxies.sources import (
+    TAIL,
+    CorpusFile,
+    Piece,
+    Source,
+    Split,
+    add_to_digest,
+    check_rows,
+    digest_of,
+    is_rows,
+    open_source,
+    sizes_of,
+)
+from proxies.tokenizer import BYTES, Encoder, check_tokenizer, decodes, make_encoder
+from proxies.tokens import Tokens as Tokens
+from proxies.tokens import bin_layout, check_tokens, kept_tokens, key_of, open_bin, remembered
+from proxies.windows import DRAW as DRAW
+from proxies.windows import Windows as Windows
+from proxies.windows import held_out as held_out
 
-BYTES = 256
-VAL_OF_256 = 20  # files whose path hashes below this are held out: 7.8 %
-BLOCK = 2048  # bytes; one text file is split by blocks of this size, one in sixteen held out
-TAIL = 16  # a .bin file holds out its last sixteenth, so that both parts stay memory-mapped
-DRAW = 4096  # windows whose offsets are drawn together
-SCAN = 1 << 20  # tokens looked at in each of the places that a check samples
-
-
-@dataclass(frozen=True)
-class CorpusFile:
-    path: str  # relative to the corpus, with forward slashes
-    size: int  # bytes
-    split: Literal["train", "val", "both"]  # both: one file, cut into parts
+IN_MEMORY = 1 << 28  # bytes of text that are read as they are; more go through the cache
+CHUNK = 1 << 22  # bytes that are tokenized together, about
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,164 +56,211 @@ class Corpus:
     train: Tokens
     val: Tokens
     files: tuple[CorpusFile, ...]
-    sha256: str  # of every relative path, size and content, in order
+    sha256: str  # of every relative path, size and content, in order, and of the tokenizer unless it is "bytes"
     vocab: int
+    bytes_per_token: (
+        float | None
+    )  # of the held-out part; None for tokens of unknown text. Bits per byte: loss / ln 2 / this
 
 
-def load_corpus(spec: str, *, vocab: int = BYTES) -> Corpus:
-    """The corpus called `spec`: "stdlib", a text file, a folder of text, or a .bin file of little-endian uint16 tokens.
+def load_corpus(spec: str | Mapping[str, str], *, vocab: int = BYTES, tokenizer: str = "bytes") -> Corpus:
+    """The corpus called `spec` (see above). The split depends on paths and positions only, never on a seed.
 
-    A folder (and the standard library) is split by file, a text file by blocks, a .bin file at its tail; the split
-    depends on paths and positions only, never on a seed. Read once per process. Raises ValueError if there is nothing
-    to train on or a token does not fit in `vocab`.
+    Read once per process. Raises ValueError if there is nothing to train on, a token does not fit in `vocab`, or `spec`
+    names several corpora, which `proxies.mixture.open_data` reads.
     """
-    return _load(spec if spec == "stdlib" else str(Path(spec).expanduser().resolve()), vocab)
+    if not isinstance(spec, str):
+        raise ValueError(f"needed one corpus, got {', '.join(spec)}: a mixture is read by proxies.mixture.open_data")
+    return load_corpora({"": spec}, vocab=vocab, tokenizer=tokenizer)[""]
 
 
-def check_corpus(spec: str, *, vocab: int = BYTES, seq_len: int = 1) -> list[str]:
+def load_corpora(specs: Mapping[str, str], *, vocab: int = BYTES, tokenizer: str = "bytes") -> dict[str, Corpus]:
+    """Several corpora by their names. A tokenizer that is trained here is trained on all of them together."""
+    return _load(tuple((name, _resolved(spec)) for name, spec in specs.items()), vocab, tokenizer)
+
+
+def check_corpora(specs: Mapping[str, str], *, vocab: int, seq_len: int, tokenizer: str) -> list[str]:
+    """The same as check_corpus for each, and for all together."""
+    tokens = [name for name, spec in specs.items() if _is_bin(_path(spec))]
+    problems = []
+    if len(tokens) < len(specs):
+        problems += check_tokenizer(tokenizer, vocab)
+    if tokens and tokenizer == "bpe":
+        problems.append(
+            f"tokenizer 'bpe' is trained on text, got tokens in {', '.join(specs[n] for n in tokens)}: name the tokenizer.json they were made with"
+        )
+    for name, spec in specs.items():
+        problems += [f"{name}: {said}" if name else said for said in _check(spec, vocab, seq_len)]
+    return problems
+
+
+def check_corpus(spec: str, *, vocab: int = BYTES, seq_len: int = 1, tokenizer: str = "bytes") -> list[str]:
     """What would keep windows of `seq_len` tokens from being read, in words; empty if nothing is found.
 
-    Cheap: it looks at names and sizes, and for a .bin file at three samples of its tokens; `load_corpus` looks at all.
+    Cheap: it looks at names and sizes, at three samples of a .bin file's tokens, and opens a data set that lies on this
+    machine; `load_corpus` looks at all.
     """
-    path = Path(sysconfig.get_path("stdlib")) if spec == "stdlib" else Path(spec).expanduser()
+    return check_corpora({"": spec}, vocab=vocab, seq_len=seq_len, tokenizer=tokenizer)
+
+
+def _check(spec: str, vocab: int, seq_len: int) -> list[str]:
+    if is_rows(spec):
+        return check_rows(spec)
+    path = _path(spec)
     if not path.exists():
-        return [f"needed 'stdlib' or an existing file or folder, got {spec!r}: no such path"]
-    if path.suffix == ".bin" and path.is_file():
-        return _check_bin(path, vocab, seq_len)
-    problems = []
-    if vocab < BYTES:
-        problems.append(
-            f"text is read as bytes and needs vocab >= {BYTES}, got {vocab}: raise vocab or give a .bin file"
-        )
-    if path.is_file():
-        size = path.stat().st_size
-        held = sum(min(BLOCK, size - at) for i, at in enumerate(range(0, size, BLOCK)) if _held_block(i))
-        sizes: dict[Split, int] = {"train": size - held, "val": held}
-    else:
-        sizes = {"train": 0, "val": 0}
-        for relative in _listing(path, python_only=spec == "stdlib"):
-            sizes[_split_of(relative)] += (path / relative).stat().st_size
-    return problems + _too_short(sizes["train"], sizes["val"], seq_len)
-
-
-class Windows:
-    """Random windows of seq_len tokens, each followed by its next token.
-
-    Where window i begins depends on (seed, i) alone. So the position in the data is one integer, the order does not
-    depend on the batch size, and a resumed run reads what an uninterrupted one would have read. Windows are drawn
-    with replacement.
-    """
-
-    def __init__(self, tokens: Tokens, seq_len: int, seed: int) -> None:
-        if len(tokens) <= seq_len:
-            raise ValueError(f"needed more than seq_len = {seq_len} tokens, got {len(tokens)}: use a larger corpus")
-        if seed < 0:
-            raise ValueError(f"needed a seed >= 0, got {seed}: numpy seeds are not negative")
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self._draws: dict[int, NDArray[np.int64]] = {}
-
-    def offsets(self, start: int, n: int) -> NDArray[np.int64]:
-        """Where windows start, ..., start + n - 1 begin, int64 [n]."""
-        blocks = range(start // DRAW, (start + n - 1) // DRAW + 1)
-        self._draws = {block: self._draws[block] if block in self._draws else self._draw(block) for block in blocks}
-        drawn = np.concatenate([self._draws[block] for block in blocks])
-        first = start - blocks.start * DRAW
-        return drawn[first : first + n]
-
-    def batch(self, start: int, n: int) -> tuple[Tensor, Tensor]:
-        """Windows start, ..., start + n - 1: inputs and next tokens, int64 [n, seq_len] each."""
-        if start < 0 or n < 1:
-            raise ValueError(f"needed start >= 0 and n >= 1, got start = {start}, n = {n}")
-        return _cut(self.tokens, self.offsets(start, n), self.seq_len)
-
-    def _draw(self, block: int) -> NDArray[np.int64]:
-        generator = np.random.default_rng([self.seed, block])
-        return generator.integers(0, len(self.tokens) - self.seq_len, size=DRAW)
-
-
-def held_out(tokens: Tokens, seq_len: int, n: int) -> tuple[Tensor, Tensor]:
-    """n windows evenly spaced over the validation tokens: inputs and next tokens, int64 [n, seq_len] each.
-
-    Always the same ones, whatever the seed or the batch. They overlap if there are fewer than n * seq_len tokens.
-    """
-    if len(tokens) <= seq_len:
-        raise ValueError(
-            f"needed more than seq_len = {seq_len} validation tokens, got {len(tokens)}: use a larger corpus"
-        )
-    last = len(tokens) - seq_len - 1
-    return _cut(tokens, np.arange(n, dtype=np.int64) * last // max(n - 1, 1), seq_len)
-
-
-def _cut(tokens: Tokens, offsets: NDArray[np.int64], seq_len: int) -> tuple[Tensor, Tensor]:
-    windows = torch.from_numpy(tokens[offsets[:, None] + np.arange(seq_len + 1)].astype(np.int64))
-    return windows[:, :-1], windows[:, 1:]
+        return [f"needed 'stdlib', a data set hf:NAME or an existing file or folder, got {spec!r}: no such path"]
+    if not _is_bin(path):
+        sizes = sizes_of(spec)
+        return _too_short(sizes["train"], sizes["val"], seq_len)
+    try:
+        layouts = [bin_layout(part) for part in _bin_files(path)]
+    except ValueError as error:
+        return [str(error)]
+    n_train, n_val = _bin_sizes([count for _, _, count in layouts])
+    problems = _too_short(n_train, n_val, seq_len)
+    for part, (_, _, count) in zip(_bin_files(path), layouts, strict=True):
+        problems += check_tokens(open_bin(part), vocab, str(part), whole=False) if count else []
+    return problems
 
 
 @lru_cache(maxsize=4)
-def _load(spec: str, vocab: int) -> Corpus:
-    problems = check_corpus(spec, vocab=vocab)
+def _load(specs: tuple[tuple[str, str], ...], vocab: int, tokenizer: str) -> dict[str, Corpus]:
+    problems = check_corpora(dict(specs), vocab=vocab, seq_len=1, tokenizer=tokenizer)
     if problems:
-        raise ValueError(f"corpus {spec}: " + "; ".join(problems))
-    if spec == "stdlib":
-        return _load_folder("stdlib", Path(sysconfig.get_path("stdlib")), vocab, python_only=True)
-    path = Path(spec)
-    if path.is_dir():
-        return _load_folder(path.name, path, vocab, python_only=False)
-    return _load_bin(path, vocab) if path.suffix == ".bin" else _load_text(path, vocab)
+        raise ValueError(f"corpus {', '.join(spec for _, spec in specs)}: " + "; ".join(problems))
+    loaded = {name: _load_bin(_path(spec), vocab) for name, spec in specs if _is_bin(_path(spec))}
+    texts = {name: open_source(spec) for name, spec in specs if name not in loaded}
+    if tokenizer == "bytes":
+        for name, source in texts.items():
+            loaded[name] = _in_memory(source, vocab) if source.size <= IN_MEMORY else _cached(source, vocab)
+    elif texts:
+        digests = {name: digest_of(source) for name, source in texts.items()}
+        encoder = make_encoder(tokenizer, vocab, [(texts[name], digests[name]) for name in texts])
+        loaded |= {name: _cached(source, vocab, digests[name], encoder) for name, source in texts.items()}
+    for name, spec in specs:
+        if problems := _too_short(len(loaded[name].train), len(loaded[name].val), 1):
+            raise ValueError(f"corpus {spec}: " + "; ".join(problems))
+    return {name: loaded[name] for name, _ in specs}
 
 
-def _load_folder(name: str, root: Path, vocab: int, *, python_only: bool) -> Corpus:
+def _in_memory(source: Source, vocab: int) -> Corpus:
     digest = hashlib.sha256()
-    files: list[CorpusFile] = []
     parts: dict[Split, list[bytes]] = {"train": [], "val": []}
-    for relative in _listing(root, python_only=python_only):
-        content = (root / relative).read_bytes()
-        if not content or not (python_only or _is_utf8(content)):
-            continue
-        split = _split_of(relative)
-        parts[split].append(content)
-        files.append(CorpusFile(relative, len(content), split))
-        digest.update(f"{relative}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
-        digest.update(content)
+    files: list[CorpusFile] = []
+    last = None
+    for piece in source.pieces():
+        if source.files is None and piece.of != last:
+            files.append(CorpusFile(piece.of, piece.size, piece.split))
+        last = add_to_digest(digest, piece, last)
+        parts[piece.split].append(piece.text)
     train, val = (np.frombuffer(b"".join(parts[split]), dtype=np.uint8) for split in ("train", "val"))
-    # Sizes were checked before; files that do not decode have been left out since.
-    if problems := _too_short(len(train), len(val), 1):
-        raise ValueError(f"corpus {root}: " + "; ".join(problems))
-    return Corpus(name, train, val, tuple(files), digest.hexdigest(), vocab)
+    return Corpus(source.name, train, val, source.files or tuple(files), digest.hexdigest(), vocab, 1.0)
 
 
-def _load_text(path: Path, vocab: int) -> Corpus:
-    content = path.read_bytes()
-    if not _is_utf8(content):
-        raise ValueError(f"corpus {path}: needed utf-8 text, got other bytes: convert it, or name tokens .bin")
-    tokens = np.frombuffer(content, dtype=np.uint8)
-    held = np.repeat([_held_block(i) for i in range(-(-len(tokens) // BLOCK))], BLOCK)[: len(tokens)]
-    files = (CorpusFile(path.name, len(content), "both"),)
-    return Corpus(path.name, tokens[~held], tokens[held], files, _sha256_of_one(path, content), vocab)
+def _cached(source: Source, vocab: int, digest: str | None = None, encoder: Encoder | None = None) -> Corpus:
+    """The corpus from the cache of tokens, into which it is written first if it is not there."""
+    digest = digest or digest_of(source)
+    encoder = encoder or make_encoder("bytes", vocab, [])
+
+    def build(folder: Path) -> dict[str, Any]:
+        with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
+            counts, read = _write_tokens(source, encoder, {"train": train, "val": val})
+        if read != digest:
+            raise ValueError(
+                f"needed {source.name} to stay as it is, got other bytes while it was tokenized: start again"
+            )
+        return {"dtype": encoder.dtype} | counts
+
+    train, val, said = kept_tokens(key_of("tokens", digest, encoder.id, encoder.dtype), build)
+    ratio = said["val_bytes"] / said["val"] if said["val"] else None
+    files = source.files or tuple(CorpusFile(*entry) for entry in said["files"])
+    whole = digest if encoder.id == "bytes" else key_of(digest, encoder.id)
+    return Corpus(source.name, train, val, files, whole, vocab, ratio)
+
+
+def _write_tokens(source: Source, encoder: Encoder, to: Mapping[str, BinaryIO]) -> tuple[dict[str, Any], str]:
+    """Tokens and bytes of both parts, the files read, and the digest of the text."""
+    digest = hashlib.sha256()
+    counts: dict[str, Any] = {"train": 0, "val": 0, "val_bytes": 0, "files": []}
+    last: str | None = None
+
+    def readable() -> Iterator[Piece]:
+        nonlocal last
+        for piece in source.pieces():
+            first = piece.of != last
+            last = add_to_digest(digest, piece, last)
+            if encoder.id == "bytes" or decodes(piece.text):
+                if source.files is None and first:
+                    counts["files"].append([piece.of, piece.size, piece.split])
+                yield piece
+
+    for pieces in _batches(readable()):
+        for piece, tokens in zip(pieces, encoder.encode([p.text for p in pieces]), strict=True):
+            counts[piece.split] += len(tokens)
+            counts["val_bytes"] += len(piece.text) if piece.split == "val" else 0
+            to[piece.split].write(tokens.tobytes())
+    return counts, digest.hexdigest()
+
+
+def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    held = 0
+    for piece in pieces:
+        batch.append(piece)
+        held += len(piece.text)
+        if held >= CHUNK:
+            yield batch
+            batch, held = [], 0
+    yield batch
 
 
 def _load_bin(path: Path, vocab: int) -> Corpus:
-    tokens = np.memmap(path, dtype="<u2", mode="r")
-    highest = max(int(tokens[at : at + SCAN].max()) for at in range(0, len(tokens), SCAN))
-    if highest >= vocab:
-        raise ValueError(f"corpus {path}: needed tokens below vocab = {vocab}, got {highest}: raise vocab")
-    split = len(tokens) - len(tokens) // TAIL
-    files = (CorpusFile(path.name, path.stat().st_size, "both"),)
-    return Corpus(path.name, tokens[:split], tokens[split:], files, _sha256_of_one(path, tokens.data), vocab)
+    files = _bin_files(path)
+    arrays = [open_bin(file) for file in files]
+
+    def read() -> dict[str, Any]:
+        digest = hashlib.sha256()
+        problems: list[str] = []
+        for file, tokens in zip(files, arrays, strict=True):
+            problems += check_tokens(tokens, vocab, str(file), whole=True)
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+            digest.update(tokens.data)
+        return {"sha256": digest.hexdigest(), "problems": problems}
+
+    said = remembered(files, f"tokens below {vocab}", read)
+    if said["problems"]:
+        raise ValueError(f"corpus {path}: " + "; ".join(said["problems"]))
+    n_train, _ = _bin_sizes([len(tokens) for tokens in arrays])
+    train, val = (arrays[0], arrays[1]) if len(arrays) == 2 else (arrays[0][:n_train], arrays[0][n_train:])
+    splits: list[Any] = ["train", "val"] if len(files) == 2 else ["both"]
+    listed = tuple(CorpusFile(f.name, f.stat().st_size, split) for f, split in zip(files, splits, strict=True))
+    return Corpus(path.name, train, val, listed, said["sha256"], vocab, None)
 
 
-def _check_bin(path: Path, vocab: int, seq_len: int) -> list[str]:
-    size = path.stat().st_size
-    if size % 2:
-        return [f"needed uint16 tokens, two bytes each, got {size:,} bytes in {path}: write it as numpy uint16"]
-    n = size // 2
-    problems = _too_short(n - n // TAIL, n // TAIL, seq_len)
-    if n:
-        tokens = np.memmap(path, dtype="<u2", mode="r")
-        highest = max(int(tokens[at : at + SCAN].max()) for at in {0, n // 2, max(n - SCAN, 0)})
-        if highest >= vocab:
-            problems.append(f"needed tokens below vocab = {vocab}, got {highest}: raise vocab")
-    return problems
+def _is_bin(path: Path) -> bool:
+    return len(_bin_files(path)) > 0
+
+
+def _bin_files(path: Path) -> list[Path]:
+    """The token file, or train.bin and val.bin of a folder; none if this is something else."""
+    if path.is_file():
+        return [path] if path.suffix == ".bin" else []
+    pair = [path / "train.bin", path / "val.bin"]
+    return pair if all(p.is_file() for p in pair) else []
+
+
+def _bin_sizes(counts: list[int]) -> tuple[int, int]:
+    if len(counts) == 2:
+        return counts[0], counts[1]
+    return counts[0] - counts[0] // TAIL, counts[0] // TAIL
+
+
+def _path(spec: str) -> Path:
+    return Path(sysconfig.get_path("stdlib")) if spec == "stdlib" else Path(spec).expanduser()
+
+
+def _resolved(spec: str) -> str:
+    return spec if spec == "stdlib" or spec.startswith("hf:") else str(Path(spec).expanduser().resolve())
 
 
 def _too_short(n_train: int, n_val: int, seq_len: int) -> list[str]:
@@ -213,39 +272,3 @@ def _too_short(n_train: int, n_val: int, seq_len: int) -> list[str]:
         for split, n in (("train", n_train), ("validation", n_val))
         if n <= seq_len
     ]
-
-
-def _listing(root: Path, *, python_only: bool) -> list[str]:
-    """Relative paths of the files below root, sorted; no hidden ones, no links to folders, no installed packages."""
-    found: list[str] = []
-    for folder, inner, names in os.walk(root):
-        inner[:] = [d for d in inner if d[0] != "." and not (python_only and d in ("site-packages", "dist-packages"))]
-        prefix = Path(folder).relative_to(root).as_posix()
-        prefix = "" if prefix == "." else prefix + "/"
-        found += [prefix + name for name in names if name[0] != "." and (name.endswith(".py") or not python_only)]
-    return sorted(found)
-
-
-def _split_of(relative: str) -> Split:
-    first = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).digest()[0]
-    return "val" if first < VAL_OF_256 else "train"
-
-
-def _held_block(index: int) -> bool:
-    # One block in sixteen by hash. The salt was chosen so that block 1 is held out and block 0 is not: with it even a
-    # file of two blocks has both parts.
-    return hashlib.sha256(f"block {index} 0".encode()).digest()[0] < BYTES // TAIL
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _sha256_of_one(path: Path, content: Any) -> str:
-    digest = hashlib.sha256(f"{path.name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
-    digest.update(content)
-    return digest.hexdigest()

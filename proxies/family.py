@@ -12,7 +12,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
+from proxies.certificates import SETTINGS, VERIFIED, refusal
 from proxies.config import ProxyConfig, ProxySettings
+from proxies.schedules import SCHEDULES, unread
+from proxies.weights import MIX
 from scaling.compute import Fidelity
 from scaling.runs import Measurement
 
@@ -24,15 +27,31 @@ SEARCHABLE = (
     "batch_seqs",
     "beta1",
     "beta2",
+    "beta3",
     "cooldown",
     "embed_lr_mult",
     "embed_std",
     "eps",
     "init_std",
     "lr",
+    "lr_floor",
+    "momentum",
+    "power_a",
+    "power_b",
+    "slow_warmup_tokens",
+    "slow_weight",
+    "sqrt_tokens",
     "warmup_tokens",
     "weight_decay",
 )
+
+# Settings that only some optimizers have; searching one where nothing depends on it would waste the search.
+ONLY_OF = {
+    "beta3": ("ademamix",),
+    "momentum": ("muon", "muon-rms"),
+    "slow_warmup_tokens": ("ademamix",),
+    "slow_weight": ("ademamix",),
+}
 
 OTHER_NAMES = {
     "learning_rate": "lr",
@@ -67,10 +86,15 @@ class ProxyFamily(ProxySettings):
 
     @field_validator("corpus")
     @classmethod
-    def _corpus_is_there(cls, corpus: str, info: ValidationInfo) -> str:
-        from proxies.data import check_corpus
+    def _corpus_is_there(cls, corpus: str | dict[str, str], info: ValidationInfo) -> str | dict[str, str]:
+        from proxies.data import check_corpora
 
-        wrong = check_corpus(corpus, vocab=info.data.get("vocab", 256), seq_len=info.data.get("seq_len", 1))
+        wrong = check_corpora(
+            {"": corpus} if isinstance(corpus, str) else corpus,
+            vocab=info.data.get("vocab", 256),
+            seq_len=info.data.get("seq_len", 1),
+            tokenizer=info.data.get("tokenizer", "bytes"),
+        )
         if wrong:
             raise ValueError("; ".join(wrong))
         return corpus
@@ -89,9 +113,26 @@ class ProxyFamily(ProxySettings):
             raise ValueError(f"they must differ, got {list(widths)}")
         return widths
 
+    @property
+    def resumable(self) -> bool:
+        """Whether a longer run goes on from a shorter one. Not under a schedule with a horizon: it pays its full price."""
+        return not SCHEDULES[self.schedule].has_horizon
+
     def member(self, d_model: int, params: Mapping[str, Any] | None = None) -> ProxyConfig:
-        """The family's proxy of this width, with searched parameters in place of its own."""
-        return ProxyConfig(**self.model_dump(exclude={"widths"}), d_model=d_model).model_copy(update=dict(params or {}))
+        """The family's proxy of this width, with searched parameters in place of its own.
+
+        "mix.NAME" is the weight of a source; the others keep theirs, and the proxy has the shares that follow.
+        """
+        given = dict(params or {})
+        weights = {name.removeprefix(MIX): given.pop(name) for name in list(given) if name.startswith(MIX)}
+        if weights:
+            given["mixture"] = self.weights | weights
+        return ProxyConfig(**self.model_dump(exclude={"widths"}), d_model=d_model).model_copy(update=given)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every source as the study gives it; 1 if it gives none."""
+        return self.mixture or ({} if isinstance(self.corpus, str) else dict.fromkeys(self.corpus, 1.0))
 
     @property
     def sizes(self) -> tuple[float, ...]:
@@ -110,25 +151,42 @@ class ProxyFamily(ProxySettings):
         """N and D of the target, which must be a width that the family can have."""
         target = Target.model_validate(table)
         config = ProxyConfig.model_validate(self.member(target.d_model).model_dump())
+        if wrong := refusal(config):
+            raise ValueError(wrong)
         return Fidelity(float(config.counts.N), float(target.tokens))
 
     def problems(self, space: Mapping[str, Any], tokens: tuple[int, int] | None) -> list[str]:
         """Names that cannot be searched, values that cannot be trained, runs too short for their steps and warm-up."""
         said = []
         width = min(self.widths)
+        sources = [] if isinstance(self.corpus, str) else [MIX + name for name in self.corpus]
+        known = [*SEARCHABLE, *sources]
         for name, dimension in space.items():
-            if name not in SEARCHABLE:
+            if name not in known:
                 near = [OTHER_NAMES[name.lower()]] if name.lower() in OTHER_NAMES else []
-                near += difflib.get_close_matches(name, SEARCHABLE, n=1, cutoff=0.6)
-                hint = f"did you mean {near[0]}?" if near else f"searchable: {', '.join(SEARCHABLE)}"
+                near += difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+                hint = f"did you mean {near[0]}?" if near else f"searchable: {', '.join(known)}"
                 said.append(f"space.{name}: unknown parameter; {hint}")
                 continue
+            if name in unread(self):
+                said.append(
+                    f"space.{name}: schedule {self.schedule!r} with decay {self.decay!r} never reads it; leave it out, or "
+                    "choose a schedule that does"
+                )
+                continue
+            owners = ONLY_OF.get(name)
+            if owners and self.optimizer not in owners:
+                said.append(f"space.{name}: a setting of {', '.join(owners)}; optimizer is {self.optimizer!r}")
             ends = getattr(dimension, "choices", None) or (dimension.low, dimension.high)
             for end in ends:
                 try:
-                    ProxyConfig.model_validate(self.member(width).model_dump() | {name: end})
+                    changed = (
+                        {"mixture": self.weights | {name.removeprefix(MIX): end}} if name in sources else {name: end}
+                    )
+                    ProxyConfig.model_validate(self.member(width).model_dump() | changed)
                 except ValidationError as error:
                     said += [f"space.{name}: {e['msg']}, got {end!r}" for e in error.errors()]
+        said += self._unverified(space)
         batch = space.get("batch_seqs")
         largest = int(batch.high if batch is not None and hasattr(batch, "high") else self.batch_seqs) * self.seq_len
         if tokens is None:
@@ -138,22 +196,41 @@ class ProxyFamily(ProxySettings):
                 f"search.tokens.min: the smallest run must hold at least two of the largest steps "
                 f"(2 x {largest:,} = {2 * largest:,} tokens), got {tokens[0]:,}"
             )
-        if tokens[0] * (1 - self.cooldown) <= self.warmup_tokens:
+        before, what = float(tokens[0]), "smallest run ends"
+        if SCHEDULES[self.schedule].cools:
+            before, what = before * (1 - self.cooldown), "smallest run's cooldown begins"
+        if before <= self.warmup_tokens:
             said.append(
-                f"trainer.warmup_tokens: the warm-up must end before the smallest run's cooldown begins "
-                f"({tokens[0] * (1 - self.cooldown):,.0f} tokens), got {self.warmup_tokens:,}"
+                f"trainer.warmup_tokens: the warm-up must end before the {what} "
+                f"({before:,.0f} tokens), got {self.warmup_tokens:,}"
             )
         return said
+
+    def _unverified(self, space: Mapping[str, Any]) -> list[str]:
+        """Widths that the optimizer has no rule for; a setting that its certificate fixes cannot be searched either."""
+        if self.optimizer in VERIFIED or self.parametrization != "mup" or set(self.widths) == {self.base_width}:
+            return []
+        wrong = refusal(self.member(max(self.widths)), self.widths)
+        return ([f"trainer.optimizer: {wrong}"] if wrong else []) + [
+            f"space.{name}: the coordinate check of {self.optimizer!r} is for one value"
+            for name in space
+            if name in SETTINGS
+        ]
 
     def describe(self, params: Mapping[str, Any], fidelity: Fidelity, *, repeat: int = 0) -> dict[str, Any]:
         """Every setting of the run, resolved, and the data's hash."""
         return describe(self.config(params, fidelity, repeat=repeat))
 
     def manifest(self) -> list[dict[str, Any]]:
-        """Path, size in bytes and split of every file of the corpus."""
-        from proxies.data import load_corpus
+        """Path, size in bytes and split of every file of the corpus, and its source if there are several."""
+        from proxies.mixture import open_data
 
-        return [asdict(file) for file in load_corpus(self.corpus, vocab=self.vocab).files]
+        corpora = open_data(self.member(min(self.widths))).corpora
+        return [
+            asdict(file) | ({"source": name} if name else {})
+            for name, corpus in corpora.items()
+            for file in corpus.files
+        ]
 
     def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity], *, threads: int) -> list[float]:
         """Measured on a few steps of each size."""
@@ -181,18 +258,15 @@ class ProxyFamily(ProxySettings):
 
 
 def describe(config: ProxyConfig) -> dict[str, Any]:
-    """The record of a run: its settings, its three parameter counts, the data's name, size and hash."""
-    from proxies.data import load_corpus
+    """The record of a run: its settings, its three parameter counts, the data's name, size, hash and shares."""
+    from proxies.mixture import record
 
-    corpus = load_corpus(config.corpus, vocab=config.vocab)
     return config.model_dump() | {
         "N": config.counts.N,
         "N_nonembedding": config.counts.nonembedding,
         "N_total": config.counts.total,
         "batch_tokens": config.batch_tokens,
-        "data_sha256": corpus.sha256,
-        "data_tokens": len(corpus.train),
-        "data_files": len(corpus.files),
+        **record(config),
     }
 
 

@@ -18,8 +18,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from proxies import mup
+from proxies import fused, mup
 from proxies.config import ProxyConfig
 
 NORM_EPS = 1e-6
@@ -28,9 +29,13 @@ ROPE_BASE = 10_000.0
 
 def rope_table(seq_len: int, d_head: int) -> Tensor:
     """e^(i t w_j), complex128 [t, 1, k/2], with w_j = 10000^(-2j / d_head) (RoFormer, arXiv 2104.09864)."""
-    w_j = ROPE_BASE ** (-torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
-    angle_tj = torch.outer(torch.arange(seq_len, dtype=torch.float64), w_j)
+    angle_tj = _angles(seq_len, d_head, torch.device("cpu"))
     return torch.polar(torch.ones_like(angle_tj), angle_tj)[:, None, :]
+
+
+def _angles(seq_len: int, d_head: int, device: torch.device) -> Tensor:
+    w_j = ROPE_BASE ** (-torch.arange(0, d_head, 2, dtype=torch.float64, device=device) / d_head)
+    return torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), w_j)
 
 
 def rotate(x_bthk: Tensor, table: Tensor) -> Tensor:
@@ -38,6 +43,12 @@ def rotate(x_bthk: Tensor, table: Tensor) -> Tensor:
 
     As complex numbers: measured two to three times as fast on CPU as pairing the halves.
     """
+    if fused.applies(x_bthk):
+        return fused.rotate(x_bthk, table)
+    if not table.is_complex():  # compiled
+        even, odd = x_bthk.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = table.unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     pairs = torch.view_as_complex(x_bthk.reshape(*x_bthk.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * table).flatten(-2)
 
@@ -65,8 +76,10 @@ class Block(nn.Module):
 
     def qk(self, x_btd: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated queries [b, t, h, k] and keys [b, t, g, k] of a normed stream."""
-        q_bthk = self._heads(F.linear(x_btd, self.q), self.n_heads)
-        k_btgk = self._heads(F.linear(x_btd, self.k), self.n_kv_heads)
+        return self._turned(F.linear(x_btd, self.q), F.linear(x_btd, self.k), rope)
+
+    def _turned(self, q_btd: Tensor, k_btd: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        q_bthk, k_btgk = self._heads(q_btd, self.n_heads), self._heads(k_btd, self.n_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_bthk, k_btgk = norm(q_bthk, self.q_norm), norm(k_btgk, self.k_norm)
         if q_bthk.dtype in (torch.bfloat16, torch.float16):  # autocast; there are no complex numbers of that size
@@ -78,8 +91,13 @@ class Block(nn.Module):
         return x_btd.view(*x_btd.shape[:2], n, self.d_head)
 
     def attention(self, x_btd: Tensor, rope: Tensor) -> Tensor:
-        q_bthk, k_btgk = self.qk(x_btd, rope)
-        v_btgk = self._heads(F.linear(x_btd, self.v), self.n_kv_heads)
+        q_btd, k_btd, v_btd = (F.linear(x_btd, w) for w in (self.q, self.k, self.v))
+        return F.linear(self._mixed(q_btd, k_btd, v_btd, rope), self.o)
+
+    def _mixed(self, q_btd: Tensor, k_btd: Tensor, v_btd: Tensor, rope: Tensor) -> Tensor:
+        """Values mixed by every head, [b, t, h·k]."""
+        q_bthk, k_btgk = self._turned(q_btd, k_btd, rope)
+        v_btgk = self._heads(v_btd, self.n_kv_heads)
         out_bhtk = F.scaled_dot_product_attention(
             q_bthk.transpose(1, 2),
             k_btgk.transpose(1, 2),
@@ -88,7 +106,7 @@ class Block(nn.Module):
             scale=self.scale,
             enable_gqa=self.n_heads != self.n_kv_heads,
         )
-        return F.linear(out_bhtk.transpose(1, 2).flatten(-2), self.o)
+        return out_bhtk.transpose(1, 2).flatten(-2)
 
     def attention_logits(self, x_btd: Tensor, rope: Tensor) -> Tensor:
         """Scaled scores [b, h, t, s] before mask and softmax; the training path never forms them. For checks only."""
@@ -100,6 +118,11 @@ class Block(nn.Module):
         return F.linear(F.silu(F.linear(x_btd, self.gate)) * F.linear(x_btd, self.up), self.down)
 
     def forward(self, x_btd: Tensor, rope: Tensor) -> Tensor:
+        if fused.applies(x_btd):  # the same, with fewer passes over memory
+            qkv = fused.normed_linears(x_btd, self.attn_norm, (self.q, self.k, self.v), NORM_EPS)
+            x_btd = fused.add_linear(x_btd, self._mixed(*qkv, rope), self.o, self.branch)
+            gate_btf, up_btf = fused.normed_linears(x_btd, self.mlp_norm, (self.gate, self.up), NORM_EPS)
+            return fused.add_linear(x_btd, fused.swiglu(gate_btf, up_btf), self.down, self.branch)
         x_btd = self.add(x_btd, self.attention(norm(x_btd, self.attn_norm), rope))
         return self.add(x_btd, self.mlp(norm(x_btd, self.mlp_norm)))
 
@@ -132,6 +155,9 @@ class Transformer(nn.Module):
                 f"needed at most seq_len = {self.config.seq_len} tokens in a sequence, got {seq_len}: "
                 "cut the input or raise seq_len"
             )
+        if torch.compiler.is_compiling():  # pairs of real numbers [t, 1, k/2, 2]: its code generator knows no complex ones
+            angle_tj = _angles(seq_len, self.config.d_head, tokens_bt.device)
+            return torch.stack((angle_tj.cos(), angle_tj.sin()), -1)[:, None].to(self.embed.dtype)
         kind = torch.complex128 if self.embed.dtype == torch.float64 else torch.complex64
         key = (tokens_bt.device, kind)
         if key not in self._ropes:
@@ -143,16 +169,20 @@ class Transformer(nn.Module):
         return x_btd if self.multiplier_in == 1 else x_btd * self.multiplier_in
 
     def head(self, x_btd: Tensor) -> Tensor:
-        x_btd = norm(x_btd, self.final_norm)
-        if self.multiplier_out != 1:
-            x_btd = x_btd * self.multiplier_out  # before the matrix: d numbers per token instead of v
-        return F.linear(x_btd, self.embed if self.readout is None else self.readout)
+        weight_vd = self.embed if self.readout is None else self.readout
+        gain_d = self.final_norm if self.multiplier_out == 1 else self.final_norm * self.multiplier_out
+        if fused.applies(x_btd):
+            return fused.normed_linears(x_btd, gain_d, (weight_vd,), NORM_EPS)[0]
+        return F.linear(norm(x_btd, gain_d), weight_vd)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
         rope = self.rope_for(tokens_bt)
         x_btd = self.stem(tokens_bt)
         for block in self.blocks:
-            x_btd = block(x_btd, rope)
+            if self.config.recompute and torch.is_grad_enabled():  # nothing here is random: no generator to keep
+                x_btd = checkpoint(block, x_btd, rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_btd = block(x_btd, rope)
         return self.head(x_btd)
 
 
@@ -166,7 +196,8 @@ def loss_of(model: nn.Module, x_bt: Tensor, y_bt: Tensor) -> Tensor:
     logits_btv = model(x_bt)
     if logits_btv.dtype in (torch.bfloat16, torch.float16):
         logits_btv = logits_btv.float()
-    return F.cross_entropy(logits_btv.flatten(0, 1), y_bt.flatten())
+    logits_nv, y_n = logits_btv.flatten(0, 1), y_bt.flatten()
+    return fused.cross_entropy(logits_nv, y_n) if fused.applies(logits_nv) else F.cross_entropy(logits_nv, y_n)
 
 
 def build(config: ProxyConfig) -> Transformer:

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import os
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from proxies.data import BLOCK, DRAW, Windows, check_corpus, held_out, load_corpus
+from proxies import tokens as on_disk
+from proxies.data import BLOCK, DRAW, Windows, _load, check_corpus, held_out, load_corpus
+from proxies.sources import sizes_of
+from proxies.tokens import remembered
 
 
 def words(n: int, seed: int = 0) -> str:
@@ -99,6 +105,151 @@ def test_tokens_stay_memory_mapped_and_must_fit_the_vocabulary(tmp_path: Path) -
     assert "below vocab = 500" in check_corpus(str(path), vocab=500)[0]
     with pytest.raises(ValueError, match="below vocab = 500"):
         load_corpus(str(path), vocab=500)
+
+
+def headed(path: Path, magic: int, version: int, tokens: NDArray[Any]) -> None:
+    """As llm.c writes them: 256 int32, then the tokens."""
+    head = np.zeros(256, "<i4")
+    head[:3] = magic, version, len(tokens)
+    path.write_bytes(head.tobytes() + tokens.tobytes())
+
+
+def test_the_width_of_tokens_is_known_by_name_or_header(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 100_000, size=5000)
+    small = tokens % 50_000
+    tokens.astype("<u4").tofile(tmp_path / "wide.u32.bin")
+    tokens.astype("<u4").tofile(tmp_path / "wide.uint32.bin")
+    headed(tmp_path / "llama.bin", 20240801, 7, tokens.astype("<u4"))
+    headed(tmp_path / "gpt.bin", 20240520, 1, small.astype("<u2"))
+    small.astype("<u2").tofile(tmp_path / "plain.bin")
+    for name, expected in (
+        ("wide.u32.bin", tokens),
+        ("wide.uint32.bin", tokens),
+        ("llama.bin", tokens),
+        ("gpt.bin", small),
+        ("plain.bin", small),
+    ):
+        corpus = load_corpus(str(tmp_path / name), vocab=100_000)
+        np.testing.assert_array_equal(np.concatenate([corpus.train, corpus.val]), expected)
+        x, y = Windows(corpus.train, 16, 0).batch(0, 4)
+        assert x.dtype == y.dtype == torch.int64
+        assert isinstance(corpus.train, np.memmap)
+    assert corpus.bytes_per_token is None
+
+
+def test_a_folder_with_train_and_val_tokens_is_split_as_it_is(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    parts = {"train": rng.integers(0, 99, 3000), "val": rng.integers(0, 99, 400)}
+    for name, tokens in parts.items():
+        tokens.astype("<u2").tofile(tmp_path / f"{name}.bin")
+    corpus = load_corpus(str(tmp_path), vocab=100)
+    np.testing.assert_array_equal(corpus.train, parts["train"])
+    np.testing.assert_array_equal(corpus.val, parts["val"])
+    assert [(f.path, f.split) for f in corpus.files] == [("train.bin", "train"), ("val.bin", "val")]
+    assert "validation part, got 400" in check_corpus(str(tmp_path), vocab=100, seq_len=500)[0]
+
+
+def test_token_files_that_disagree_with_themselves_are_refused(tmp_path: Path) -> None:
+    tokens = np.arange(1, 3001)
+    headed(tmp_path / "cut.bin", 20240520, 1, tokens.astype("<u2"))
+    (tmp_path / "cut.bin").write_bytes((tmp_path / "cut.bin").read_bytes()[:-2])
+    tokens.astype("<u4").tofile(tmp_path / "wide.bin")
+    (tmp_path / "odd.u32.bin").write_bytes(b"abcdef")
+    (tmp_path / "empty.bin").touch()
+    for name, said in (
+        ("cut.bin", "the header of .* promises"),
+        ("wide.bin", "looks like uint32, name it .u32.bin"),
+        ("odd.u32.bin", "uint32 tokens, four bytes each"),
+        ("empty.bin", "got nothing"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_corpus(str(tmp_path / name), vocab=10_000)
+
+
+def test_a_token_that_no_sample_sees_is_still_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_disk, "SCAN", 10)
+    tokens = np.ones(1000, "<u2")
+    tokens[300] = 500
+    tokens.tofile(tmp_path / "x.bin")
+    assert check_corpus(str(tmp_path / "x.bin"), vocab=256) == []
+    with pytest.raises(ValueError, match="below vocab = 256, got 500"):
+        load_corpus(str(tmp_path / "x.bin"))
+
+
+def test_a_large_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(on_disk, "REMEMBER_ABOVE", 100)
+    monkeypatch.setattr(on_disk, "SETTLED_NS", 0)
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"a" * 1000)
+    read: list[bytes] = []
+
+    def compute() -> dict[str, str]:
+        read.append(path.read_bytes())
+        return {"first": chr(read[-1][0])}
+
+    assert [remembered([path], "first", compute) for _ in range(3)] == [{"first": "a"}] * 3
+    assert len(read) == 1
+    was = path.stat()
+    time.sleep(0.02)  # the clock's tick
+    path.write_bytes(b"b" * 1000)
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))  # same size, same mtime: ctime tells
+    assert remembered([path], "first", compute) == {"first": "b"}
+    assert remembered([path], "another question", compute) == {"first": "b"}
+    assert len(read) == 3
+
+
+def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(on_disk, "REMEMBER_ABOVE", 100)
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"a" * 1000)
+    calls = [remembered([path], "n", lambda: {"n": len(path.read_bytes())}) for _ in range(2)]
+    assert calls == [{"n": 1000}] * 2
+    assert not list((tmp_path / "cache").rglob("*.json"))
+
+
+def test_a_remembered_token_file_is_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(on_disk, "REMEMBER_ABOVE", 100)
+    monkeypatch.setattr(on_disk, "SETTLED_NS", 0)
+    path = tmp_path / "x.bin"
+    np.arange(5000).astype("<u2").tofile(path)
+    first = load_corpus(str(path), vocab=5000)
+    for _ in range(2):
+        _load.cache_clear()
+        assert load_corpus(str(path), vocab=5000).sha256 == first.sha256
+    _load.cache_clear()
+    monkeypatch.setattr(on_disk, "SCAN", 10)
+    with pytest.raises(ValueError, match="below vocab = 4990"):  # what was remembered was for another vocab
+        load_corpus(str(path), vocab=4990)
+
+
+def test_a_text_file_of_other_bytes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"plain text \xff\xfe " * 1000)
+    with pytest.raises(ValueError, match="needed utf-8 text, got other bytes"):
+        load_corpus(str(tmp_path / "x.txt"))
+
+
+def test_the_parts_of_a_large_file_are_about_as_large_as_they_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.txt").write_bytes(b"a" * (4000 * BLOCK))
+    exact = sizes_of(str(tmp_path / "x.txt"))
+    monkeypatch.setattr("proxies.sources.MANY", 1000)
+    about = sizes_of(str(tmp_path / "x.txt"))
+    assert sum(about.values()) == sum(exact.values())
+    assert about["val"] == pytest.approx(exact["val"], rel=0.15)
+
+
+def test_no_character_is_cut_between_the_parts(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    content = "a" + "東京🙂é" * 8000
+    path.write_text(content, encoding="utf-8")
+    corpus = load_corpus(str(path))
+    train, val = corpus.train.tobytes().decode(), corpus.val.tobytes().decode()
+    assert len(train) + len(val) == len(content)
+    assert len(val) > 1000
 
 
 def test_problems_are_found_before_anything_is_read(tmp_path: Path) -> None:

@@ -152,26 +152,26 @@ def test_a_finished_run_can_be_annealed_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_at", [3, 15, 16, 17, 19])  # of 20 steps: 16 of trunk, then cooldown
-@pytest.mark.parametrize("within_a_step", [False, True])
+@pytest.mark.parametrize("after_a_step", [False, True])
 def test_a_run_cut_off_at_any_step_goes_on_exactly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, within_a_step: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, after_a_step: bool
 ) -> None:
     straight = list(train(config(), 2_560, save=tmp_path / "straight.pt"))
     keep = tmp_path / "keep.pt"
-    advance = training._Run.advance
+    advance = training.Run.advance
 
     def cut_off(run: Any, windows: Any) -> None:
-        if run.step == stop_at and not within_a_step:
+        if run.step == stop_at and not after_a_step:
             raise OSError("no power, so nothing more is written")
         advance(run, windows)
         if run.step > stop_at:
-            raise KeyboardInterrupt  # the weights have moved, the generator does not know it yet
+            raise KeyboardInterrupt  # at once after the step, before anything else
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "advance", cut_off)
+        patch.setattr(training.Run, "advance", cut_off)
         with pytest.raises((OSError, KeyboardInterrupt)):
             list(train(config(), 2_560, keep=keep, keep_every_s=0.0))  # 0: a copy after every step
-    assert load_state(keep)["phase"] == ("trunk" if stop_at <= 16 else "cooldown")
+    assert load_state(keep)["phase"] == ("trunk" if stop_at + after_a_step <= 16 else "cooldown")
     rest = list(train(config(), 2_560, resume=keep, keep=keep, save=tmp_path / "rest.pt"))
     assert same_numbers(rest[-1], straight[-1])
     assert same_weights(tmp_path / "straight.pt", tmp_path / "rest.pt")
@@ -314,3 +314,292 @@ def test_training_leaves_the_global_generator_alone() -> None:
     before = torch.random.get_rng_state()
     list(train(config(), 2_560))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+HORIZONS = ("cosine", "linear", "rex")
+
+
+@pytest.mark.parametrize("schedule", HORIZONS)
+@pytest.mark.parametrize("stop_at", [1, 9, 19])  # of 20 steps
+def test_under_a_horizon_a_run_cut_off_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, stop_at: int
+) -> None:
+    c = config(schedule=schedule)
+    straight = list(train(c, 2_560, save=tmp_path / "straight.pt"))
+    cut_off_after(monkeypatch, stop_at, c, 2_560, tmp_path / "keep.pt")
+    rest = list(train(c, 2_560, resume=tmp_path / "keep.pt", save=tmp_path / "rest.pt"))
+    assert same_numbers(rest[-1], straight[-1])
+    assert rest[-1].lr == pytest.approx(c.lr * (0.1 if schedule == "cosine" else 0.0), abs=1e-15)
+    assert same_weights(tmp_path / "straight.pt", tmp_path / "rest.pt")
+
+
+def cut_off_after(monkeypatch: pytest.MonkeyPatch, step: int, c: ProxyConfig, tokens: int, keep: Path) -> None:
+    """Run to this step and no further; its state is in `keep`."""
+    advance = training.Run.advance
+
+    def cut_off(run: Any, *args: Any) -> Any:
+        if run.step == step:
+            raise KeyboardInterrupt
+        return advance(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "advance", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            list(train(c, tokens, keep=keep))
+
+
+@pytest.mark.parametrize("schedule", HORIZONS)
+def test_under_a_horizon_a_longer_run_starts_afresh_and_says_so(tmp_path: Path, schedule: str) -> None:
+    c = config(schedule=schedule)
+    list(train(c, 2_560, save=tmp_path / "short.pt"))
+    straight = list(train(c, 4_000))
+    with pytest.warns(UserWarning, match=f"schedule '{schedule}' has a horizon: a run of 4,000 tokens starts afresh"):
+        again = train(c, 4_000, resume=tmp_path / "short.pt")
+    assert all(same_numbers(a, b) for a, b in zip(straight, again, strict=True))
+    assert len(straight) > 2  # points on the way, too
+
+
+@pytest.mark.parametrize("schedule", ["power", "inverse-sqrt", "constant"])
+def test_without_a_horizon_a_longer_run_goes_on(tmp_path: Path, schedule: str) -> None:
+    c = config(schedule=schedule, sqrt_tokens=512, power_a=0.02)
+    straight = list(train(c, 5_000, save=tmp_path / "straight.pt"))
+    list(train(c, 2_500, save=tmp_path / "short.pt"))
+    extended = list(train(c, 5_000, resume=tmp_path / "short.pt", save=tmp_path / "extended.pt"))
+    assert same_numbers(straight[-1], extended[-1])
+    assert len(extended) < len(straight)
+    assert same_weights(tmp_path / "straight.pt", tmp_path / "extended.pt")
+
+
+def test_a_constant_rate_is_read_off_the_trunk() -> None:
+    c = config(schedule="constant")
+    assert (plan(c, 1280).trunk_steps, plan(c, 1280).cooldown_steps) == (10, 0)
+    assert (plan(c, 1300).trunk_steps, plan(c, 1300).cooldown_steps) == (10, 1)  # one window is left over
+    for tokens in (1280, 1300):
+        *_, last = train(c, tokens)
+        assert (last.lr, last.tokens, last.final) == (c.lr, tokens // 16 * 16, True)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_shortest_run_of_another_schedule_is_the_one_that_its_error_names(schedule: str) -> None:
+    for changes in ({}, {"warmup_tokens": 0}, {"warmup_tokens": 1000, "batch_seqs": 3}):
+        c = config(schedule=schedule, **changes)
+        with pytest.raises(ValueError, match="needed at least") as error:
+            plan(c, 1)
+        least = int(str(error.value).split("at least ")[1].split(" ")[0].replace(",", ""))
+        assert plan(c, least).steps * c.batch_tokens > c.warmup_tokens - 1
+        with pytest.raises(ValueError, match="needed at least"):
+            plan(c, least - 1)
+
+
+OPTIMIZERS = {
+    "adamw": "torch",
+    "adamw8bit": "torchao",
+    "ademamix": "pytorch_optimizer",
+    "lamb": "pytorch_optimizer",
+    "lion": "pytorch_optimizer",
+    "muon": "torch",
+    "muon-rms": "torch",
+    "prodigy": "prodigyopt",
+    "schedule-free": "schedulefree",
+    "soap": "pytorch_optimizer",
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("schedule", ["wsd", "cosine", "constant"])
+def test_every_optimizer_goes_on_exactly_on_the_trunk_and_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, schedule: str
+) -> None:
+    pytest.importorskip(OPTIMIZERS[optimizer])
+    c = config(optimizer=optimizer, schedule=schedule, lr=1.0 if optimizer == "prodigy" else 2**-9, eval_windows=1)
+    straight = list(train(c, 1_280, save=tmp_path / "straight.pt"))
+    for stop_at in (5, 9):  # of 10 steps: 8 of trunk under wsd
+        cut_off_after(monkeypatch, stop_at, c, 1_280, tmp_path / "keep.pt")
+        rest = list(train(c, 1_280, resume=tmp_path / "keep.pt", save=tmp_path / "rest.pt"))
+        assert same_numbers(rest[-1], straight[-1])
+        assert same_weights(tmp_path / "straight.pt", tmp_path / "rest.pt")
+    _, annealed = load_model(tmp_path / "straight.pt")
+    assert evaluate(annealed, training.open_data(c).held) == straight[-1].loss, "what is saved is what was measured"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule-free"])
+def test_looking_changes_nothing(monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    pytest.importorskip(OPTIMIZERS[optimizer])
+    c = config(optimizer=optimizer, schedule="constant")
+    *points, last = train(c, 4_000)
+    monkeypatch.setattr(training, "point_steps", lambda *_: frozenset())
+    *none, unseen = train(c, 4_000)
+    assert points
+    assert not none
+    assert unseen.loss == last.loss
+
+
+@pytest.mark.parametrize("micro", [1, 3, 8, 100])
+def test_a_batch_in_parts_is_the_whole_batch(micro: int) -> None:
+    whole, parts = (list(train(config(batch_seqs=8, micro_seqs=m), 3_000)) for m in (None, micro))
+    for a, b in zip(whole, parts, strict=True):
+        assert (a.tokens, a.lr) == (b.tokens, b.lr)
+        assert (a.loss, a.train_loss) == pytest.approx((b.loss, b.train_loss), rel=1e-4)
+    if micro >= 8:
+        assert same_numbers(whole[-1], parts[-1])
+
+
+def test_gradients_of_parts_add_up_to_those_of_the_batch() -> None:
+    """In float64, where nothing hides: parts of 3, 3 and 2 sequences."""
+    grads = []
+    data = training.open_data(config())
+    x_bt, y_bt = data.windows.batch(0, 8)
+    for micro in (None, 3):
+        c = config(micro_seqs=micro)
+        run = training.Run(c, plan(c, 3_000), data.sha256, torch.device("cpu"))
+        run.model.double()
+        loss = run.backward(x_bt, y_bt)
+        grads.append([loss, *(p.grad for p in run.model.parameters())])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6 if a.ndim == 0 else 1e-11, atol=1e-13)
+
+
+def test_recomputing_activations_changes_no_loss_and_takes_less_memory() -> None:
+    plain, again = (list(train(config(n_layers=2, recompute=r), 3_000)) for r in (False, True))
+    assert all(same_numbers(a, b) for a, b in zip(plain, again, strict=True))
+    kept = [kept_for_backward(config(n_layers=4, recompute=r)) for r in (False, True)]
+    assert kept[1] < 0.3 * kept[0]
+
+
+def kept_for_backward(c: ProxyConfig) -> int:
+    """Bytes of different tensors that one forward pass keeps for the backward pass."""
+    model, sizes = build(c), dict[int, int]()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x_bt = torch.zeros(8, 16, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(x_bt).sum()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert loss.requires_grad
+    return sum(size for at, size in sizes.items() if at not in own)
+
+
+def test_how_memory_is_saved_may_change_on_resuming(tmp_path: Path) -> None:
+    list(train(config(), 2_500, save=tmp_path / "run.pt"))
+    *_, last = train(config(micro_seqs=4, recompute=True), 4_000, resume=tmp_path / "run.pt")
+    *_, straight = train(config(), 4_000)
+    assert last.loss == pytest.approx(straight.loss, rel=1e-4)
+
+
+def test_a_run_far_worse_than_guessing_for_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At eight looks in a row after the warm-up: 64 steps of its 100 are trained, and it never comes to the end."""
+    from proxies.model import loss_of
+
+    height = math.log(256) + 1.01
+    monkeypatch.setattr(training, "loss_of", lambda *args: loss_of(*args) * 0 + height)
+    *_, last = train(config(), 12_800)
+    assert (last.final, last.diverged, math.isnan(last.loss)) == (True, True, True)
+    assert last.tokens == (2 // 8 + 8) * 8 * 128  # 2 steps of warm-up; looks after steps 8, 16, ..., 64
+    height = math.log(256) + 0.99
+    *_, last = train(config(), 12_800)
+    assert last.tokens == 12_800
+
+
+@pytest.mark.parametrize("bad_steps", [(40, 47), (8, 63)])
+def test_a_spike_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch, bad_steps: tuple[int, int]) -> None:
+    from proxies.model import loss_of
+
+    steps = iter(range(10_000))
+
+    def spike(*args: Any) -> torch.Tensor:
+        first, last = bad_steps
+        return loss_of(*args) + (1000.0 if first <= next(steps) < last else 0.0)
+
+    monkeypatch.setattr(training, "loss_of", spike)
+    monkeypatch.setattr(training, "evaluate", lambda *_: 3.0)
+    *_, last = train(config(), 12_800)
+    assert (last.tokens, last.diverged) == (12_800, False)
+
+
+def test_how_long_a_loss_has_been_high_is_not_forgotten_on_resuming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proxies.model import loss_of
+
+    monkeypatch.setattr(training, "loss_of", lambda *args: loss_of(*args) * 0 + 9.0)
+    *_, straight = train(config(), 12_800)
+    for stop_at in (13, 32, 57):
+        cut_off_after(monkeypatch, stop_at, config(), 12_800, tmp_path / "keep.pt")
+        *_, rest = train(config(), 12_800, resume=tmp_path / "keep.pt")
+        assert (rest.tokens, rest.diverged) == (straight.tokens, True)
+
+
+def test_a_signal_waits_until_the_step_is_whole() -> None:
+    import os
+    import signal
+
+    done = []
+
+    def step() -> None:
+        with training.uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append(sum(range(1000)))
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
+def test_a_terminated_command_keeps_its_run_and_goes_on_exactly(tmp_path: Path) -> None:
+    """As a user has it: SIGTERM at some step, exit code 143, the same command again; the same end as undisturbed."""
+    import json
+    import os
+    import signal
+    import subprocess
+    import sys
+
+    (tmp_path / "s.toml").write_text("[trainer]\nwidths = [32]\nseq_len = 16\nwarmup_tokens = 256\neval_windows = 8\n")
+    words = [sys.executable, "-m", "proxies", "train", "s.toml", "--width", "32", "--tokens", "40000"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*words, *more], cwd=tmp_path, env=env, text=True, stdout=pipe, stderr=pipe)
+
+    straight, _ = start().communicate(timeout=120)
+    process = start("--keep", "keep.pt")
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert "goes on from keep.pt" in said
+    tokens = load_state(tmp_path / "keep.pt")["trunk"]["windows"] * 16
+    assert json.loads(first)["tokens"] <= tokens < 40_000
+    process = start("--keep", "keep.pt", "--peak-flops", "1e12")
+    rest, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "peak memory" in said
+    assert "MFU" in said
+    ends = [json.loads(out.splitlines()[-1]) for out in (straight, rest)]
+    assert [ends[0][k] for k in ("tokens", "loss", "train_loss")] == [
+        ends[1][k] for k in ("tokens", "loss", "train_loss")
+    ]
+    assert not (tmp_path / "keep.pt").exists()
+
+
+def test_speed_and_mfu_are_those_of_the_measurements_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    from proxies.usage import Usage
+
+    c = config()
+    usage = Usage(c, peak_flops=1e9)
+    points = [Measurement(1000, 3.0, seconds=2.0), Measurement(5000, 3.0, seconds=4.0, final=True)]
+    assert list(usage.of(iter(points))) == points
+    assert usage.tokens_per_second == 2000.0
+    palm = (
+        6 * (4 * 32 * 32 + 3 * 32 * 96 + 32 * 256) + 12 * 1 * 32 * 16
+    )  # one layer of width 32, two heads of 16, T = 16
+    assert usage.mfu == pytest.approx(2000 * palm / 1e9)
+    assert "2,000 tokens/s" in str(usage)
+    assert Usage(c).mfu is None

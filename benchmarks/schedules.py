@@ -1,0 +1,180 @@
+"""Schedules on real text, each at its own tuned peak rate: final losses, what branches cost, and AutoLRS against WSD.
+
+    OMP_NUM_THREADS=1 python benchmarks/schedules.py table --tokens 262144
+    OMP_NUM_THREADS=1 python benchmarks/schedules.py branches --horizons 131072 262144 524288
+    OMP_NUM_THREADS=1 python benchmarks/schedules.py autolrs --tokens 1048576
+
+Tuned: seed 0 on a grid of factors of 2, extended until the best rate has worse ones on both sides; the other seeds at that rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proxies.config import ProxyConfig
+from proxies.stagewise import autolrs
+from proxies.training import plan, train
+
+FIRST = (-7, -6, -5)  # log2 of the rates that every grid starts with
+Run = Callable[[float, int], float]  # rate, seed -> loss
+
+ROWS: dict[str, dict[str, Any]] = {
+    "wsd, 1-sqrt": {},
+    "wsd, linear": {"decay": "linear"},
+    "wsd, cosine": {"decay": "cosine"},
+    "wsd, square": {"decay": "square"},
+    "wsd, exponential to .1": {"decay": "exponential"},
+    "wsd, exponential to .01": {"decay": "exponential", "lr_floor": 0.01},
+    # The paper's a = 4.6 binds from 60 million tokens on at this batch: before, it is WSD. This one binds from 65,536 on at 2^-6.
+    "power, a = .28": {"schedule": "power", "power_a": 0.28},
+    "inverse-sqrt from 65,536": {"schedule": "inverse-sqrt"},
+    "cosine to .1": {"schedule": "cosine"},
+    "cosine to 0": {"schedule": "cosine", "lr_floor": 0.0},
+    "linear to 0": {"schedule": "linear"},
+    "rex": {"schedule": "rex"},
+    "constant": {"schedule": "constant"},
+}
+
+
+def loss_of(config: ProxyConfig, tokens: int) -> float:
+    *_, last = train(config, tokens)
+    return last.loss
+
+
+def tuned(run: Run, seeds: Sequence[int]) -> tuple[int, list[float], dict[int, float]]:
+    """log2 of the best rate, its losses by seed, and the grid at the first seed."""
+    grid = {power: run(2.0**power, seeds[0]) for power in FIRST}
+    while True:
+        best = min(grid, key=lambda power: grid[power])
+        missing = [power for power in (best - 1, best + 1) if power not in grid]
+        if not missing:
+            return best, [grid[best], *(run(2.0**best, seed) for seed in seeds[1:])], grid
+        grid[missing[0]] = run(2.0 ** missing[0], seeds[0])
+
+
+def line(name: str, best: int, losses: list[float], grid: dict[int, float], began: float) -> None:
+    spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "-"
+    each = " ".join(f"{loss:.4f}" for loss in losses)
+    around = " ".join(f"2^{p} {grid[p]:.4f}" for p in sorted(grid))
+    print(
+        f"{name:28s} lr 2^{best}  mean {statistics.mean(losses):.4f}  sd {spread}  ({each})  grid {around}  "
+        f"{time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
+
+
+def table(options: argparse.Namespace) -> None:
+    for name, settings in ROWS.items():
+        began = time.perf_counter()
+
+        def run(lr: float, seed: int, settings: dict[str, Any] = settings) -> float:
+            return loss_of(ProxyConfig(lr=lr, seed=seed, **settings), options.tokens)
+
+        line(name, *tuned(run, options.seeds), began)
+
+
+def branches(options: argparse.Namespace) -> None:
+    horizons = sorted(options.horizons)
+    trunk: dict[tuple[float, int], dict[int, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def ladder(lr: float, seed: int) -> dict[int, float]:
+            """Losses of one trunk's branches, each resumed from the branch point before."""
+            if (lr, seed) not in trunk:
+                saved: Path | None = None
+                trunk[lr, seed] = {}
+                for tokens in horizons:
+                    save = Path(folder) / f"{lr}-{seed}-{tokens}.pt"
+                    *_, last = train(ProxyConfig(lr=lr, seed=seed), tokens, resume=saved, save=save)
+                    trunk[lr, seed][tokens], saved = last.loss, save
+            return trunk[lr, seed]
+
+        for tokens in horizons:
+            began = time.perf_counter()
+            best, losses, grid = tuned(lambda lr, seed, tokens=tokens: ladder(lr, seed)[tokens], options.seeds)  # type: ignore[misc]
+            line(f"{tokens:,} branch of a trunk", best, losses, grid, began)
+            planned = [loss_of(ProxyConfig(lr=2.0**best, seed=seed), tokens) for seed in options.seeds]
+            differences = [a - b for a, b in zip(losses, planned, strict=True)]
+            print(f"{tokens:,} planned for D, same rate: differences {differences}", flush=True)
+            for name in ("cosine to .1", "linear to 0"):
+                began = time.perf_counter()
+
+                def run(lr: float, seed: int, name: str = name, tokens: int = tokens) -> float:
+                    return loss_of(ProxyConfig(lr=lr, seed=seed, **ROWS[name]), tokens)
+
+                line(f"{tokens:,} {name}", *tuned(run, options.seeds), began)
+    cost(horizons)
+
+
+def cost(horizons: Sequence[int]) -> None:
+    """Tokens that a ladder of rungs trains: on one trunk with a branch at each rung, and with every rung afresh."""
+    config = ProxyConfig()
+    plans = [plan(config, tokens) for tokens in horizons]
+    trunks = [p.trunk_steps * config.batch_tokens for p in plans]
+    trained = (
+        trunks[0]
+        + sum(b - a for a, b in pairwise(trunks))
+        + sum(p.tokens - t for p, t in zip(plans, trunks, strict=True))
+    )
+    top = plans[-1].tokens
+    formula = top + config.cooldown * sum(horizons[:-1])
+    print(
+        f"ladder {list(horizons)}: {trained:,} tokens with branches (formula {formula:,.0f}), {trained / top - 1:+.1%} over the "
+        f"last rung alone; afresh {sum(horizons):,}, {sum(horizons) / top - 1:+.1%}"
+    )
+
+
+def against_autolrs(options: argparse.Namespace) -> None:
+    """AutoLRS on `tokens` tokens, then WSD on as many as it trained in all, searched ones included."""
+    began, spent, found = time.perf_counter(), options.tokens, []
+    for seed in options.seeds:
+        config = ProxyConfig(seed=seed, batch_seqs=options.batch)
+        for last in autolrs(config, options.tokens):
+            tried = " ".join(f"{rate:.2g} {worse:+.4f}" for rate, worse in last.candidates)
+            print(
+                f"  seed {seed} stage {last.stage}  {last.tokens:,} tokens  loss {last.loss:.4f}  lr {last.lr:.2g}  ({tried})"
+            )
+        found.append(last.loss)
+        spent = last.tokens + last.searched_tokens
+    took = f"{time.perf_counter() - began:.0f} s"
+    print(
+        f"autolrs, {options.tokens:,} tokens, {spent:,} with the search: mean {statistics.mean(found):.4f} {found}  {took}",
+        flush=True,
+    )
+    began = time.perf_counter()
+
+    def run(lr: float, seed: int) -> float:
+        return loss_of(ProxyConfig(lr=lr, seed=seed, batch_seqs=options.batch), spent)
+
+    line(f"{spent:,} wsd, 1-sqrt", *tuned(run, options.seeds), began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, command in (("table", table), ("branches", branches), ("autolrs", against_autolrs)):
+        sub = commands.add_parser(name)
+        sub.set_defaults(command=command)
+        sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        if name == "branches":
+            sub.add_argument("--horizons", type=int, nargs="+", default=[131_072, 262_144, 524_288])
+        else:
+            sub.add_argument("--tokens", type=int, default=262_144)
+        if name == "autolrs":
+            sub.add_argument("--batch", type=int, default=4, help="sequences per step")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.command(options)
+
+
+if __name__ == "__main__":
+    main()

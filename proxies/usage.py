@@ -1,0 +1,64 @@
+"""What a run took: peak memory, tokens and FLOPs per second, and the share of the device's peak (MFU)."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from proxies.config import ProxyConfig
+from scaling.runs import Measurement
+
+# FLOPs per second, dense bfloat16, by a part of the device's name (NVIDIA's data sheets, SXM versions).
+PEAKS = {"H100": 989e12, "A100": 312e12}
+
+
+class Usage:
+    """Watches a run's measurements go by. peak_flops: of the device; default: known by its name, else no MFU is told."""
+
+    def __init__(self, config: ProxyConfig, peak_flops: float | None = None) -> None:
+        self.config = config
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        self.peak_flops = peak_flops or next((peak for name, peak in PEAKS.items() if name in self.device), None)
+        self.first: Measurement | None = None
+        self.last: Measurement | None = None
+
+    def of(self, points: Iterator[Measurement]) -> Iterator[Measurement]:
+        for point in points:
+            self.first, self.last = self.first or point, point
+            yield point
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Between the first and the last measurement, evaluation included: what came before the first may have been
+        trained by another process, and has the start-up in it. None with fewer than two.
+        """
+        if self.first is None or self.last is None or self.last.seconds <= self.first.seconds:
+            return None
+        return (self.last.tokens - self.first.tokens) / (self.last.seconds - self.first.seconds)
+
+    @property
+    def mfu(self) -> float | None:
+        """PaLM FLOPs (2204.02311, appendix B) done over those that the device could do."""
+        if self.tokens_per_second is None or self.peak_flops is None:
+            return None
+        return self.tokens_per_second * self.config.flops_per_token / self.peak_flops
+
+    def __str__(self) -> str:
+        said = [f"peak memory {peak_memory() / 2**20:,.0f} MiB"]
+        if (speed := self.tokens_per_second) is not None:
+            said.append(f"{speed:,.0f} tokens/s")
+            said.append(f"{speed * self.config.flops_per_token / 1e12:.4g} TFLOP/s (PaLM)")
+        if self.mfu is not None:
+            said.append(f"MFU {100 * self.mfu:.1f} % of {self.peak_flops:.3g} FLOP/s")
+        return f"{self.device}: " + ", ".join(said)
+
+
+def peak_memory() -> int:
+    """Bytes: allocated on the GPU if there is one, else the process's resident memory; the most there has been."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -12,7 +12,6 @@ Both: cross-entropy over flattened logits, gradients clipped at norm 1, set to N
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch

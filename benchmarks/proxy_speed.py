@@ -1,40 +1,238 @@
-"""Training speed of the proxies: tokens per second by width, batch and threads, each the median of its steps.
+"""How fast a proxy trains, against two plain training steps (benchmarks/nano.py), measured alternately in one process.
 
-    python benchmarks/proxy_speed.py --threads 1 2 --widths 16 32 64 128 --batches 1 4 16
+    python benchmarks/proxy_speed.py --threads 1 2 --widths 64 128 256
+    python benchmarks/proxy_speed.py --profile                  where a step's time goes, by kind of operation
+    python benchmarks/proxy_speed.py --startup 5                seconds to the first step in a fresh process
+    python benchmarks/proxy_speed.py --memory                   peak memory of a fresh process by width
+    python benchmarks/proxy_speed.py --together 8               K members in one program against one by one
+    python benchmarks/proxy_speed.py --gpu-124m                 124M parameters, T = 1024, bfloat16, compiled; needs a GPU
 
-Settings are measured in turn, round after round, so that a noisy machine disturbs all alike.
+A ratio is the plain step's time over ours in the same round; shown are the median and the quartiles of all rounds. With
+--cpu-time a step is timed by the CPU time of the process, which other processes disturb less (one thread only).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from nano import Step, gpt2_flops_per_token, gpt2_step, llama_step
 
 from proxies.config import ProxyConfig
-from proxies.family import measure_speed
+from proxies.mixture import open_data
+from proxies.together import Stack
+from proxies.training import Run, plan
+
+H100_BF16_FLOPS = 989e12  # dense, SXM
+FAMILIES = {
+    "matrix products": ("mm", "bmm", "addmm", "baddbmm"),
+    "attention": ("_scaled_dot_product",),
+    "optimizer": ("_fused_adamw", "_foreach", "lerp_", "addcdiv_", "addcmul_", "sqrt", "Optimizer"),
+    "softmax and loss": ("_log_softmax", "nll_loss", "exp", "gather", "scatter", "logsumexp"),
+    "activation": ("silu", "gelu"),
+    "norm": ("native_layer_norm", "rsqrt", "pow", "mean", "_weight_norm", "linalg_vector_norm"),
+}
+
+
+def our_step(config: ProxyConfig, device: str = "cpu") -> Step:
+    """One training step as `train` does it."""
+    run = Run(config, plan(config, 1 << 40), "", torch.device(device))
+
+    def step(x_bt: torch.Tensor, y_bt: torch.Tensor) -> torch.Tensor:
+        loss = run.backward(x_bt, y_bt)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step
+
+
+def batch(config: ProxyConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text; a run of random tokens would have gradients of another size."""
+    return open_data(config).windows.batch(0, config.batch_seqs)
+
+
+def quartiles(values: list[float]) -> str:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def compare(options: argparse.Namespace) -> None:
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    print(f"{'threads':>7}{'width':>6}{'T':>5}{'ours tok/s':>12}{'GFLOP/s':>9}   time of a plain step over ours")
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for width in options.widths:
+            config = ProxyConfig(d_model=width, seq_len=options.seq_len, precision=options.precision)
+            x_bt, y_bt = batch(config)
+            steps = {"ours": our_step(config), "gpt2": gpt2_step(config), "llama": llama_step(config)}
+            took: dict[str, list[float]] = {name: [] for name in steps}
+            for _ in range(options.rounds + 3):
+                for name, step in steps.items():
+                    began = clock()
+                    step(x_bt, y_bt)
+                    took[name].append(clock() - began)
+            took = {name: seconds[3:] for name, seconds in took.items()}
+            speed = config.batch_tokens / statistics.median(took["ours"])
+            ratio = {n: [b / a for a, b in zip(took["ours"], took[n], strict=True)] for n in ("gpt2", "llama")}
+            more = config.flops_per_token / gpt2_flops_per_token(config)
+            print(
+                f"{threads:>7}{width:>6}{config.seq_len:>5}{speed:>12,.0f}{speed * config.flops_per_token / 1e9:>9.1f}"
+                f"   gpt2 {quartiles(ratio['gpt2'])}, per FLOP {more * statistics.median(ratio['gpt2']):.2f};"
+                f" same shape {quartiles(ratio['llama'])}",
+                flush=True,
+            )
+
+
+def profile(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads[0])
+    for width in options.widths:
+        config = ProxyConfig(d_model=width, seq_len=options.seq_len)
+        x_bt, y_bt = batch(config)
+        makers: dict[str, Callable[[ProxyConfig], Step]] = {"ours": our_step, "gpt2": gpt2_step, "llama": llama_step}
+        for name, make in makers.items():
+            step = make(config)
+            for _ in range(3):
+                step(x_bt, y_bt)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+                for _ in range(options.rounds):
+                    step(x_bt, y_bt)
+            spent: Counter[str] = Counter()
+            for row in trace.key_averages():
+                spent[family(row.key)] += row.self_cpu_time_total
+            total = spent.total()
+            shares = ", ".join(f"{kind} {100 * us / total:.0f} %" for kind, us in spent.most_common())
+            print(f"width {width:>4} {name:>6} {total / options.rounds / 1e3:8.1f} ms: {shares}", flush=True)
+
+
+def family(operation: str) -> str:
+    name = operation.removeprefix("aten::")
+    return next((kind for kind, names in FAMILIES.items() if name.startswith(names)), "other")
+
+
+def fresh(code: str) -> float:
+    """The number that this code prints, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+FIRST_STEP = """
+import time; began = time.perf_counter()
+import proxies
+points = proxies.train(proxies.ProxyConfig(d_model={width}, eval_windows=1, warmup_tokens=0), 4096)
+next(points)
+import resource
+print({what})
+"""
+
+
+def startup(options: argparse.Namespace) -> None:
+    code = FIRST_STEP.format(width=options.widths[0], what="time.perf_counter() - began")
+    took = [fresh(code) for _ in range(options.startup)]
+    print(
+        f"import, data, build, first steps at width {options.widths[0]}: " + ", ".join(f"{s:.1f}" for s in took) + " s"
+    )
+
+
+def memory(options: argparse.Namespace) -> None:
+    for width in options.widths:
+        kib = fresh(FIRST_STEP.format(width=width, what="resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"))
+        print(f"width {width:>4}: peak {kib / 1024:,.0f} MiB, torch and data included")
+
+
+def together(options: argparse.Namespace) -> None:
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(options.threads[0])
+    for width in options.widths:
+        members = [
+            ProxyConfig(d_model=width, seq_len=options.seq_len, batch_seqs=options.batch, lr=0.002 * (k + 1), seed=k)
+            for k in range(options.together)
+        ]
+        data = [open_data(c) for c in members]
+        alone, stacked = ([Run(c, plan(c, 1 << 40), "", device) for c in members] for _ in range(2))
+        stack = Stack(stacked)
+        ratios = []
+        for _ in range(options.rounds + 2):
+            began = clock()
+            for run, of in zip(alone, data, strict=True):
+                float(run.advance(of.windows))  # waits for the device
+            middle = clock()
+            float(stack.advance(data).sum())
+            ratios.append((middle - began) / (clock() - middle))
+        print(f"{device.type}, width {width}, batch {options.batch}: one by one over together {quartiles(ratios[2:])}")
+
+
+def gpu_124m(options: argparse.Namespace) -> None:
+    """124M parameters: 12 layers, d = 768, heads of 64, GPT-2's vocabulary rounded up to 50,304."""
+    tiny = options.tiny
+    device = "cpu" if tiny else "cuda"
+    config = ProxyConfig(
+        n_layers=1 if tiny else 12,
+        d_model=64 if tiny else 768,
+        d_head=16 if tiny else 64,
+        base_width=64,
+        seq_len=32 if tiny else 1024,
+        vocab=256 if tiny else 50_304,
+        batch_seqs=2 if tiny else 32,
+        precision="bfloat16",
+        compile=not tiny,
+    )
+    step = our_step(config, device)
+    generator = torch.Generator().manual_seed(0)
+    x_bt, y_bt = (torch.randint(config.vocab, (config.batch_seqs, config.seq_len), generator=generator) for _ in "xy")
+    x_bt, y_bt = x_bt.to(device), y_bt.to(device)
+    for _ in range(5):
+        float(step(x_bt, y_bt))
+    took = []
+    for _ in range(options.rounds):
+        began = time.perf_counter()
+        float(step(x_bt, y_bt))  # waits for the device
+        took.append(time.perf_counter() - began)
+    speed = config.batch_tokens / statistics.median(took)
+    name = "CPU, a smoke test" if tiny else torch.cuda.get_device_name()
+    print(f"{name}: N = {config.counts.N:,}, {speed:,.0f} tokens/s, {speed * config.flops_per_token:.3g} FLOP/s (PaLM)")
+    if not tiny:
+        print(f"MFU {100 * speed * config.flops_per_token / H100_BF16_FLOPS:.1f} % of an H100's 989 TFLOP/s")
+        print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=16, help="of --together")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="of ours; the plain steps are float32")
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--startup", type=int, metavar="TIMES")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--together", type=int, metavar="K")
+    parser.add_argument("--gpu-124m", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="--gpu-124m as a smoke test on CPU")
     options = parser.parse_args()
-    settings = list(itertools.product(options.threads, options.widths, options.batches))
-    speeds: dict[tuple[int, int, int], list[float]] = {setting: [] for setting in settings}
-    for _ in range(options.rounds):
-        for threads, width, batch in settings:
-            speeds[threads, width, batch].append(
-                measure_speed(ProxyConfig(d_model=width, batch_seqs=batch), threads=threads)
-            )
-    print(f"{'threads':>8}{'width':>8}{'N':>12}{'batch':>8}{'tokens/s':>12}{'GFLOP/s':>10}")
-    for (threads, width, batch), values in speeds.items():
-        config = ProxyConfig(d_model=width, batch_seqs=batch)
-        speed = statistics.median(values)
-        flops = speed * config.flops_per_token / 1e9
-        print(f"{threads:>8}{width:>8}{config.counts.N:>12,}{batch:>8}{speed:>12,.0f}{flops:>10.1f}")
+    if options.cpu_time and options.threads != [1]:
+        parser.error("needed one thread with --cpu-time, which adds up the time of all")
+    chosen = {
+        profile: options.profile,
+        startup: options.startup,
+        memory: options.memory,
+        together: options.together,
+        gpu_124m: options.gpu_124m,
+    }
+    for mode in [mode for mode, asked in chosen.items() if asked] or [compare]:
+        mode(options)
 
 
 if __name__ == "__main__":

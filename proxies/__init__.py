@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from proxies.mup import param_groups as param_groups
     from proxies.recipe import Recipe as Recipe
     from proxies.stagewise import autolrs as autolrs
+    from proxies.together import train_together as train_together
+    from proxies.together import worth_stacking as worth_stacking
     from proxies.training import train as train
     from proxies.transfers import Transfer as Transfer
     from proxies.transfers import transfer as transfer
@@ -33,7 +35,9 @@ _HOME = {
     "grow": "warmstart",
     "param_groups": "mup",
     "train": "training",
+    "train_together": "together",
     "transfer": "transfers",
+    "worth_stacking": "together",
 }
 __all__ = sorted(_HOME)
 

@@ -49,7 +49,9 @@ SETTINGS = (
 MEASURED = ("widths", "lr", "seeds", "steps", "passed", "slopes")
 
 STEPS = 10  # of a coordinate check
-STEPS_OF = {"prodigy": 60}  # it looks for its rate first: some thirty steps in which nothing moves
+# Prodigy looks for its rate first: some thirty steps in which nothing moves. SOAP takes its first eigenbases from gradients
+# that a zero readout makes zero, so it is Adam until it has turned them a few times, every ten steps.
+STEPS_OF = {"prodigy": 60, "soap": 60}
 MOVED = 0.01  # of its size: a quantity that has changed by less at the last step says nothing about how changes grow
 
 

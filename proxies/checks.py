@@ -19,7 +19,9 @@ CLEAR = 0.25  # a slope is too steep when its whole interval lies beyond this
 MOST = 0.5  # or its value beyond this
 MASS = 0.95  # of the interval over seeds
 STRESS_STEPS = 5
-EARLY = 2  # steps: later the loss corrects logits that move too far, and the error shows in the blocks instead
+EARLY = (
+    2  # steps of the logits alone: later the loss corrects them if they move too far, and the blocks show it instead
+)
 ROUNDING = 1e-3  # a change below this share of the size is no change: QK-norm undoes decay but for rounding
 
 
@@ -29,7 +31,7 @@ class Slope:
 
     over: Axis
     where: str  # such as "block 0 attention"; under stress a role, such as "hidden"
-    what: What  # mean |x|; mean |x - x at step 0| in steps 1 and 2, in all; under stress, update and decay
+    what: What  # mean |x|; mean |x - x at step 0| (early: in steps 1 and 2); under stress, update and decay
     value: float
     low: float  # of the t-interval over seeds; nan with one seed
     high: float
@@ -199,7 +201,7 @@ def _stress(start: Watch) -> dict[Literal["eps", "decay"], dict[str, float]]:
 
 
 def _slopes(over: Axis, sizes: tuple[int, ...], runs: list[list[Trail]]) -> list[Slope]:
-    """Size, early change and change of every quantity that all sizes share."""
+    """Size and change of every quantity that all sizes share, and the early change of the logits."""
     found = []
     for where, names in _shared(over, runs).items():
         # size of the model, seed, step, (size, change); step 0 has no change, and its size is not that of training
@@ -209,7 +211,8 @@ def _slopes(over: Axis, sizes: tuple[int, ...], runs: list[list[Trail]]) -> list
         size, change = seen[..., 0], seen[..., 1]
         change = np.where((change < ROUNDING * size).all(axis=(0, 1)), 0.0, change)
         found.append(_slope(over, where, "size", sizes, size))
-        found.append(_slope(over, where, "early", sizes, change[:, :, :EARLY]))
+        if where == "logits":
+            found.append(_slope(over, where, "early", sizes, change[:, :, :EARLY]))
         found.append(_slope(over, where, "change", sizes, change))
     return found
 

@@ -101,7 +101,8 @@ class ProxySettings(BaseModel):
 
     # speed
     precision: Literal["float32", "bfloat16"] | None = Field(
-        None, description="of matrix products; weights stay float32. Default: float32 on CPU, bfloat16 on CUDA"
+        None,
+        description="of matrix products; weights stay float32. Default: float32 on CPU (there faster), bfloat16 on CUDA",
     )
     compile: bool = Field(False, description="torch.compile: a minute before the first step; needs a C++ compiler")
 

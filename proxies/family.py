@@ -271,25 +271,27 @@ def describe(config: ProxyConfig) -> dict[str, Any]:
 
 
 def measure_speed(config: ProxyConfig, *, threads: int, min_seconds: float = 0.15) -> float:
-    """Training tokens per second with this configuration on this machine, from a few steps: the median one's."""
+    """Training tokens per second with this configuration on this machine's CPU, from a few steps: the median one's.
+
+    Never compiled: that takes longer than all else here, and was measured to gain a fifth at most.
+    """
     import torch
 
-    from proxies.model import build, loss_of
-    from proxies.optimizers import make_optimizer
+    from proxies.training import Plan, Run
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    model = build(config)
-    optimizer = make_optimizer(model, config)
+    config = config.model_copy(update={"compile": False})
+    run = Run(config, Plan(config.batch_tokens, 1, 1), "", torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(config.vocab, (config.batch_seqs, config.seq_len), generator=generator)
-    loss_of(model, x, x).backward()  # type: ignore[no-untyped-call]  # the first pass allocates
+    run.backward(x, x)  # the first pass allocates
     took: list[float] = []
     while sum(took) < min_seconds:
         began = time.perf_counter()
-        loss_of(model, x, x).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        run.backward(x, x)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
         took.append(time.perf_counter() - began)
     torch.set_num_threads(before)
     return config.batch_tokens / statistics.median(took)

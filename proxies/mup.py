@@ -43,7 +43,8 @@ _WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module")
 
 # Power of 1/m on the rate of hidden matrices. Adam's and a sign's step has entries of one size, so it must shrink with fan_in.
 # An orthogonal step has one spectral norm whatever the width (2310.17813); Muon scaled to AdamW's RMS grows as sqrt(m).
-_HIDDEN_POWER = {"muon": 0.0, "muon-rms": 0.5}
+# LAMB's step is a share of its matrix, whose entries fall as 1/sqrt(m) already.
+_HIDDEN_POWER = {"lamb": 0.5, "muon": 0.0, "muon-rms": 0.5}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def rules(config: ProxyConfig) -> dict[Role, Rule]:
     A tied table follows the embedding's row, with both multipliers. Hidden decay grows with m so that lr · wd, the decay
     of one step, does not depend on width (2510.19093). eps shrinks as the gradients do: with m, but for a gain of
     d_head numbers that all heads share, and inside a block with its branch's multiplier. Muon's hidden rate is lr, or
-    lr/√m when scaled to AdamW's RMS, and the decay follows it.
+    lr/√m when scaled to AdamW's RMS, as LAMB's is, and the decay follows it.
 
     "standard" keeps only the 1/√m of the hidden init (it preserves variance) and knows no depth; a readout that starts
     at zero is the same in both. One m serves every hidden matrix: d_ff / d_model, d_head and the query heads per key

@@ -7,8 +7,8 @@
 | ademamix, lion        | pytorch-optimizer        | 1/m                                                             |
 | schedule-free         | schedulefree             | 1/m; wants schedule "constant"                                  |
 | muon, muon-rms        | torch, AdamW for the rest| 1, 1/√m                                                         |
-| lamb, soap            | pytorch-optimizer        | unverified: refused at other widths without a coordinate check  |
-| prodigy               | prodigyopt, one per role | unverified; finds its own rate, `lr` multiplies it              |
+| lamb, soap            | pytorch-optimizer        | 1/√m, 1/m; unverified: refused without a coordinate check       |
+| prodigy               | prodigyopt, one per role | found; unverified; `lr` multiplies what it finds                |
 
 Packages beyond torch come with muscale[optimizers].
 """
@@ -16,6 +16,7 @@ Packages beyond torch come with muscale[optimizers].
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -150,15 +151,18 @@ def _ademamix(groups: Groups, config: ProxyConfig) -> Optimizer:
 
 
 def _lamb(groups: Groups, config: ProxyConfig) -> Optimizer:
+    # The package counts no norm of weights above 10, which those of wide matrices are: there its step would turn into
+    # another function of width. The paper's has no such bound (arXiv 1904.00962), nor a correction of the first average, which
+    # here would multiply the first step, whose size the norm has set, by 1 / (1 - beta1).
     kind: Kind = _class_of("pytorch_optimizer", "Lamb", config)
-    return kind(groups, weight_decouple=True)
+    optimizer = kind(groups, weight_decouple=True, adam_debias=True)
+    optimizer.clamp = math.inf  # type: ignore[attr-defined]
+    return optimizer
 
 
 def _soap(groups: Groups, config: ProxyConfig) -> Optimizer:
-    # Eigenbases for hidden matrices alone. In one of a table's, the entries of a row move together by a total that does not
-    # depend on width, so each by 1/sqrt(m): measured, early logits had slope -0.53; with Adam's step for tables -0.03.
     kind: Kind = _class_of("pytorch_optimizer", "SOAP", config)
-    return kind([group | ({} if group["role"] == "hidden" else {"max_precondition_dim": 0}) for group in groups])
+    return kind(groups)
 
 
 def _schedule_free(groups: Groups, config: ProxyConfig) -> Optimizer:

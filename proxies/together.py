@@ -12,16 +12,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Generator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from proxies.config import ProxyConfig
 from proxies.mixture import Data, open_data
-from proxies.model import Transformer
+from proxies.model import mean_loss
 from proxies.optimizers import evaluation, set_lr
 from proxies.training import CHECK_EVERY, EVAL_CHUNK, Run, autocast, plan, point_steps, uninterrupted
 from scaling.runs import Measurement
@@ -76,11 +76,17 @@ def train_together(
     if not configs:
         raise ValueError("needed at least one configuration, got none")
     first = configs[0].model_dump(exclude=set(OWN))
-    other = sorted({name for c in configs for name, value in c.model_dump(exclude=set(OWN)).items() if first[name] != value})
+    other = sorted(
+        {name for c in configs for name, value in c.model_dump(exclude=set(OWN)).items() if first[name] != value}
+    )
     if other:
-        raise ValueError(f"needed members that differ only in {', '.join(OWN)}, got others in {', '.join(other)}: train those apart")
+        raise ValueError(
+            f"needed members that differ only in {', '.join(OWN)}, got others in {', '.join(other)}: train those apart"
+        )
     if configs[0].compile or configs[0].recompute or configs[0].micro_seqs:
-        raise ValueError("needed compile and recompute off and no micro_seqs, got one of them: members trained together have no such parts")
+        raise ValueError(
+            "needed compile and recompute off and no micro_seqs, got one of them: members trained together have no such parts"
+        )
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     cuts = [plan(c, tokens) for c in configs]
     data = [open_data(c) for c in configs]
@@ -88,7 +94,9 @@ def train_together(
     return _points(runs, data, stopped)
 
 
-def _points(runs: list[Run], data: list[Data], stopped: Collection[int]) -> Generator[tuple[int, Measurement], None, None]:
+def _points(
+    runs: list[Run], data: list[Data], stopped: Collection[int]
+) -> Generator[tuple[int, Measurement], None, None]:
     began = time.perf_counter()
     points = [point_steps(run.config, run.cut.trunk_steps or run.cut.steps - 1) for run in runs]
     live = list(range(len(runs)))
@@ -132,14 +140,16 @@ class Stack:
 
         def one(weights: dict[str, Tensor], x_bt: Tensor, y_bt: Tensor) -> Tensor:
             logits_btv: Tensor = functional_call(self.model, weights, (x_bt,))
-            return F.cross_entropy(logits_btv.flatten(0, 1).float(), y_bt.flatten())
+            return mean_loss(logits_btv, y_bt)
 
-        with autocast(self.device, self.runs[0].config.precision):
+        # torch's flash attention has no batching rule on CPU; vmap would take the members one by one.
+        kernel = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+        with autocast(self.device, self.runs[0].config.precision), kernel:
             out: Tensor = vmap(one)(self.weights, x_kbt, y_kbt)
         return out
 
-    def advance(self, data: list[Data]) -> None:
-        """One optimizer step of every member, each at its own rate on its own windows."""
+    def advance(self, data: list[Data]) -> Tensor:
+        """One optimizer step of every member, each at its own rate on its own windows; their losses, nats per token [K]."""
         start = self.runs[0].windows_seen
         n = min(self.runs[0].config.batch_seqs, self.runs[0].cut.tokens // self.runs[0].config.seq_len - start)
         batches = [of.windows.batch(start, n) for of in data]
@@ -158,6 +168,7 @@ class Stack:
                 run.count(losses_k[k].detach(), n)
         for weight in self.weights.values():
             weight.grad = None
+        return losses_k.detach()
 
     @torch.no_grad()
     def evaluate(self, windows: tuple[Tensor, Tensor]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,21 +39,18 @@ def distance(a: Trail, b: Trail) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")  # torch's own, when its compiler loads
 @pytest.mark.parametrize("engine", ["compile", "ddp", "fsdp2"])
 def test_every_engine_has_the_coordinates_of_the_plain_model(watch: Watch, engine: Engine) -> None:
     """Groups are made by name after wrapping; under FSDP2 of sharded tensors."""
-    from dataclasses import replace
-
+    if engine == "compile":  # a model takes a minute to compile, mostly for its blocks
+        watch = replace(watch, config=watch.config.model_copy(update={"n_layers": 1}))
     exact = replace(watch, double=True)
-    stressed = replace(
-        watch,
-        what="eps",
-        scales=dict.fromkeys(("embedding", "hidden", "norm", "qk_norm", "final_norm", "readout"), 1e-3),
-        double=True,
-    )
+    roles = ("embedding", "hidden", "norm", "qk_norm", "final_norm", "readout")
+    stressed = replace(exact, what="eps", scales=dict.fromkeys(roles, 1e-3))
     plain = follow([exact, watch, stressed])
     same = follow([exact, watch, stressed], engine)
-    assert plain[0].seen[-1]["block 1 stream"][1] > 0.01, "nothing moved"
+    assert plain[0].seen[-1]["block 0 stream"][1] > 0.01, "nothing moved"
     assert distance(same[0], plain[0]) < 1e-11  # float64; measured 1e-14
     assert distance(same[1], plain[1]) < 2e-5  # float32; measured 3e-6
     rows = [(same[2].seen[0][role][1], plain[2].seen[0][role][1]) for role in plain[2].seen[0]]

@@ -174,11 +174,18 @@ def curve_of(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> Curve:
 
 
 def schedule_of(described: Mapping[str, Any], fidelity: Fidelity) -> Schedule | None:
-    """The schedule of a run by its trainer's description: `schedule` "wsd" with `cooldown` and `warmup_tokens`, as those of
-    `proxies`. None, a constant rate, for any other: what its cooldown gains is then known only from runs that have ended.
+    """The schedule of a run by its trainer's description: `schedule` "wsd" with `cooldown`, `warmup_tokens` and maybe `decay`
+    and `lr_floor`, as those of `proxies`. None, a constant rate, for any other: what its cooldown gains is then known only
+    from runs that have ended.
     """
     from scaling.forecast import cooldown
 
     if described.get("schedule") != "wsd":
         return None
-    return cooldown(fidelity.D, share=described["cooldown"], warmup=described["warmup_tokens"])
+    return cooldown(
+        fidelity.D,
+        share=described["cooldown"],
+        warmup=described["warmup_tokens"],
+        decay=described.get("decay", "1-sqrt"),
+        floor=described.get("lr_floor", 0.1),
+    )

@@ -46,6 +46,8 @@ TORCHTITAN = {
     "readout": r"^(output|lm_head)\.weight$",
 }
 
+MEGATRON_DECAY = {"1-sqrt": "minus_sqrt", "linear": "linear", "cosine": "cosine"}
+
 
 @dataclass(frozen=True)
 class Group:
@@ -227,14 +229,20 @@ def as_megatron(config: ProxyConfig, tokens: int | None = None) -> str:
         flags["qk-layernorm"] = None
     if not config.tied:
         flags["untie-embeddings-and-output-weights"] = None
+    notes: list[str] = []
     if tokens is not None:
         samples = tokens // config.seq_len
         flags |= {"train-samples": samples, "lr-decay-samples": samples, "min-lr": 0}
         flags |= {"lr-warmup-samples": config.warmup_tokens // config.seq_len}
-        if config.schedule == "wsd":
-            flags |= {"lr-decay-style": "WSD", "lr-wsd-decay-style": "minus_sqrt"}
+        if config.schedule == "wsd" and config.decay in MEGATRON_DECAY:
+            flags |= {"lr-decay-style": "WSD", "lr-wsd-decay-style": MEGATRON_DECAY[config.decay]}
             flags["lr-wsd-decay-samples"] = round(samples * config.cooldown)
-    notes = [
+        elif config.schedule in ("cosine", "linear", "constant"):
+            flags["lr-decay-style"] = config.schedule
+            flags["min-lr"] = _number(config.lr * config.lr_floor) if config.schedule == "cosine" else 0
+        else:
+            notes.append(f"schedule {config.schedule!r} with decay {config.decay!r} has to be added by hand")
+    notes += [
         "the embedding decays there unless excluded; here it does not",
         "its output projections start at init-method-std / sqrt(2 base layers); here like every hidden matrix",
         "its readout starts at a random matrix; here at zero",
@@ -249,8 +257,6 @@ def as_megatron(config: ProxyConfig, tokens: int | None = None) -> str:
         notes.append(f"embed_lr_mult {config.embed_lr_mult:g} has no flag")
     if config.qk_norm:
         notes.append("the epsilon of q and k norms is divided by the width there; here it is not")
-    if tokens is not None and config.schedule != "wsd":
-        notes.append(f"schedule {config.schedule!r} has to be chosen by hand")
     said = [
         "# for Megatron-LM with --scaling-recipe (2026); what these flags cannot say:",
         *(f"#  - {n}" for n in notes),

@@ -23,7 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from proxies.config import DecayName, ScheduleName
+from proxies.config import ScheduleName
+from scaling.decays import DECAYS
 
 if TYPE_CHECKING:
     from proxies.config import ProxySettings
@@ -60,15 +61,6 @@ SCHEDULES: dict[ScheduleName, Schedule] = {
     "rex": Schedule(lambda _, z: (1 - z) / (1 - z / 2), has_horizon=True),
 }
 
-# decay(u, floor): from 1 to 0, but for the exponential one (2404.06395), which halves at equal steps and ends at the floor
-DECAYS: dict[DecayName, Callable[[float, float], float]] = {
-    "1-sqrt": lambda u, _: 1 - math.sqrt(u),
-    "linear": lambda u, _: 1 - u,
-    "cosine": lambda u, _: (1 + math.cos(math.pi * u)) / 2,
-    "square": lambda u, _: 1 - u * u,
-    "exponential": lambda u, floor: floor**u,
-}
-
 
 def factor(settings: ProxySettings, tokens: float, *, branch: float = math.inf, end: float = math.inf) -> float:
     """The share of the peak rate after `tokens` tokens, in [0, 1].
@@ -93,7 +85,7 @@ def factor(settings: ProxySettings, tokens: float, *, branch: float = math.inf, 
     if tokens <= branch or not schedule.cools:
         return schedule.share(settings, tokens)
     u = min((tokens - branch) / (end - branch), 1.0)
-    return schedule.share(settings, branch) * DECAYS[settings.decay](u, settings.lr_floor)
+    return schedule.share(settings, branch) * float(DECAYS[settings.decay](u, settings.lr_floor))
 
 
 def unread(settings: ProxySettings) -> set[str]:

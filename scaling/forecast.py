@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from scipy.linalg import solve_triangular
 
 from scaling.curves import read_curve
+from scaling.decays import DECAYS
 from scaling.laws import Array
 
 Schedule: TypeAlias = Callable[[Array], Array]  # tokens -> learning rate as a share of its peak
@@ -83,15 +84,20 @@ class Finished:
     schedule: Schedule | None = None
 
 
-def cooldown(at: float, *, share: float = 0.2, warmup: float = 0.0) -> Schedule:
-    """Warm-up over `warmup` tokens, the constant rate, then 1 - sqrt(u) to 0 over the last `share` of `at` tokens."""
+def cooldown(
+    at: float, *, share: float = 0.2, warmup: float = 0.0, decay: str = "1-sqrt", floor: float = 0.1
+) -> Schedule:
+    """Warm-up over `warmup` tokens, the constant rate, then a decay (by default 1 - sqrt(u)) over the last `share` of `at` tokens.
+
+    decay: a name in `scaling.decays`; floor: where "exponential" ends.
+    """
     if not (at > 0 and 0 < share < 1 and 0 <= warmup <= (1 - share) * at):
         raise ValueError(f"needed 0 < share < 1 and a warm-up before the cooldown, got {at=}, {share=}, {warmup=}")
     start = (1 - share) * at
 
     def factor(tokens: Array) -> Array:
         up = np.minimum(tokens / warmup, 1.0) if warmup else 1.0
-        return np.asarray(up * (1 - np.sqrt(np.clip((tokens - start) / (at - start), 0.0, 1.0))))
+        return np.asarray(up * DECAYS[decay](np.clip((tokens - start) / (at - start), 0.0, 1.0), floor))
 
     return factor
 

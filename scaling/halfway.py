@@ -73,7 +73,9 @@ def study_curves(client: MlflowClient, runs: pd.DataFrame) -> list[RunCurve]:
         run_id, D = str(row.run_id), float(row.D)
         settings = client.get_run(run_id).data.params
         share, warmup = (float(settings.get(k, "nan")) for k in ("cooldown", "warmup_tokens"))
-        schedule = cooldown(D, share=share, warmup=warmup) if np.isfinite([share, warmup]).all() else None
+        known = np.isfinite([share, warmup]).all() and settings.get("schedule", "wsd") == "wsd"
+        decay, floor = settings.get("decay", "1-sqrt"), float(settings.get("lr_floor", 0.1))
+        schedule = cooldown(D, share=share, warmup=warmup, decay=decay, floor=floor) if known else None
         tokens, loss = (np.array(v) for v in tracking.read_curve(client, run_id))
         # a run that was promoted has branched off before and goes on beyond: points up to this branch only
         trunk = np.isfinite(loss) & (tokens <= ((1 - share) if schedule else 1) * D) if tokens.size else tokens > 0

@@ -16,7 +16,7 @@ PACKAGES = ("hpo", "scaling", "proxies")
 COMMANDS = {
     "hpo": ("validate", "launch", "resume", "extend", "worker", "status", "best", "forget", "confirm"),
     "scaling": ("import", "fit", "recommend", "report"),
-    "proxies": ("check", "train", "grow", "launch", "autolrs"),
+    "proxies": ("check", "transfer", "train", "recipe", "grow", "launch", "autolrs"),
 }
 
 

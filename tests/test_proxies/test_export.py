@@ -178,3 +178,20 @@ def test_megatron_gets_its_own_recipe_and_is_told_what_it_lacks() -> None:
     assert "embed_lr_mult 2 has no flag" in said
     with pytest.raises(ValueError, match="got 'muon' under 'mup'"):
         as_megatron(ProxyConfig(**WIDE, optimizer="muon"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "style"),
+    [
+        ({"decay": "cosine"}, {"lr-decay-style": "WSD", "lr-wsd-decay-style": "cosine"}),
+        ({"schedule": "cosine", "lr_floor": 0.2}, {"lr-decay-style": "cosine", "min-lr": "0.002"}),
+        ({"schedule": "linear"}, {"lr-decay-style": "linear", "min-lr": "0"}),
+    ],
+)
+def test_megatron_gets_the_schedule_or_is_told_of_it(changes: dict[str, Any], style: dict[str, str]) -> None:
+    said = as_megatron(ProxyConfig(**WIDE, **changes), tokens=160_000)
+    flags = dict(line[2:].split(" ", 1) for line in said.splitlines() if line.startswith("--") and " " in line)
+    assert style.items() <= flags.items()
+    unknown = as_megatron(ProxyConfig(**WIDE, decay="square"), tokens=160_000)
+    assert "decay 'square' has to be added by hand" in unknown
+    assert "lr-decay-style" not in unknown

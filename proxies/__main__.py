@@ -247,6 +247,7 @@ def recipe(
     from proxies.export import as_json, as_megatron, as_table, as_torchtitan
     from proxies.recipe import Recipe
 
+    tuned: int | None
     with refusing():
         if study.endswith(".json"):
             from proxies.launch import read_plan

@@ -44,7 +44,13 @@ def applies(x: Tensor) -> bool:
 def normed_linears(x: Tensor, gain_d: Tensor, weights: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
     """x / rms(x) * gain, [..., d], through each matrix [o, d]."""
     outs: tuple[Tensor, ...] = _NormedLinears.apply(x.reshape(-1, x.shape[-1]), gain_d, eps, *weights)  # type: ignore[no-untyped-call]
-    return tuple(out_no.view(*x.shape[:-1], -1) for out_no in outs)
+    return tuple(_shaped(out_no, x) for out_no in outs)
+
+
+def _shaped(rows_no: Tensor, like: Tensor) -> Tensor:
+    """Rows [n, o] as [..., o]. Not as a view in autograd's eyes, which FSDP2 warns of in what a module returns."""
+    out: Tensor = aten._unsafe_view(rows_no, (*like.shape[:-1], rows_no.shape[-1]))
+    return out
 
 
 class _NormedLinears(torch.autograd.Function):
@@ -130,7 +136,7 @@ def _turned(x_bthk: Tensor, table_t1j: Tensor) -> Tensor:
 def add_linear(x: Tensor, h: Tensor, weight: Tensor, branch: float) -> Tensor:
     """x + branch * (h @ weight.T), [..., d]."""
     flat = torch.addmm(x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1]), weight.t(), alpha=branch)
-    return flat.view(x.shape)
+    return _shaped(flat, x)
 
 
 def cross_entropy(logits_nv: Tensor, y_n: Tensor) -> Tensor:

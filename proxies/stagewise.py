@@ -15,7 +15,7 @@ import math
 import time
 import warnings
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,22 +23,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.interpolate import make_lsq_spline
-from scipy.optimize import minimize_scalar
 
 from proxies.checkpoints import copy_to_cpu, load_state, write_state
 from proxies.config import ProxyConfig
-from proxies.mixture import open_data
+from proxies.mixture import Reader, open_data
 from proxies.optimizers import evaluation
+from proxies.schedules import DECAYS
 from proxies.training import Run, evaluate, plan
 from scaling.runs import Measurement
 
 Array = NDArray[np.float64]
 
-TRIAL = 0.1  # of a stage, as in the paper
-LEAST_TRIAL = 8  # steps: fewer make no curve
-PASSES, WORST = 10, 0.03  # of the cleaning, as in the paper
+TRIES = 3  # a stage, where they fit
+LEAST_TRIAL = 8  # steps
+COOLED = 0.5  # of a trial
+REACH = 2.0  # octaves that the rate may move from one stage to the next
 GRID = 129  # rates that the process is asked about
+LOST = 1e9  # nats, for a loss that is not finite
 WORSE = 0.1  # nats: a candidate that is worse by more is as bad as one that diverged; assumed
 
 
@@ -47,8 +48,8 @@ class Stage(Measurement):
     """The end of a stage: its measurement, with the rate that was chosen as `lr`, and how it was."""
 
     stage: int = 0
-    candidates: tuple[tuple[float, float], ...] = ()  # rate, extrapolated loss at the stage's end over the first one's
-    searched_tokens: int = 0  # of all stages so far: trained and rolled back
+    candidates: tuple[tuple[float, float], ...] = ()  # rate, its trial's annealed loss over the first one's
+    searched_tokens: int = 0  # of all stages so far: trained and rolled back, and a third of those looked at
 
 
 def autolrs(
@@ -62,18 +63,19 @@ def autolrs(
     keep: Path | None = None,
     device: str | torch.device | None = None,
 ) -> Generator[Stage, None, None]:
-    """Train for `tokens` tokens with a rate searched for every stage, yielding the end of each; the last is final.
+    """Train for `tokens` tokens with a rate searched for every stage, yielding the end of each and last that of a cooldown.
 
-    The rate is linear to config.lr over the warm-up and constant in a stage; config's own schedule is not used. Searching
-    costs at most `overhead` times the tokens on top.
+    The rate is linear to config.lr over the warm-up, constant in a stage, and after the last one falls from its rate as
+    config.cooldown and config.decay say; config's own schedule is not used. Searching costs at most `overhead` times the
+    tokens on top.
 
     rates: lowest and highest; default lr / 64 and 8 lr.
-    save: gets the weights in the end, as of a run with the schedule "constant".
+    save: gets the weights in the end and the trunk before the cooldown, as of a run with the schedule "wsd".
     keep: gets the state after every stage; gone on from if it is there, bit for bit; removed on completion.
 
     Bad arguments raise ValueError here, before the first `next`.
     """
-    config = config.model_copy(update={"schedule": "constant"})
+    config = config.model_copy(update={"schedule": "wsd"})
     cut = plan(config, tokens)
     low, high = rates or (config.lr / 64, config.lr * 8)
     if not 0 < low <= config.lr <= high:
@@ -81,15 +83,16 @@ def autolrs(
     if stages < 1:
         raise ValueError(f"needed at least one stage, got {stages}")
     warm = math.ceil(config.warmup_tokens / config.batch_tokens)
-    ends = [warm + (cut.steps - warm) * (i + 1) // stages for i in range(stages)]
-    shortest = (cut.steps - warm) // stages
-    trial = max(LEAST_TRIAL, round(TRIAL * shortest))
-    tries = math.floor(overhead * shortest / trial + 1e-9)
+    ends = [warm + (cut.trunk_steps - warm) * (i + 1) // stages for i in range(stages)]
+    budget = overhead * ((cut.trunk_steps - warm) // stages)  # steps
+    tries = min(TRIES, math.floor(budget / _price(LEAST_TRIAL) + 1e-9))
     if tries < 2:
+        least = math.ceil(2 * _price(LEAST_TRIAL) / overhead) if overhead > 0 else "any"
         raise ValueError(
-            f"needed stages of {math.ceil(2 * trial / overhead) if overhead > 0 else 'any'} steps (two candidates of "
-            f"{trial} steps for {overhead:g} of it), got {shortest}: fewer stages, more tokens, a smaller batch or more overhead"
+            f"needed stages of {least} steps (two candidates of {LEAST_TRIAL} steps for {overhead:g} of it), got "
+            f"{(cut.trunk_steps - warm) // stages}: fewer stages, more tokens, a smaller batch or more overhead"
         )
+    trial = max(n for n in range(LEAST_TRIAL, math.ceil(budget) + 1) if tries * _price(n) <= budget + 1e-9)
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     data = open_data(config)
     run = Run(config, cut, data.sha256, where)
@@ -101,6 +104,7 @@ def autolrs(
             raise ValueError(f"needed a search with {settings} in {keep}, got {saved.get('autolrs')}: remove the file")
         run.restore(saved, keep)
         search.seen += [tuple(point) for point in saved["seen"]]
+        search.chosen += saved["chosen"]
     return _stages(run, data, ends, trial, tries, search, settings, save, keep)
 
 
@@ -118,25 +122,29 @@ def _stages(
     began, config = time.perf_counter(), run.config
     while run.step * config.batch_tokens < config.warmup_tokens:
         run.advance(data.windows)
-    for number, end in enumerate(ends):
+    for number, end in enumerate([*ends, run.cut.steps]):
         if run.step >= end:
             continue
         here = run.snapshot()
-        rate = search.rate_for(number - 1) if number else config.lr
+        rate = search.chosen[-1] if search.chosen else config.lr
         candidates: list[tuple[float, float]] = []
-        first: Array | None = None
-        for i in range(tries):
-            if i:
-                rate = search.propose(number)
-            series = np.array([float(run.advance(data.windows, rate / config.lr)) for _ in range(trial)])
-            run.load(here)
-            first = series if first is None else first
-            worse = predicted(series, first, end - here["step"])
-            search.seen.append((math.log2(rate), number, worse))
-            candidates.append((rate, worse))
-        rate = search.rate_for(number)
+        reference = 0.0
+        if number == len(ends):
+            run.trunk = here
+        else:
+            for i in range(tries):
+                tried = search.propose(number, rate) if i else rate
+                loss = _annealed(run, data.windows, tried / config.lr, trial)
+                run.load(here)
+                reference = loss if i == 0 else reference
+                worse = float(np.clip(loss - reference, -WORSE, WORSE))
+                search.seen.append((math.log2(tried), number, worse))
+                candidates.append((tried, worse))
+            rate = search.rate_for(number, rate)
+            search.chosen.append(rate)
         while run.step < end and not run.is_lost():
-            run.advance(data.windows, rate / config.lr)
+            middle = run.tokens + config.batch_tokens / 2
+            run.advance(data.windows, run.factor(middle) * rate / config.lr)
         lost = run.is_lost()
         with evaluation(run.optimizer):
             loss = math.nan if lost else evaluate(run.model, data.held)
@@ -152,14 +160,14 @@ def _stages(
             diverged=lost or (at_end and not loss <= math.log(config.vocab)),
             stage=number,
             candidates=tuple(candidates),
-            searched_tokens=trial * config.batch_tokens * len(search.seen),
+            searched_tokens=math.ceil(_price(trial) * config.batch_tokens * len(search.seen)),
         )
         run.loss_sum.zero_()
         run.loss_windows = 0
         if keep is not None and not at_end:
-            write_state(run.file("trunk", autolrs=settings, seen=search.seen) | {"trunk": run.snapshot()}, keep)
+            more = {"autolrs": settings, "seen": search.seen, "chosen": search.chosen}
+            write_state(run.file("trunk", **more) | {"trunk": run.snapshot()}, keep)
         if at_end and save is not None and not lost:
-            run.trunk = run.snapshot()
             measurement = {k: v for k, v in asdict(point).items() if k in Measurement.__dataclass_fields__}
             write_state(run.file("done", annealed={"model": weights, "measurement": measurement}), save)
         if at_end and keep is not None:
@@ -169,6 +177,22 @@ def _stages(
             return
 
 
+def _price(trial: int) -> float:
+    """Steps that a trial of so many costs: half as many batches are looked at in the end, forwards only, a third each."""
+    return trial + (trial // 2) / 3
+
+
+def _annealed(run: Run, windows: Reader, share: float, steps: int) -> float:
+    """Loss on the next steps // 2 batches after so many steps at a share of the peak rate, cooled to zero over the last."""
+    cooled = int(COOLED * steps)
+    for k in range(steps):
+        u = max(0.0, (k - steps + cooled + 0.5) / cooled) if cooled else 0.0
+        run.advance(windows, share * DECAYS[run.config.decay](u, run.config.lr_floor))
+    with evaluation(run.optimizer):
+        loss = evaluate(run.model, windows.batch(run.windows_seen, steps // 2 * run.config.batch_seqs))
+    return loss if math.isfinite(loss) else LOST
+
+
 @dataclass
 class _Search:
     """The rates tried so far and what is believed of the others: a Gaussian process over (log2 rate, stage)."""
@@ -176,31 +200,34 @@ class _Search:
     low: float
     high: float
     stages: int
-    seen: list[tuple[float, int, float]]  # log2 rate, stage, extrapolated loss over that of the stage's first candidate
+    seen: list[tuple[float, int, float]]  # log2 rate, stage, annealed loss over that of the stage's first candidate
+
+    chosen: list[float] = field(default_factory=list)  # one rate a stage
 
     @property
     def grid(self) -> Array:
         return np.linspace(math.log2(self.low), math.log2(self.high), GRID)
 
-    def rate_for(self, stage: int) -> float:
-        """The rate with the lowest expected loss at the end of a stage that has been searched."""
-        return self._best(_botorch().PosteriorMean(self._process(), maximize=False), stage)
+    def rate_for(self, stage: int, before: float) -> float:
+        """The rate with the lowest expected loss at the end of a stage that has been searched, near that of the one before."""
+        return self._best(_botorch().PosteriorMean(self._process(), maximize=False), stage, before)
 
-    def propose(self, stage: int) -> float:
+    def propose(self, stage: int, before: float) -> float:
         """The rate to try next: of the largest expected improvement on the stage's candidates, in logarithms.
 
-        The first rate after the very first one has nothing to go by but that one: a quarter of it, where the range allows.
+        The first rate after the very first one has nothing to go by but that one: a half of it, where the range allows.
         """
         if len(self.seen) == 1:
-            return max(2 ** (self.seen[0][0] - 2), self.low)
+            return max(before / 2, self.low)
         best = min(worse for _, at, worse in self.seen if at == stage)
         gain = _botorch().LogExpectedImprovement(self._process(), best_f=best, maximize=False)
-        return self._best(gain, stage)
+        return self._best(gain, stage, before)
 
-    def _best(self, value: Any, stage: int) -> float:
+    def _best(self, value: Any, stage: int, before: float) -> float:
+        near = self.grid[np.abs(self.grid - math.log2(before)) <= REACH + 1e-9]
         with torch.no_grad():
-            values = value(self._inputs(self.grid, np.full(GRID, stage)).unsqueeze(1))
-        return float(2.0 ** self.grid[int(values.argmax())])
+            values = value(self._inputs(near, np.full(len(near), stage)).unsqueeze(1))
+        return float(2.0 ** near[int(values.argmax())])
 
     def _inputs(self, log_rates: Array, stages: NDArray[Any]) -> torch.Tensor:
         width = self.grid[-1] - self.grid[0]
@@ -232,56 +259,3 @@ def _botorch() -> SimpleNamespace:
         SingleTaskGP=SingleTaskGP,
         fit_gpytorch_mll=fit_gpytorch_mll,
     )
-
-
-def predicted(series: Array, first: Array, at: int) -> float:
-    """Loss after `at` steps by a trial's losses (one a step), over that of the stage's first trial on the same batches.
-
-    What the first one's curve has beyond a smooth one is the noise of the batches, and is taken from the others.
-    """
-    if not np.isfinite(series).all():
-        return WORSE
-    if series is first:
-        return 0.0
-    noise = first - smooth(np.arange(len(first), dtype=float), first)(np.arange(len(first)))
-    difference = extrapolate(series - noise, at) - extrapolate(first - noise, at)
-    return float(np.clip(difference, -WORSE, WORSE))
-
-
-def smooth(steps: Array, losses: Array) -> Any:
-    """A quadratic spline with one knot in the middle."""
-    a, b = steps[0], steps[-1]
-    return make_lsq_spline(steps, losses, np.r_[[a] * 3, (a + b) / 2, [b] * 3], k=2)
-
-
-def clean(losses: Array) -> tuple[Array, Array]:
-    """Steps and losses without spikes: ten times the worst 3 % of the first half are left out, as seen from a spline."""
-    steps = np.arange(len(losses), dtype=float)
-    for _ in range(PASSES):
-        half = np.flatnonzero(steps < len(losses) / 2)
-        drop = int(WORST * len(half))
-        residual = np.abs(losses - smooth(steps, losses)(steps))[half]
-        kept = np.ones(len(steps), bool)
-        kept[half[np.argsort(residual)[len(half) - drop :]]] = False
-        steps, losses = steps[kept], losses[kept]
-    return steps, losses
-
-
-def extrapolate(losses: Array, at: int) -> float:
-    """a e^(bt) + c, b < 0, fitted to one loss a step, cleaned, at step `at`: b by a search in one dimension, a and c by
-    least squares. Its time constant lies between two steps and the horizon.
-    """
-    steps, losses = clean(losses)
-
-    def solved(log_time: float) -> tuple[float, Array]:
-        columns = np.stack([np.exp(-steps / math.exp(log_time)), np.ones_like(steps)], -1)
-        solution, *_ = np.linalg.lstsq(columns, losses, rcond=None)
-        return float(((columns @ solution - losses) ** 2).sum()), solution
-
-    ends = (math.log(2.0), math.log(max(at, 4)))
-    tried = np.linspace(*ends, 25)
-    start = int(np.argmin([solved(x)[0] for x in tried]))
-    around = (tried[max(start - 1, 0)], tried[min(start + 1, len(tried) - 1)])
-    best = float(minimize_scalar(lambda x: solved(x)[0], bounds=around, method="bounded").x)
-    a, c = solved(best)[1]
-    return float(a * math.exp(-at / math.exp(best)) + c)

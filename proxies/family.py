@@ -273,7 +273,7 @@ def describe(config: ProxyConfig) -> dict[str, Any]:
 def measure_speed(config: ProxyConfig, *, threads: int, min_seconds: float = 0.15) -> float:
     """Training tokens per second with this configuration on this machine's CPU, from a few steps: the median one's.
 
-    Never compiled: that takes longer than all else here, and was measured to gain a fifth at most.
+    Never compiled: that takes longer than all else here, and was measured to gain a quarter at most.
     """
     import torch
 

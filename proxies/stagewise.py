@@ -28,8 +28,8 @@ from proxies.checkpoints import copy_to_cpu, load_state, write_state
 from proxies.config import ProxyConfig
 from proxies.mixture import Reader, open_data
 from proxies.optimizers import evaluation
-from proxies.schedules import DECAYS
 from proxies.training import Run, evaluate, plan
+from scaling.decays import DECAYS
 from scaling.runs import Measurement
 
 Array = NDArray[np.float64]
@@ -37,8 +37,9 @@ Array = NDArray[np.float64]
 TRIES = 3  # a stage, where they fit
 LEAST_TRIAL = 8  # steps
 COOLED = 0.5  # of a trial
-REACH = 2.0  # octaves that the rate may move from one stage to the next
-GRID = 129  # rates that the process is asked about
+REACH = 2.0  # the most by which a stage's rate differs from the one before, either way
+KEEP_EVERY_S = 30.0
+GRID = 65  # rates that the process is asked about
 LOST = 1e9  # nats, for a loss that is not finite
 WORSE = 0.1  # nats: a candidate that is worse by more is as bad as one that diverged; assumed
 
@@ -56,7 +57,7 @@ def autolrs(
     config: ProxyConfig,
     tokens: int,
     *,
-    stages: int = 8,
+    stages: int = 2,
     overhead: float = 0.3,
     rates: tuple[float, float] | None = None,
     save: Path | None = None,
@@ -71,15 +72,18 @@ def autolrs(
 
     rates: lowest and highest; default lr / 64 and 8 lr.
     save: gets the weights in the end and the trunk before the cooldown, as of a run with the schedule "wsd".
-    keep: gets the state after every stage; gone on from if it is there, bit for bit; removed on completion.
+    keep: gets the state after every search, every KEEP_EVERY_S seconds of training and after every stage; gone on from if
+        it is there, bit for bit; removed on completion.
 
     Bad arguments raise ValueError here, before the first `next`.
     """
     config = config.model_copy(update={"schedule": "wsd"})
     cut = plan(config, tokens)
     low, high = rates or (config.lr / 64, config.lr * 8)
-    if not 0 < low <= config.lr <= high:
-        raise ValueError(f"needed 0 < lowest <= lr <= highest rate, got {low:g}, {config.lr:g}, {high:g}")
+    if not 0 < low <= config.lr <= high or low == high:
+        raise ValueError(
+            f"needed 0 < lowest <= lr <= highest rate, and lowest < highest, got {low:g}, {config.lr:g}, {high:g}"
+        )
     if stages < 1:
         raise ValueError(f"needed at least one stage, got {stages}")
     warm = math.ceil(config.warmup_tokens / config.batch_tokens)
@@ -96,7 +100,7 @@ def autolrs(
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     data = open_data(config)
     run = Run(config, cut, data.sha256, where)
-    search = _Search(low, high, stages, [])
+    search = _Rates(low, high, stages)
     settings = {"stages": stages, "overhead": overhead, "rates": [low, high], "tokens": cut.tokens}
     if keep is not None and keep.exists():
         saved = load_state(keep)
@@ -114,37 +118,33 @@ def _stages(
     ends: Sequence[int],
     trial: int,
     tries: int,
-    search: _Search,
+    search: _Rates,
     settings: dict[str, Any],
     save: Path | None,
     keep: Path | None,
 ) -> Generator[Stage, None, None]:
     began, config = time.perf_counter(), run.config
+
+    def put_aside() -> float:
+        if keep is not None:
+            write_state(run.partial() | {"autolrs": settings, "seen": search.seen, "chosen": search.chosen}, keep)
+        return time.perf_counter()
+
     while run.step * config.batch_tokens < config.warmup_tokens:
         run.advance(data.windows)
     for number, end in enumerate([*ends, run.cut.steps]):
         if run.step >= end:
             continue
-        here = run.snapshot()
-        rate = search.chosen[-1] if search.chosen else config.lr
-        candidates: list[tuple[float, float]] = []
-        reference = 0.0
         if number == len(ends):
-            run.trunk = here
-        else:
-            for i in range(tries):
-                tried = search.propose(number, rate) if i else rate
-                loss = _annealed(run, data.windows, tried / config.lr, trial)
-                run.load(here)
-                reference = loss if i == 0 else reference
-                worse = float(np.clip(loss - reference, -WORSE, WORSE))
-                search.seen.append((math.log2(tried), number, worse))
-                candidates.append((tried, worse))
-            rate = search.rate_for(number, rate)
-            search.chosen.append(rate)
+            run.trunk = run.trunk or run.snapshot()
+        elif number == len(search.chosen):
+            _search(run, data.windows, search, number, trial, tries)
+        rate, kept = search.chosen[-1], put_aside()
         while run.step < end and not run.is_lost():
-            middle = run.tokens + config.batch_tokens / 2
-            run.advance(data.windows, run.factor(middle) * rate / config.lr)
+            if time.perf_counter() - kept > KEEP_EVERY_S:
+                kept = put_aside()
+            middle = (run.tokens + min(run.tokens + config.batch_tokens, run.cut.tokens)) / 2
+            run.advance(data.windows, run.factor(middle) * (rate / config.lr))
         lost = run.is_lost()
         with evaluation(run.optimizer):
             loss = math.nan if lost else evaluate(run.model, data.held)
@@ -159,14 +159,13 @@ def _stages(
             final=at_end,
             diverged=lost or (at_end and not loss <= math.log(config.vocab)),
             stage=number,
-            candidates=tuple(candidates),
+            candidates=tuple((tried, worse) for tried, at, worse in search.seen if at == number),
             searched_tokens=math.ceil(_price(trial) * config.batch_tokens * len(search.seen)),
         )
         run.loss_sum.zero_()
         run.loss_windows = 0
-        if keep is not None and not at_end:
-            more = {"autolrs": settings, "seen": search.seen, "chosen": search.chosen}
-            write_state(run.file("trunk", **more) | {"trunk": run.snapshot()}, keep)
+        if not at_end:
+            put_aside()
         if at_end and save is not None and not lost:
             measurement = {k: v for k, v in asdict(point).items() if k in Measurement.__dataclass_fields__}
             write_state(run.file("done", annealed={"model": weights, "measurement": measurement}), save)
@@ -175,6 +174,19 @@ def _stages(
         yield point
         if at_end:
             return
+
+
+def _search(run: Run, windows: Reader, search: _Rates, stage: int, trial: int, tries: int) -> None:
+    """Try rates from where the run is, beginning with the one before, and choose; the run is left as it was."""
+    here, first = run.snapshot(), math.nan
+    before = search.chosen[-1] if search.chosen else run.config.lr
+    for i in range(tries):
+        rate = search.propose(stage, before) if i else before
+        loss = _annealed(run, windows, rate / run.config.lr, trial)
+        run.load(here)
+        first = first if i else loss
+        search.seen.append((rate, stage, float(np.clip(loss - first, -WORSE, WORSE))))
+    search.chosen.append(search.rate_for(stage, before))
 
 
 def _price(trial: int) -> float:
@@ -187,26 +199,23 @@ def _annealed(run: Run, windows: Reader, share: float, steps: int) -> float:
     cooled = int(COOLED * steps)
     for k in range(steps):
         u = max(0.0, (k - steps + cooled + 0.5) / cooled) if cooled else 0.0
-        run.advance(windows, share * DECAYS[run.config.decay](u, run.config.lr_floor))
+        run.advance(windows, share * float(DECAYS[run.config.decay](u, run.config.lr_floor)))
     with evaluation(run.optimizer):
         loss = evaluate(run.model, windows.batch(run.windows_seen, steps // 2 * run.config.batch_seqs))
     return loss if math.isfinite(loss) else LOST
 
 
 @dataclass
-class _Search:
+class _Rates:
     """The rates tried so far and what is believed of the others: a Gaussian process over (log2 rate, stage)."""
 
     low: float
     high: float
     stages: int
-    seen: list[tuple[float, int, float]]  # log2 rate, stage, annealed loss over that of the stage's first candidate
-
-    chosen: list[float] = field(default_factory=list)  # one rate a stage
-
-    @property
-    def grid(self) -> Array:
-        return np.linspace(math.log2(self.low), math.log2(self.high), GRID)
+    seen: list[tuple[float, int, float]] = field(
+        default_factory=list
+    )  # rate, stage, annealed loss over the first one's
+    chosen: list[float] = field(default_factory=list)  # one a stage
 
     def rate_for(self, stage: int, before: float) -> float:
         """The rate with the lowest expected loss at the end of a stage that has been searched, near that of the one before."""
@@ -224,21 +233,19 @@ class _Search:
         return self._best(gain, stage, before)
 
     def _best(self, value: Any, stage: int, before: float) -> float:
-        near = self.grid[np.abs(self.grid - math.log2(before)) <= REACH + 1e-9]
+        near = np.geomspace(max(before / REACH, self.low), min(before * REACH, self.high), GRID)
         with torch.no_grad():
-            values = value(self._inputs(near, np.full(len(near), stage)).unsqueeze(1))
-        return float(2.0 ** near[int(values.argmax())])
+            values = value(self._inputs(near, np.full(GRID, stage)).unsqueeze(1))
+        return float(near[int(values.argmax())])
 
-    def _inputs(self, log_rates: Array, stages: NDArray[Any]) -> torch.Tensor:
-        width = self.grid[-1] - self.grid[0]
-        return torch.tensor(
-            np.stack([(log_rates - self.grid[0]) / width, stages / max(self.stages - 1, 1)], -1), dtype=torch.float64
-        )
+    def _inputs(self, rates: Array, stages: NDArray[Any]) -> torch.Tensor:
+        place = np.log(rates / self.low) / math.log(self.high / self.low)
+        return torch.tensor(np.stack([place, stages / max(self.stages - 1, 1)], -1), dtype=torch.float64)
 
     def _process(self) -> Any:
         bo = _botorch()
-        log_rates, stages, worse = (np.array(column, float) for column in zip(*self.seen, strict=True))
-        model = bo.SingleTaskGP(self._inputs(log_rates, stages), torch.tensor(worse, dtype=torch.float64)[:, None])
+        rates, stages, worse = (np.array(column, float) for column in zip(*self.seen, strict=True))
+        model = bo.SingleTaskGP(self._inputs(rates, stages), torch.tensor(worse, dtype=torch.float64)[:, None])
         bo.fit_gpytorch_mll(bo.ExactMarginalLogLikelihood(model.likelihood, model))
         return model
 

@@ -1,4 +1,4 @@
-"""AutoLRS: its parts against planted curves, its price, and that a search cut off goes on exactly."""
+"""AutoLRS: its trials against steps taken by hand, its price, and that a search cut off goes on exactly."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from proxies import stagewise
-from proxies.checkpoints import load_model
+from proxies.checkpoints import load_model, load_state
 from proxies.config import ProxyConfig
 from proxies.mixture import open_data
-from proxies.stagewise import Stage, autolrs, clean, extrapolate, predicted
-from proxies.training import evaluate
+from proxies.stagewise import Stage, autolrs
+from proxies.training import Run, evaluate, plan, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +33,7 @@ def config(**changes: Any) -> ProxyConfig:
     return ProxyConfig(**(small | {"eval_windows": 4} | changes))
 
 
-TOKENS = (4 + 3 * 80) * 16  # 4 steps of warm-up, three stages of 80 steps
+TOKENS = (4 + 3 * 100 + 76) * 16  # 4 steps of warm-up, three stages of 100 steps, and a cooldown of 76
 
 
 def same(a: Stage, b: Stage) -> bool:
@@ -42,124 +41,173 @@ def same(a: Stage, b: Stage) -> bool:
     return all(getattr(a, f) == getattr(b, f) for f in fields)
 
 
-@pytest.mark.parametrize(("a", "time", "c"), [(1.0, 15.0, 2.0), (0.3, 60.0, 3.0), (-0.5, 8.0, 4.0)])
-def test_a_planted_exponential_is_extrapolated_exactly(a: float, time: float, c: float) -> None:
-    losses = a * np.exp(-np.arange(40) / time) + c
-    assert extrapolate(losses, 400) == pytest.approx(a * math.exp(-400 / time) + c, abs=1e-4)
+def test_a_trial_is_a_cooldown_to_zero_judged_on_the_batches_that_come_next() -> None:
+    """Against the same steps by hand: six at half the peak rate, then six along 1 - sqrt(u), in the middle of each."""
+    c = config()
+    data = open_data(c)
+    ours, by_hand = (Run(c, plan(c, TOKENS), data.sha256, torch.device("cpu")) for _ in range(2))
+    loss = stagewise._annealed(ours, data.windows, 0.5, 12)
+    shares = [0.5] * 6 + [0.5 * (1 - math.sqrt((k + 0.5) / 6)) for k in range(6)]
+    for share in shares:
+        by_hand.advance(data.windows, share)
+    nexts = [evaluate(by_hand.model, data.windows.batch(c.batch_seqs * step, c.batch_seqs)) for step in range(12, 18)]
+    assert loss == pytest.approx(sum(nexts) / 6, abs=1e-6)
+    assert ours.step == by_hand.step == 12
 
 
-def test_a_noisy_one_is_extrapolated_with_little_bias() -> None:
-    rng = np.random.default_rng(0)
-    errors = [extrapolate(np.exp(-np.arange(100) / 20) + 2 + rng.normal(0, 0.05, 100), 1000) - 2 for _ in range(100)]
-    assert abs(np.mean(errors)) < 3 * np.std(errors) / 10 + 0.005
-    assert np.std(errors) < 0.05
+def test_trials_that_diverge_are_as_bad_as_can_be_and_leave_the_run_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, stagewise.LOST, 2.95])
+    c = config()
+    data = open_data(c)
+    run = Run(c, plan(c, TOKENS), data.sha256, torch.device("cpu"))
+
+    def trial(run: Run, *_: Any) -> float:
+        run.advance(data.windows, 1.0)
+        return next(losses)
+
+    monkeypatch.setattr(stagewise, "_annealed", trial)
+    search = stagewise._Rates(c.lr / 64, c.lr * 8, 3)
+    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    stagewise._search(run, data.windows, search, 0, 8, 3)
+    assert [worse for _, _, worse in search.seen] == pytest.approx([0.0, stagewise.WORSE, -0.05])
+    assert run.step == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
 
 
-def test_cleaning_takes_the_spikes_of_the_first_half_alone() -> None:
-    curve = np.exp(-np.arange(200) / 50)
-    spiked = curve.copy()
-    spiked[[10, 40, 70, 150]] += 3.0
-    steps, losses = clean(spiked)
-    assert {10, 40, 70}.isdisjoint(steps.astype(int))
-    assert 150 in steps
-    assert 200 - len(steps) <= 30  # ten times 3 % of a hundred
-    assert losses[steps < 100] == pytest.approx(curve[steps[steps < 100].astype(int)])
-
-
-def test_the_noise_of_the_batches_is_taken_out_of_a_comparison() -> None:
-    """Two curves a planted .02 apart in the end, with noise ten times that: the same for both, then each its own."""
-    rng = np.random.default_rng(1)
-    t = np.arange(100)
-    low, high = np.exp(-t / 20) + 2.0, np.exp(-t / 20) + 2.0 - 0.02 * (1 - np.exp(-t / 20))
-    shared, own = [], []
-    for _ in range(40):
-        noise = rng.normal(0, 0.2, 100)
-        shared.append(predicted(high + noise, low + noise, 1000) + 0.02)
-        own.append(predicted(high + noise, low + rng.normal(0, 0.2, 100), 1000) + 0.02)
-    assert abs(np.mean(shared)) < 0.01
-    assert np.std(shared) < 0.5 * np.std(own)
-
-
-def test_a_trial_that_diverged_is_as_bad_as_can_be() -> None:
-    first = np.linspace(3, 2, 20)
-    assert predicted(np.full(20, math.nan), first, 100) == stagewise.WORSE
-    assert predicted(np.full(20, 1e9), first, 100) == stagewise.WORSE
-    assert predicted(first, first, 100) == 0.0
+def test_a_trial_with_weights_that_are_not_finite_is_lost_by_a_number() -> None:
+    c = config()
+    data = open_data(c)
+    run = Run(c, plan(c, TOKENS), data.sha256, torch.device("cpu"))
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(math.nan)
+    assert stagewise._annealed(run, data.windows, 1.0, 8) == stagewise.LOST
 
 
 def test_the_process_finds_the_best_of_a_planted_bowl_and_carries_it_to_the_next_stage() -> None:
     """Loss (log2 rate - best)^2 / 50, the best moving from -7 by a third of an octave a stage; three trials in each."""
-    search = stagewise._Search(2.0**-13, 2.0**-4, 8, [])
+    search = stagewise._Rates(2.0**-13, 2.0**-4, 8)
     misses = []
     for stage in range(6):
         best = -7 - stage / 3
-        rate = search.rate_for(stage - 1) if stage else 2.0**-5
-        first = (math.log2(rate) - best) ** 2 / 50
+        before = search.chosen[-1] if stage else 2.0**-5
+        first = (math.log2(before) - best) ** 2 / 50
         for i in range(3):
-            if i:
-                rate = search.propose(stage)
-            search.seen.append((math.log2(rate), stage, (math.log2(rate) - best) ** 2 / 50 - first))
-        misses.append(abs(math.log2(search.rate_for(stage)) - best))
+            rate = search.propose(stage, before) if i else before
+            assert before / stagewise.REACH * 0.999 <= rate <= before * stagewise.REACH * 1.001
+            search.seen.append((rate, stage, (math.log2(rate) - best) ** 2 / 50 - first))
+        search.chosen.append(search.rate_for(stage, before))
+        misses.append(abs(math.log2(search.chosen[-1]) - best))
     assert max(misses[2:]) < 1.0
-    assert np.mean(misses[3:]) < 0.6
+    assert sum(misses[3:]) / 3 < 0.6
+
+
+def test_what_was_seen_in_one_stage_moves_the_first_guess_in_the_next() -> None:
+    """The same first trial, after an earlier stage where low rates won and after one where high ones did."""
+    guesses = []
+    for sign in (1, -1):
+        search = stagewise._Rates(2.0**-13, 2.0**-1, 2)
+        search.seen += [(2.0**-7, 0, 0.0), (2.0**-8, 0, -0.03 * sign), (2.0**-6, 0, 0.03 * sign)]
+        search.seen += [(2.0**-7, 1, 0.0)]
+        guesses.append(search.propose(1, 2.0**-7))
+    assert guesses[0] < 2.0**-7 < guesses[1]
 
 
 def test_a_search_costs_what_it_may_and_says_what_it_tried(tmp_path: Path) -> None:
     c = config()
     found = list(autolrs(c, TOKENS, stages=3, save=tmp_path / "run.pt"))
-    assert [s.stage for s in found] == [0, 1, 2]
-    assert [s.tokens for s in found] == [(4 + 80 * k) * 16 for k in (1, 2, 3)]
-    assert [s.final for s in found] == [False, False, True]
-    assert [len(s.candidates) for s in found] == [3, 3, 3]  # of 8 steps each: 24 = .3 * 80
-    assert found[-1].searched_tokens == 9 * 8 * 16 <= 0.3 * TOKENS
+    assert [s.stage for s in found] == [0, 1, 2, 3]
+    assert [s.tokens for s in found] == [*((4 + 100 * k) * 16 for k in (1, 2, 3)), TOKENS]
+    assert [s.final for s in found] == [False, False, False, True]
+    assert [len(s.candidates) for s in found] == [3, 3, 3, 0]
+    # Three of 8 steps and 4 batches forwards, a third of a step each, fit into 30 of a stage's hundred steps; with 9 steps too few.
+    assert found[-1].searched_tokens == 9 * (8 + 4 / 3) * 16 <= 0.3 * TOKENS
+    assert 3 * (9 + 4 / 3) > 30
     assert found[0].candidates[0] == (c.lr, 0.0)
-    for before, after in pairwise(found):
-        assert after.candidates[0] == (pytest.approx(before.lr), 0.0), "a stage begins with the rate before"
-    assert all(c.lr / 64 * 0.999 <= rate <= c.lr * 8 * 1.001 for s in found for rate, _ in s.candidates)
+    for before, after in pairwise(found[:-1]):
+        assert after.candidates[0] == (before.lr, 0.0), "a stage begins with the rate before"
+        assert before.lr / 2.001 < after.lr < before.lr * 2.001
+    assert found[-1].lr == found[-2].lr
     saved, model = load_model(tmp_path / "run.pt")
-    assert saved.schedule == "constant"
+    assert saved.schedule == "wsd"
     assert evaluate(model, open_data(c).held) == found[-1].loss
 
 
-def test_what_is_tried_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the search always answers the first rate, the run is the plain one at a constant rate, bit for bit."""
-    from proxies.training import train
+@pytest.mark.parametrize("stages", [1, 3, 6])
+@pytest.mark.parametrize("overhead", [0.2, 0.3, 0.5])
+def test_no_search_costs_more_than_its_share(stages: int, overhead: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(stagewise, "_annealed", lambda run, windows, share, n: steps.append(n) or 3.0)
+    monkeypatch.setattr(stagewise._Rates, "propose", lambda *_: 0.01)
+    monkeypatch.setattr(stagewise._Rates, "rate_for", lambda *_: 0.01)
+    monkeypatch.setattr(Run, "advance", lambda run, *_: run.count(torch.tensor(3.0), 2))
+    tokens = 16 * (4 + 600) * 5 // 4
+    *_, last = autolrs(config(), tokens, stages=stages, overhead=overhead)
+    assert 2 * stages <= len(steps) <= 3 * stages
+    assert sum(n + (n // 2) / 3 for n in steps) <= overhead * 600
+    assert last.searched_tokens == math.ceil(16 * sum(n + (n // 2) / 3 for n in steps) - 1e-6)
 
+
+def test_what_is_tried_is_rolled_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """When the search always answers the first rate, the run is WSD's, bit for bit, down to a last batch of one window."""
     c = config()
-    *_, plain = train(config(schedule="constant"), TOKENS)
-    monkeypatch.setattr(stagewise._Search, "rate_for", lambda *_: c.lr)
-    *_, searched = autolrs(c, TOKENS, stages=3)
-    assert searched.loss == plain.loss
+    tokens = TOKENS - 8
+    *_, plain = train(c, tokens, save=tmp_path / "plain.pt")
+    monkeypatch.setattr(stagewise._Rates, "rate_for", lambda *_: c.lr)
+    *_, searched = autolrs(c, tokens, stages=3, save=tmp_path / "searched.pt")
+    assert (searched.loss, searched.tokens) == (plain.loss, plain.tokens)
     assert searched.searched_tokens > 0
+    ours, theirs = (load_state(tmp_path / f"{name}.pt") for name in ("searched", "plain"))
+    for phase in ("trunk", "annealed"):
+        for name, weight in theirs[phase]["model"].items():
+            assert torch.equal(ours[phase]["model"][name], weight), f"{phase} {name}"
 
 
-def test_a_search_cut_off_goes_on_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut_at", [0, 50, 170, 300, 350])
+def test_a_search_cut_off_at_any_step_goes_on_exactly(
+    cut_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off in training, in a trial of the second stage, in the cooldown: stages not yet out come out the same."""
+    monkeypatch.setattr(stagewise, "KEEP_EVERY_S", 0.0)
     keep = tmp_path / "keep.pt"
     straight = list(autolrs(config(), TOKENS, stages=3))
-    cut = autolrs(config(), TOKENS, stages=3, keep=keep)
-    seen = [next(cut), next(cut)]
-    cut.close()
-    with pytest.raises(ValueError, match="needed a search with"):
-        autolrs(config(), TOKENS, stages=2, keep=keep)
-    seen += autolrs(config(), TOKENS, stages=3, keep=keep)
-    assert len(seen) == len(straight)
-    assert all(same(a, b) for a, b in zip(straight, seen, strict=True))
+    advance, taken = Run.advance, 0
+
+    def interrupted(run: Run, *more: Any) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        if taken > cut_at:
+            raise KeyboardInterrupt
+        return advance(run, *more)
+
+    seen = []
+    with monkeypatch.context() as m:
+        m.setattr(Run, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            seen.extend(autolrs(config(), TOKENS, stages=3, keep=keep))
+    if keep.exists():
+        with pytest.raises(ValueError, match="needed a search with"):
+            autolrs(config(), TOKENS, stages=2, keep=keep)
+    after = list(autolrs(config(), TOKENS, stages=3, keep=keep))
+    assert len(seen) + len(after) == len(straight)
+    assert all(same(a, b) for a, b in zip(straight, [*seen, *after], strict=True))
     assert not keep.exists()
 
 
 def test_a_stage_that_diverges_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stagewise.Run, "is_lost", lambda run: run.step > 100)
     *_, last = autolrs(config(), TOKENS, stages=3)
-    assert (last.stage, last.final, last.diverged, math.isnan(last.loss)) == (1, True, True, True)
+    assert (last.stage, last.final, last.diverged, math.isnan(last.loss)) == (0, True, True, True)
 
 
 def test_bad_arguments_are_refused_before_the_first_step() -> None:
-    with pytest.raises(ValueError, match="needed stages of 54 steps"):
+    with pytest.raises(ValueError, match="needed stages of 63 steps"):
         autolrs(config(), TOKENS, stages=30)
     with pytest.raises(ValueError, match="needed stages of"):
         autolrs(config(), TOKENS, stages=3, overhead=0.0)
     with pytest.raises(ValueError, match="needed at least one stage"):
         autolrs(config(), TOKENS, stages=0)
+    with pytest.raises(ValueError, match="lowest < highest"):
+        autolrs(config(), TOKENS, stages=3, rates=(2**-7, 2**-7))
     with pytest.raises(ValueError, match="lowest <= lr <= highest"):
         autolrs(config(), TOKENS, stages=3, rates=(0.1, 1.0))
 

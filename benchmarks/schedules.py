@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/schedules.py table --tokens 262144
     OMP_NUM_THREADS=1 python benchmarks/schedules.py branches --horizons 131072 262144 524288
-    OMP_NUM_THREADS=1 python benchmarks/schedules.py autolrs --tokens 1048576
+    OMP_NUM_THREADS=1 python benchmarks/schedules.py autolrs --tokens 409600
 
 Tuned: seed 0 on a grid of factors of 2, extended until the best rate has worse ones on both sides; the other seeds at that rate.
 """
@@ -134,7 +134,7 @@ def cost(horizons: Sequence[int]) -> None:
 
 
 def against_autolrs(options: argparse.Namespace) -> None:
-    """AutoLRS on `tokens` tokens, then WSD on as many as it trained in all, searched ones included."""
+    """AutoLRS on `tokens` tokens, then WSD on as many as it trained in all, searched ones included, and on as many without."""
     began, spent, found = time.perf_counter(), options.tokens, []
     for seed in options.seeds:
         config = ProxyConfig(seed=seed, batch_seqs=options.batch)
@@ -155,7 +155,13 @@ def against_autolrs(options: argparse.Namespace) -> None:
     def run(lr: float, seed: int) -> float:
         return loss_of(ProxyConfig(lr=lr, seed=seed, batch_seqs=options.batch), spent)
 
-    line(f"{spent:,} wsd, 1-sqrt", *tuned(run, options.seeds), began)
+    best, losses, grid = tuned(run, options.seeds)
+    line(f"{spent:,} wsd, 1-sqrt", best, losses, grid, began)
+    short = [
+        loss_of(ProxyConfig(lr=2.0**best, seed=seed, batch_seqs=options.batch), options.tokens)
+        for seed in options.seeds
+    ]
+    print(f"{options.tokens:,} wsd, 1-sqrt, lr 2^{best}: mean {statistics.mean(short):.4f} {short}", flush=True)
 
 
 def main() -> None:

@@ -36,6 +36,11 @@ def config(**changes: Any) -> ProxyConfig:
 TOKENS = (4 + 3 * 100 + 76) * 16  # 4 steps of warm-up, three stages of 100 steps, and a cooldown of 76
 
 
+@pytest.fixture(scope="module")
+def straight() -> list[Stage]:
+    return list(autolrs(config(), TOKENS, stages=3))
+
+
 def same(a: Stage, b: Stage) -> bool:
     fields = ("tokens", "loss", "lr", "train_loss", "final", "diverged", "stage", "candidates", "searched_tokens")
     return all(getattr(a, f) == getattr(b, f) for f in fields)
@@ -162,14 +167,12 @@ def test_what_is_tried_is_rolled_back(monkeypatch: pytest.MonkeyPatch, tmp_path:
             assert torch.equal(ours[phase]["model"][name], weight), f"{phase} {name}"
 
 
-@pytest.mark.parametrize("cut_at", [0, 50, 170, 300, 350])
+@pytest.mark.parametrize(("cut_at", "kept_step"), [(0, None), (50, 25), (140, 104), (420, 347)])
 def test_a_search_cut_off_at_any_step_goes_on_exactly(
-    cut_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cut_at: int, kept_step: int | None, straight: list[Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut off in training, in a trial of the second stage, in the cooldown: stages not yet out come out the same."""
-    monkeypatch.setattr(stagewise, "KEEP_EVERY_S", 0.0)
+    """Cut off before the first step, in a stage, in a trial of the second and in the cooldown, 24 trial steps in each stage."""
     keep = tmp_path / "keep.pt"
-    straight = list(autolrs(config(), TOKENS, stages=3))
     advance, taken = Run.advance, 0
 
     def interrupted(run: Run, *more: Any) -> torch.Tensor:
@@ -177,6 +180,7 @@ def test_a_search_cut_off_at_any_step_goes_on_exactly(
         taken += 1
         if taken > cut_at:
             raise KeyboardInterrupt
+        monkeypatch.setattr(stagewise, "KEEP_EVERY_S", 0.0 if taken == cut_at - 1 else math.inf)
         return advance(run, *more)
 
     seen = []
@@ -184,7 +188,10 @@ def test_a_search_cut_off_at_any_step_goes_on_exactly(
         m.setattr(Run, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             seen.extend(autolrs(config(), TOKENS, stages=3, keep=keep))
+    assert keep.exists() == (kept_step is not None)
     if keep.exists():
+        saved = load_state(keep)
+        assert saved.get("current", saved["trunk"])["step"] == kept_step
         with pytest.raises(ValueError, match="needed a search with"):
             autolrs(config(), TOKENS, stages=2, keep=keep)
     after = list(autolrs(config(), TOKENS, stages=3, keep=keep))
@@ -212,7 +219,7 @@ def test_bad_arguments_are_refused_before_the_first_step() -> None:
         autolrs(config(), TOKENS, stages=3, rates=(0.1, 1.0))
 
 
-def test_the_command_says_the_same(tmp_path: Path) -> None:
+def test_the_command_says_the_same(straight: list[Stage], tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from proxies.__main__ import app
@@ -224,8 +231,7 @@ def test_the_command_says_the_same(tmp_path: Path) -> None:
     words = ["autolrs", str(study), "--width", "16", "--tokens", str(TOKENS), "--stages", "3"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    ours = list(autolrs(config(), TOKENS, stages=3))
     theirs = [json.loads(text) for text in done.stdout.splitlines()]
-    assert [(s["lr"], s["loss"]) for s in theirs] == [(s.lr, s.loss) for s in ours]
+    assert [(s["lr"], s["loss"]) for s in theirs] == [(s.lr, s.loss) for s in straight]
     refused = CliRunner().invoke(app, [*words, "--overhead", "0.01"])
     assert refused.exit_code == 2

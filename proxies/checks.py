@@ -100,7 +100,9 @@ class CoordCheck:
                 lines.append(f"{s.where:44}{s.what:>8}{s.value:+9.2f}{span:>18}{'   too steep' if s.steep else ''}")
         means = ", ".join(f"{w}: {np.mean(v):.3f}" for w, v in zip(self.widths, self.losses, strict=True))
         worse = (
-            f", rises at {', '.join(map(str, self.wider_is_worse))}" if self.wider_is_worse else ", no rise with width"
+            f", rises at {', '.join(map(str, self.wider_is_worse))}"
+            if self.wider_is_worse
+            else ", no rise beyond the seeds' spread"
         )
         lines.append(f"training loss after {self.steps} steps by width: {means}{worse}")
         verdict = "passed" if self.passed else f"failed, activations depend on size: {'; '.join(self.failures)}"
@@ -111,7 +113,7 @@ class CoordCheck:
     def json(self) -> dict[str, Any]:
         more = {"passed": self.passed, "failures": self.failures, "modules": self.modules}
         more["wider_is_worse"] = self.wider_is_worse
-        plain: dict[str, Any] = _without_nan(asdict(self) | more)
+        plain: dict[str, Any] = without_nan(asdict(self) | more)
         return plain
 
 
@@ -273,10 +275,10 @@ def _sizes(name: str, given: Sequence[int]) -> tuple[int, ...]:
     return chosen
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON knows no nan: null instead."""
+def without_nan(value: Any) -> Any:
+    """The same with null for what JSON cannot say: nan and infinity."""
     if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
+        return [without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

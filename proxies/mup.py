@@ -80,14 +80,14 @@ def rules(config: ProxyConfig) -> dict[Role, Rule]:
     | role       | init std     | lr               | weight decay | eps          | multiplier            |
     |------------|--------------|------------------|--------------|--------------|-----------------------|
     | embedding  | embed_std    | lr · rho_e       | 0            | eps/m        | alpha_in              |
-    | hidden     | init_std/√m  | lr/m · r^(a-1)   | wd · m       | eps/m · r^-a | r^-a on each branch   |
+    | hidden     | init_std/√m  | lr/m · r^(a-1)   | wd · m·r^(1-a) | eps/m · r^-a | r^-a on each branch |
     | norm       | 0 (mean 1)   | lr · r^(a-1)     | 0            | eps/m · r^-a | 1                     |
     | qk_norm    | 0 (mean 1)   | lr · r^(a-1)     | 0            | eps · r^-a   | 1                     |
     | final_norm | 0 (mean 1)   | lr               | 0            | eps/m        | 1                     |
     | readout    | 0            | lr               | wd           | eps/m        | alpha_out / m         |
 
-    A tied table follows the embedding's row, with both multipliers. Hidden decay grows with m so that lr · wd, the decay
-    of one step, does not depend on width (2510.19093). eps shrinks as the gradients do: with m, but for a gain of
+    A tied table follows the embedding's row, with both multipliers. Hidden decay grows so that lr · wd, the decay
+    of one step, depends on neither width (2510.19093) nor, for a below 1, depth (derived). eps shrinks as the gradients do: with m, but for a gain of
     d_head numbers that all heads share, and inside a block with its branch's multiplier. Muon's hidden rate is lr, or
     lr/√m when scaled to AdamW's RMS, as LAMB's is, and the decay follows it.
 
@@ -101,12 +101,11 @@ def rules(config: ProxyConfig) -> dict[Role, Rule]:
     branch = config.r**-config.depth_power if mup else 1.0
     rate = config.lr * (config.r ** (config.depth_power - 1) if mup else 1.0)  # of everything in a block
     slower = width ** _HIDDEN_POWER.get(config.optimizer, 1.0)
+    decay = config.weight_decay * slower * config.lr / rate  # so that lr · decay is the same at every width and depth
     eps = config.eps / width
     return {
         "embedding": Rule(0.0, config.embed_std, config.lr * config.embed_lr_mult, 0.0, eps, config.alpha_in),
-        "hidden": Rule(
-            0.0, config.init_std / math.sqrt(m), rate / slower, config.weight_decay * slower, eps * branch, branch
-        ),
+        "hidden": Rule(0.0, config.init_std / math.sqrt(m), rate / slower, decay, eps * branch, branch),
         "norm": Rule(1.0, 0.0, rate, 0.0, eps * branch, 1.0),
         "qk_norm": Rule(1.0, 0.0, rate, 0.0, config.eps * branch, 1.0),
         "final_norm": Rule(1.0, 0.0, config.lr, 0.0, eps, 1.0),

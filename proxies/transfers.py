@@ -57,11 +57,15 @@ class Transfer:
 
     @property
     def json(self) -> dict[str, Any]:
-        return asdict(self) | {
+        from proxies.checks import without_nan
+
+        more = {
             "passed": self.passed,
             "misses": {arm.name: list(arm.misses) for arm in self.arms},
             "relative_regret": {arm.name: arm.relative_regret for arm in self.arms},
         }
+        plain: dict[str, Any] = without_nan(asdict(self) | more)  # a loss or regret that is null: it diverged
+        return plain
 
 
 def arms_of(

@@ -97,7 +97,7 @@ tokns = 3
         "space.lr: low must be below high",
         "space.batch_seqs.hi: unknown key; did you mean high?",
         "trainer.optimizer: needed 'adamw', 'adamw8bit', 'ademamix', 'lamb', 'lion'",
-            "got 'adamv'; did you mean adamw?",
+        "got 'adamv'; did you mean adamw?",
         "trainer.corpsu: unknown key; did you mean corpus?",
         "trainer.widths: d_model must be a multiple of d_head * q_per_kv = 16",
         "space.learning_rate: unknown parameter; did you mean lr?",

@@ -141,7 +141,12 @@ def test_a_search_costs_what_it_may_and_says_what_it_tried(tmp_path: Path) -> No
 @pytest.mark.parametrize("overhead", [0.2, 0.3, 0.5])
 def test_no_search_costs_more_than_its_share(stages: int, overhead: float, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    monkeypatch.setattr(stagewise, "_annealed", lambda run, windows, share, n: steps.append(n) or 3.0)
+
+    def trial(run: Run, windows: Any, share: float, n: int) -> float:
+        steps.append(n)
+        return 3.0
+
+    monkeypatch.setattr(stagewise, "_annealed", trial)
     monkeypatch.setattr(stagewise._Rates, "propose", lambda *_: 0.01)
     monkeypatch.setattr(stagewise._Rates, "rate_for", lambda *_: 0.01)
     monkeypatch.setattr(Run, "advance", lambda run, *_: run.count(torch.tensor(3.0), 2))
@@ -183,7 +188,7 @@ def test_a_search_cut_off_at_any_step_goes_on_exactly(
         monkeypatch.setattr(stagewise, "KEEP_EVERY_S", 0.0 if taken == cut_at - 1 else math.inf)
         return advance(run, *more)
 
-    seen = []
+    seen: list[Stage] = []
     with monkeypatch.context() as m:
         m.setattr(Run, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -201,7 +206,7 @@ def test_a_search_cut_off_at_any_step_goes_on_exactly(
 
 
 def test_a_stage_that_diverges_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stagewise.Run, "is_lost", lambda run: run.step > 100)
+    monkeypatch.setattr(Run, "is_lost", lambda run: run.step > 100)
     *_, last = autolrs(config(), TOKENS, stages=3)
     assert (last.stage, last.final, last.diverged, math.isnan(last.loss)) == (0, True, True, True)
 

@@ -16,7 +16,7 @@ from proxies.__main__ import app
 from proxies.config import ProxyConfig
 from proxies.optima import FURTHER, Interval, best_window, fit_arm, next_rates
 from proxies.plots import draw_transfer
-from proxies.transfers import arms_of, final_loss, transfer
+from proxies.transfers import Transfer, arms_of, final_loss, transfer
 
 SIZES = (32, 64, 128, 256)
 
@@ -86,7 +86,11 @@ def test_beyond_the_window_regret_is_what_was_measured_and_divergence_is_infinit
     for s in (0, 1):
         runs[256][1, s] = math.inf
         runs[256][2, s] = math.inf
-    assert fit_arm("a", runs, 0.0).regret.value == math.inf
+    arm = fit_arm("a", runs, 0.0)
+    assert arm.regret.value == math.inf
+    said = json.loads(json.dumps(Transfer("width", 1, 2, (arm,)).json, allow_nan=False))
+    assert said["arms"][0]["regret"]["value"] is None
+    assert said["passed"] is False
 
 
 def test_the_intervals_hold_the_truth_about_as_often_as_they_say() -> None:

@@ -193,7 +193,7 @@ def autolrs(
     study: Study,
     width: Annotated[int, typer.Option(help="d_model")],
     tokens: Annotated[int, typer.Option(help="how long, without what the search adds")],
-    stages: Annotated[int, typer.Option(min=1, help="stages of one rate each")] = 8,
+    stages: Annotated[int, typer.Option(min=1, help="stages of one rate each, before the cooldown")] = 2,
     overhead: Annotated[float, typer.Option(min=0, help="tokens of the search over those trained, at most")] = 0.3,
     set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of any setting, such as lr=0.01")] = None,
     save: Annotated[Path | None, typer.Option(help="where the checkpoint goes")] = None,

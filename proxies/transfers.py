@@ -288,12 +288,8 @@ class _Store:
 
     @staticmethod
     def _key(config: ProxyConfig, tokens: int, data: str) -> str:
-        same = {
-            "corpus",
-            "coordinate_check",
-            "micro_seqs",
-            "recompute",
-        }  # the data's hash is compared instead of its path
+        # The data's hash is compared instead of its path; how much memory a run took is no part of it.
+        same = {"corpus", "coordinate_check", "micro_seqs", "recompute"}
         if config.m == config.r == 1:
             same |= {"parametrization", "base_layers", "depth_power"}  # at base width and depth every table is the same
         settings = config.model_dump(exclude=same)

@@ -24,6 +24,17 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
 
+def test_a_checkpoint_is_replaced_and_never_written_over(tmp_path: Path) -> None:
+    """Whoever has the old file open, or is cut off meanwhile, has all of it: another name of it keeps its bytes."""
+    path, other = tmp_path / "run.pt", tmp_path / "other.pt"
+    write_state(STATE, path)
+    os.link(path, other)
+    before = other.read_bytes()
+    write_state(STATE | {"step": 4}, path)
+    assert load_state(path)["step"] == 4
+    assert other.read_bytes() == before
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_a_file_cut_short_is_refused_by_name(tmp_path: Path, share: float) -> None:
     path = tmp_path / "run.pt"

@@ -279,7 +279,9 @@ def grow(
     checkpoint: Annotated[Path, typer.Argument(help="a trained proxy")],
     width: Annotated[int, typer.Option(help="d_model of the grown model")],
     out: Annotated[Path, typer.Option(help="where the grown state goes, a torch file")],
-    method: Annotated[Literal["shrink-pad-perturb", "pad", "duplicate"], typer.Option()] = "shrink-pad-perturb",
+    method: Annotated[
+        Literal["shrink-pad-perturb", "pad", "duplicate", "hyperclone"], typer.Option()
+    ] = "shrink-pad-perturb",
     shrink: Annotated[float, typer.Option(min=0, max=1)] = 0.4,
     noise: Annotated[float | None, typer.Option(min=0, help="default: the method's own")] = None,
 ) -> None:

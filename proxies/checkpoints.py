@@ -32,10 +32,8 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch's own writer raises RuntimeError where Python's would raise OSError
+    except (OSError, RuntimeError) as error:
+        # torch's own writer raises RuntimeError where Python's would raise OSError
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         before = "the one written before is intact" if path.exists() else "nothing was written"
         raise OSError(

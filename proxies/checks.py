@@ -19,9 +19,8 @@ CLEAR = 0.25  # a slope is too steep when its whole interval lies beyond this
 MOST = 0.5  # or its value beyond this
 MASS = 0.95  # of the interval over seeds
 STRESS_STEPS = 5
-EARLY = (
-    2  # steps of the logits alone: later the loss corrects them if they move too far, and the blocks show it instead
-)
+# Steps of the logits alone: later the loss corrects them if they move too far, and the blocks show it instead.
+EARLY = 2
 ROUNDING = 1e-3  # a change below this share of the size is no change: QK-norm undoes decay but for rounding
 
 

@@ -39,9 +39,8 @@ Array = NDArray[np.float64]
 TRIES = 3  # a stage, where they fit
 LEAST_TRIAL = 8  # steps
 COOLED = 0.5  # of a trial
-REACH = (
-    2.0  # a stage's rate is at most so many times the one before or its inverse: a short trial is not trusted further
-)
+# A stage's rate is at most so many times the one before, or as little: a short trial is not trusted further.
+REACH = 2.0
 KEEP_EVERY_S = 30.0
 GRID = 65  # rates within REACH that the process is asked about
 LOST = 1e9  # nats, for a loss that is not finite

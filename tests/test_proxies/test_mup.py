@@ -209,3 +209,11 @@ def test_an_unknown_optimizer_is_named_with_the_nearest_known_one() -> None:
     config = ProxyConfig().model_copy(update={"optimizer": "adam"})
     with pytest.raises(ValueError, match="did you mean 'adamw'"):
         make_optimizer(build(config), config)
+
+
+def test_a_tied_table_that_starts_loud_is_refused_with_what_to_set() -> None:
+    with pytest.raises(ValueError, match=r"at most 2, got 8: set embed_std near 0\.125 and alpha_in near 8"):
+        ProxyConfig(tied=True)
+    quiet = build(ProxyConfig(tied=True, embed_std=0.125, alpha_in=8.0))
+    x = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
+    assert float(quiet(x).detach().std()) == pytest.approx(1.0, rel=0.3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -177,6 +178,26 @@ def test_a_run_cut_off_at_any_step_goes_on_exactly(
     assert same_weights(tmp_path / "straight.pt", tmp_path / "rest.pt")
     assert same_weights(tmp_path / "straight.pt", tmp_path / "rest.pt", "trunk")
     assert not keep.exists()  # removed on completion
+
+
+def test_a_signal_in_the_middle_of_a_step_leaves_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while some weights have moved and others have not; what is kept is the state after that step."""
+    straight = list(train(config(), 2_560, save=tmp_path / "straight.pt"))
+    keep, step = tmp_path / "keep.pt", torch.optim.AdamW.step
+
+    def interrupted(optimizer: torch.optim.AdamW) -> None:
+        step(optimizer)
+        if next(iter(optimizer.state.values()))["step"] == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(train(config(), 2_560, keep=keep, keep_every_s=math.inf))
+    assert load_state(keep)["trunk"]["step"] == 5
+    rest = list(train(config(), 2_560, resume=keep, save=tmp_path / "rest.pt"))
+    assert same_numbers(rest[-1], straight[-1])
+    assert same_weights(tmp_path / "straight.pt", tmp_path / "rest.pt")
 
 
 def test_a_run_closed_at_a_point_goes_on_after_it(tmp_path: Path) -> None:

@@ -170,6 +170,7 @@ def test_runs_of_other_settings_lengths_or_data_are_not_taken(
     for changed, tokens in (
         (config, 32768),
         (config.model_copy(update={"beta2": 0.9}), 16384),
+        (config.model_copy(update={"seed": 1}), 16384),
         (config.model_copy(update={"corpus": str(other)}), 16384),
     ):
         calls.clear()
@@ -177,7 +178,7 @@ def test_runs_of_other_settings_lengths_or_data_are_not_taken(
         assert len(calls) == n
     with runs.open("a") as stream:
         stream.write('{"loss": 2.0, "tok')
-    with pytest.raises(ValueError, match=f"line {4 * n + 1} of .*: remove that line"):
+    with pytest.raises(ValueError, match=f"line {5 * n + 1} of .*: remove that line"):
         transfer(config, (32, 64), 16384, runs=runs, seeds=1)
 
 

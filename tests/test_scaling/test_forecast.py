@@ -182,3 +182,13 @@ def test_what_cannot_be_forecast_is_refused() -> None:
         cooldown(1e9, share=0.5, warmup=6e8)
     with pytest.raises(ValueError, match="finite and at least 0"):
         logged([1, 2], [0.1, math.nan])
+
+
+@pytest.mark.parametrize(
+    ("decay", "half"),
+    [("1-sqrt", 1 - 0.5**0.5), ("linear", 0.5), ("cosine", 0.5), ("square", 0.75), ("exponential", 0.04**0.5)],
+)
+def test_a_cooldown_has_the_shape_it_is_told(decay: str, half: float) -> None:
+    schedule = cooldown(100.0, share=0.2, decay=decay, floor=0.04)
+    end = 0.04 if decay == "exponential" else 0.0
+    assert schedule(np.array([50.0, 80.0, 90.0, 100.0])) == pytest.approx([1.0, 1.0, half, end])

@@ -1,4 +1,4 @@
-"""The `proxies` command: check the parametrization, train one proxy, grow one, launch the target."""
+"""The `proxies` command: check the parametrization, train one proxy, grow one (grow_command), launch the target (launch_command)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import json
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from scaling.cli import DryRun, Json, Uri, interrupted_code, refusing, sigterm_as_interrupt
-
-if TYPE_CHECKING:
-    from proxies.config import ProxyConfig
-    from proxies.family import ProxyFamily
+from proxies import grow_command, launch_command
+from proxies.commands import Study, configured, interrupted, numbers, read_family
+from scaling.cli import DryRun, Json, interrupted_code, refusing, sigterm_as_interrupt
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-
-Study = Annotated[str, typer.Argument(metavar="STUDY.toml | NAME", help="a study file, or the name of one in studies/")]
 
 
 @app.command()
@@ -274,135 +270,8 @@ def recipe(
     typer.echo(text)
 
 
-@app.command()
-def grow(
-    checkpoint: Annotated[Path, typer.Argument(help="a trained proxy")],
-    width: Annotated[int, typer.Option(help="d_model of the grown model")],
-    out: Annotated[Path, typer.Option(help="where the grown state goes, a torch file")],
-    method: Annotated[
-        Literal["shrink-pad-perturb", "pad", "duplicate", "hyperclone"], typer.Option()
-    ] = "shrink-pad-perturb",
-    shrink: Annotated[float, typer.Option(min=0, max=1)] = 0.4,
-    noise: Annotated[float | None, typer.Option(min=0, help="default: the method's own")] = None,
-) -> None:
-    """Grow a trained proxy to a larger width of its family.
-
-    Example: proxies grow studies/quickstart/checkpoints/0012-442368.pt --width 256 --out grown.pt
-    """
-    import torch
-
-    from proxies.checkpoints import load_model
-    from proxies.config import ProxyConfig
-    from proxies.warmstart import grow as grow_state
-
-    with refusing():
-        if not checkpoint.is_file():
-            raise ValueError(f"no checkpoint {checkpoint}")
-        small, model = load_model(checkpoint)
-        large = ProxyConfig.model_validate(small.model_dump() | {"d_model": width})
-        state = grow_state(model.state_dict(), small, large, method=method, shrink=shrink, noise=noise)
-    torch.save({"config": large.model_dump(), "model": state}, out)
-    typer.echo(f"{out}: N {large.counts.N:,} from N {small.counts.N:,} by {method}")
-
-
-@app.command()
-def launch(
-    plan: Annotated[
-        str, typer.Argument(metavar="STUDY.toml | NAME | PLAN.json", help="a study with a recommendation, or its plan")
-    ],
-    only: Annotated[Literal["warm", "scratch"] | None, typer.Option(help="one arm instead of both")] = None,
-    dry_run: DryRun = False,
-    tracking_uri: Uri = None,
-    as_json: Json = False,
-) -> None:
-    """Train the target with its recommended settings: warm-started from the best proxy, and a twin from scratch.
-
-    Example: proxies launch studies/quickstart.toml
-    """
-    from proxies import launch as launching
-
-    with refusing():
-        if plan.endswith(".json"):
-            path = Path(plan)
-            if not path.is_file():
-                raise ValueError(f"no plan {path}")
-            made, folder = launching.read_plan(path), path.parent
-        else:
-            _, toml = read_family(plan)
-            made = launching.make_plan(toml, uri=tracking_uri)
-            folder = toml.parent / toml.stem / f"target-{made.id}"
-    if only:
-        try:
-            with sigterm_as_interrupt():
-                launching.train_arm(made, only, folder, uri=tracking_uri)
-        except KeyboardInterrupt as stop:
-            raise typer.Exit(interrupted_code(stop)) from stop
-        return
-    typer.echo(str(made), err=True)
-    typer.echo(f"  about {launching.estimate_seconds(made) / 60:.1f} core-minutes", err=True)
-    if dry_run:
-        return
-    try:
-        with sigterm_as_interrupt():
-            outcome = launching.launch(made, folder, uri=tracking_uri)
-    except KeyboardInterrupt as stop:
-        typer.echo(f"stopped; `proxies launch {folder / 'plan.json'}` goes on where it was", err=True)
-        raise typer.Exit(interrupted_code(stop)) from stop
-    except RuntimeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    if as_json:
-        typer.echo(json.dumps(outcome))
-        return
-    for name, value in outcome.items():
-        typer.echo(f"{name}: {value}")
-
-
-def read_family(study: str) -> tuple[ProxyFamily, Path]:
-    """The [trainer] table of a study file, by path or name, as a family of proxies."""
-    import tomllib
-
-    from pydantic import ValidationError
-
-    from proxies.family import ProxyFamily
-
-    path = Path(study) if study.endswith(".toml") else Path("studies") / f"{study}.toml"
-    if not path.is_file():
-        raise ValueError(f"no study file {path}")
-    table = tomllib.loads(path.read_text()).get("trainer", {})
-    try:
-        return ProxyFamily.model_validate({k: v for k, v in table.items() if k != "use"}), path
-    except ValidationError as error:
-        raise ValueError(f"{path}, table [trainer]: {error}; `hpo validate {path}` says more") from error
-
-
-def interrupted(stop: KeyboardInterrupt, keep: Path | None) -> typer.Exit:
-    """The end of a command that was told to stop, and what is left of its run."""
-    left = f"the same command goes on from {keep}" if keep else "nothing was kept: --keep would have"
-    typer.echo(f"stopped; {left}", err=True)
-    return typer.Exit(interrupted_code(stop))
-
-
-def configured(family: ProxyFamily, width: int, changes: list[str]) -> ProxyConfig:
-    """The family's proxy of this width with `name=value` settings in place of its own."""
-    from proxies.config import ProxyConfig
-
-    if wrong := [s for s in changes if "=" not in s]:
-        raise ValueError(f"needed --set name=value, got {', '.join(wrong)}")
-    settings: dict[str, Any] = dict(s.split("=", 1) for s in changes)
-    return ProxyConfig.model_validate(family.model_dump(exclude={"widths"}) | {"d_model": width} | settings)
-
-
-def numbers(option: str, text: str | None) -> list[int] | None:
-    """'32,64' as [32, 64]; None where nothing is given."""
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(
-            f"{option}: needed whole numbers with commas between, such as 32,64,128, got {text!r}"
-        ) from error
+app.command()(grow_command.grow)
+app.command()(launch_command.launch)
 
 
 def main() -> None:

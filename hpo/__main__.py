@@ -28,9 +28,10 @@ def validate(study: Study) -> None:
 
     with refusing():
         path = study_path(study)
-        _, trainer = load_study(path)
+        config, trainer = load_study(path)
         trainer.manifest()  # reads the data: what cannot be read is refused, too
     typer.echo(f"{path}: good")
+    show_example(config, trainer)
 
 
 @app.command()
@@ -46,6 +47,7 @@ def launch(study: Study, dry_run: DryRun = False, tracking_uri: Uri = None) -> N
         files = workers.StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
         trainer.manifest()  # reads the data: what cannot be read is refused before anything is written
+        show_example(config, trainer)
         if not dry_run:
             workers.refuse_existing(files, uri=tracking_uri)
         cost = workers.estimate(workers.open_search(config, trainer, None), config, trainer)
@@ -251,6 +253,7 @@ def go_on(study: str, max_tokens: int | None, dry_run: bool, tracking_uri: str |
     if dry_run:
         return
     if not cost.evaluations:
+        workers.send_left(files, tracking_uri)
         typer.echo(f"nothing left to run; `hpo extend {files.name} --max-tokens ...` raises its budget", err=True)
         return
     finish(workers.supervise(files, search, config.workers, cost, uri=tracking_uri), files.name)
@@ -265,6 +268,15 @@ def open_existing(study: str) -> tuple[Any, Any]:
         config, trainer = load_study(files.toml)
         search = workers.open_existing(files, config, trainer)
     return search, files
+
+
+def show_example(config: Any, trainer: Any) -> None:
+    """What the smallest run with middling settings executes, of a trainer that is another program."""
+    if hasattr(trainer, "example"):
+        from scaling.compute import Fidelity
+
+        smallest = Fidelity(min(trainer.sizes), config.search.tokens.min)
+        say(f"  runs, for example: {trainer.example(config.probes[1], smallest)}")
 
 
 def describe(cost: Estimate) -> str:

@@ -27,6 +27,7 @@ from hpo.study import StudyConfig, Trainer, load_study
 from scaling import tracking
 from scaling.cli import say
 from scaling.compute import Fidelity
+from scaling.spool import Recorder
 
 if TYPE_CHECKING:
     from hpo.search import Search
@@ -144,8 +145,7 @@ def work(files: workers.StudyFiles, *, uri: str | None = None) -> int:
     workers.check_same_settings(files, study)
     place = files_of(files)
     plan = Rematch.model_validate_json(place.plan.read_text())
-    client = tracking.connect(uri)
-    parent = tracking.find_study_run(client, files.name)
+    store = uri or tracking.default_uri()
     with StopSignals() as stop:
         for contender, repeat in plan.runs:
             result = place.run(plan, contender, repeat)
@@ -154,25 +154,31 @@ def work(files: workers.StudyFiles, *, uri: str | None = None) -> int:
                     if result.exists():
                         continue
                     params = trainer.describe(contender.params, plan.fidelity, repeat=repeat) | {"repeat": repeat}
-                    name = f"confirm-{result.stem}"
-                    run = tracking.child_run(client, parent, name, role="confirm", params=params)
+                    recorder = Recorder(
+                        store,
+                        files.name,
+                        f"confirm-{result.stem}",
+                        role="confirm",
+                        params=params,
+                        folder=files.records,
+                    )
                     try:
-                        loss, seconds = train_once(
-                            trainer,
-                            contender.params,
-                            plan.fidelity,
-                            repeat,
-                            keep=result.with_suffix(".partial.pt"),
-                            client=client,
-                            run=run,
-                            stop=stop,
-                        )
+                        with recorder as record:
+                            loss, seconds = train_once(
+                                trainer,
+                                contender.params,
+                                plan.fidelity,
+                                repeat,
+                                keep=result.with_suffix(".partial.pt"),
+                                record=record,
+                                stop=stop,
+                            )
+                            # Not a rung's metrics: the run table, and so every law, is of the search's own runs.
+                            outcome = {"loss": loss, "tokens": float(plan.D), "seconds": seconds}
+                            record.figures({f"confirm/{k}": v for k, v in outcome.items()})
+                            record.finish()
                     except KeyboardInterrupt:
                         return 130
-                    # Not a rung's metrics: the run table, and so every law, is of the search's own runs.
-                    outcome = {"loss": loss, "tokens": plan.D, "seconds": seconds}
-                    tracking.log_summary(client, run, {f"confirm/{k}": v for k, v in outcome.items()})
-                    tracking.finish(client, run)
                     write_result(result, loss)
             except Timeout:
                 continue  # another worker is at it
@@ -207,6 +213,7 @@ def supervise(
 
     running = workers.start(files, study.workers, client, min(study.workers.count, cost.evaluations), "--confirm")
     stopped = workers.watch(running, show)
+    workers.send_left(files, client.tracking_uri)
     if not place.left(plan):
         return 0
     if stopped:

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.stopping import Hopeless
 from hpo.study import Trainer
-from scaling import tracking
 from scaling.compute import Fidelity
+from scaling.spool import Recorder
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from hpo.record import Stopped
     from hpo.search import Job
     from hpo.stopping import Watch
@@ -33,8 +31,7 @@ def run_job(
     job: Job,
     trainer: Trainer,
     files: StudyFiles,
-    client: MlflowClient,
-    parent: str,
+    uri: str,
     stop: StopSignals,
     watch: Watch | None = None,
 ) -> list[float] | Stopped:
@@ -57,44 +54,40 @@ def run_job(
                 "bracket": list(job.bracket),
                 "repeat": repeat,
             }
-            run = tracking.child_run(
-                client, parent, f"config-{job.config:04d}{suffix(repeat)}", role="proxy", params=params
-            )
             resume = None
             if job.resume_tokens and repeat < job.resume_seeds:
                 resume = files.checkpoint(job.config, job.resume_tokens, repeat)
             keep, began = files.partial(job.config, tokens, repeat), time.perf_counter()
-            try:
-                loss, seconds = train_once(
-                    trainer,
-                    job.params,
-                    job.fidelity,
-                    repeat,
-                    resume=resume,
-                    save=save,
-                    keep=keep,
-                    client=client,
-                    run=run,
-                    stop=stop,
-                    watch=watch,
+            name = f"config-{job.config:04d}{suffix(repeat)}"
+            recorder = Recorder(uri, files.name, name, role="proxy", params=params, folder=files.records)
+            with recorder as record:
+                try:
+                    loss, seconds = train_once(
+                        trainer,
+                        job.params,
+                        job.fidelity,
+                        repeat,
+                        resume=resume,
+                        save=save,
+                        keep=keep,
+                        record=record,
+                        stop=stop,
+                        watch=watch,
+                    )
+                except Hopeless as given_up:
+                    keep.unlink(missing_ok=True)
+                    stopped = asdict(given_up.stopped) | {"seconds": time.perf_counter() - began}
+                    record.tag(f"rung_{job.rung}/stopped", json.dumps(stopped))
+                    record.finish("KILLED")
+                    return given_up.stopped
+                record.result(
+                    rung=job.rung,
+                    tokens=tokens,
+                    loss=loss,
+                    seconds=seconds,
+                    checkpoint=None if math.isnan(loss) else save,
                 )
-            except Hopeless as given_up:
-                keep.unlink(missing_ok=True)
-                tracking.log_stopped(
-                    client, run, rung=job.rung, seconds=time.perf_counter() - began, **asdict(given_up.stopped)
-                )
-                tracking.finish(client, run, status="KILLED")
-                return given_up.stopped
-            tracking.log_result(
-                client,
-                run,
-                rung=job.rung,
-                tokens=tokens,
-                loss=loss,
-                seconds=seconds,
-                checkpoint=None if math.isnan(loss) else save,
-            )
-            tracking.finish(client, run)
+                record.finish()
             if job.seeds > 1:
                 write_result(result, loss)
         losses.append(loss)
@@ -110,8 +103,7 @@ def train_once(
     repeat: int,
     *,
     keep: Path,
-    client: MlflowClient,
-    run: str,
+    record: Recorder,
     stop: StopSignals,
     resume: Path | None = None,
     save: Path | None = None,
@@ -126,9 +118,9 @@ def train_once(
     started, last = time.perf_counter(), None
     resume = keep if keep.exists() else resume
     points = trainer(params, fidelity, resume=resume, save=save, keep=keep, repeat=repeat)
-    with contextlib.closing(points), tracking.CurveWriter(client, run) as curve:  # type: ignore[type-var]
+    with contextlib.closing(points), _told_its_run(trainer, record):  # type: ignore[type-var]
         for last in stop.interrupting(points):
-            curve.add(last)
+            record.add(last)
             if last.final:
                 break
             if watch is not None:
@@ -138,6 +130,20 @@ def train_once(
             f"the trainer ended {dict(params)} at {fidelity} without a final measurement: it must yield one with final=True"
         )
     return math.nan if last.diverged else last.loss, time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def _told_its_run(trainer: Trainer, record: Recorder) -> Iterator[None]:
+    """Let a trainer that is another program find its MLflow run, in case it reports there."""
+    run = record.run_id() if getattr(trainer, "is_program", False) else None
+    told = {} if run is None else {"MLFLOW_RUN_ID": run, "MLFLOW_TRACKING_URI": record.uri}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def write_result(path: Path, loss: float) -> None:

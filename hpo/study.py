@@ -61,7 +61,8 @@ class Trainer(Protocol):
 
     A trainer made from bad settings raises ValueError (or pydantic's ValidationError, whose every mistake is then named).
     One whose longer runs cannot go on from shorter ones has an attribute `resumable` that is False: it is then never asked
-    to, and every promotion pays its full price.
+    to, and every promotion pays its full price. One that cannot train the same settings on another random seed has
+    `repeatable` False. One with a method `example(params, fidelity)` says what it runs, which is shown before it runs.
     """
 
     @property
@@ -195,6 +196,8 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
     if trainer is None:
         return None
     problems += _without_repeat(trainer, named.use)
+    if study is not None and max(study.search.seeds) > 1 and not getattr(trainer, "repeatable", True):
+        problems.append("search.seeds: this trainer cannot take another random seed (a command needs {seed} for that)")
     tokens = study.search.tokens if study else _readable_tokens(table)
     space = study.distributions if study else _readable_space(table)
     problems += trainer.problems(space, (tokens.min, tokens.max) if tokens else None)

@@ -24,7 +24,7 @@ from hpo import record
 from hpo.repeats import StopSignals, run_job, suffix
 from hpo.stopping import watch_of
 from hpo.study import StudyConfig, StudyError, Trainer, Workers, load_study
-from scaling import tracking
+from scaling import spool, tracking
 from scaling.cli import say, sigterm_as_interrupt
 from scaling.compute import Fidelity
 
@@ -64,6 +64,11 @@ class StudyFiles:
     @property
     def manifest(self) -> Path:
         return self.folder / "data.json"
+
+    @property
+    def records(self) -> Path:
+        """What is on its way to MLflow."""
+        return self.folder / "records"
 
     def checkpoint(self, config: int, tokens: int, repeat: int = 0) -> Path:
         return self._of_run(config, tokens, repeat, ".pt")
@@ -246,6 +251,7 @@ def supervise(files: StudyFiles, search: Search, workers: Workers, cost: Estimat
     tracking.finish(client, parent, status="RUNNING")
     running = start(files, workers, client, workers.count)
     stopped = watch(running, Progress(search, cost, workers.count).show)
+    send_left(files, client.tracking_uri)
     log_outcome(client, parent, search)
     say(spent_in_words(search.progress))
     if search.finished:
@@ -259,6 +265,12 @@ def supervise(files: StudyFiles, search: Search, workers: Workers, cost: Estimat
     codes = ", ".join(str(w.returncode) for w in running)
     say(f"the workers ended before the study did (exit codes {codes}); mend the cause, then `hpo resume {files.name}`")
     return 1
+
+
+def send_left(files: StudyFiles, uri: str | None) -> None:
+    """Send what the workers could not."""
+    if left := spool.send(files.records, uri):
+        say(f"{left} records are not in MLflow yet; {files.records} keeps them, `hpo resume {files.name}` sends them")
 
 
 def start(
@@ -305,8 +317,7 @@ def work(files: StudyFiles, *, uri: str | None = None) -> int:
     """One worker: ask, train, tell until nothing is left. The exit code."""
     study, trainer = load_study(files.toml)
     search = open_existing(files, study, trainer)
-    client = tracking.connect(uri)
-    parent = tracking.find_study_run(client, files.name)
+    store = uri or tracking.default_uri()
     with StopSignals() as stop:
         while not stop.requested:
             job = search.ask()
@@ -316,9 +327,7 @@ def work(files: StudyFiles, *, uri: str | None = None) -> int:
                 time.sleep(POLL_SECONDS)  # the rung that would follow waits for another worker's run
                 continue
             try:
-                outcome = run_job(
-                    job, trainer, files, client, parent, stop, watch_of(search, job, trainer, study.search.stop)
-                )
+                outcome = run_job(job, trainer, files, store, stop, watch_of(search, job, trainer, study.search.stop))
             except KeyboardInterrupt:
                 return 130  # the trial stays as it is; whoever asks next takes it up from what is on disk
             if isinstance(outcome, record.Stopped):

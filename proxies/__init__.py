@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from proxies.checks import CoordCheck as CoordCheck
     from proxies.checks import coordinate_check as coordinate_check
+    from proxies.command_family import CommandFamily as CommandFamily
     from proxies.config import ProxyConfig as ProxyConfig
     from proxies.family import ProxyFamily as ProxyFamily
+    from proxies.growth_family import GrowthFamily as GrowthFamily
+    from proxies.growth_runs import plan_growth as plan_growth
     from proxies.launch import LaunchPlan as LaunchPlan
     from proxies.model import build as build
     from proxies.mup import param_groups as param_groups
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
     from proxies.warmstart import grow as grow
 
 _HOME = {
+    "CommandFamily": "command_family",
     "CoordCheck": "checks",
+    "GrowthFamily": "growth_family",
     "LaunchPlan": "launch",
     "ProxyConfig": "config",
     "ProxyFamily": "family",
@@ -34,6 +39,7 @@ _HOME = {
     "coordinate_check": "checks",
     "grow": "warmstart",
     "param_groups": "mup",
+    "plan_growth": "growth_runs",
     "train": "training",
     "train_together": "together",
     "transfer": "transfers",

@@ -149,6 +149,7 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="checkpoint of a shorter or interrupted run to go on from")
     ] = None,
+    init: Annotated[Path | None, typer.Option(help="what `proxies grow` has written, to start from")] = None,
     save: Annotated[Path | None, typer.Option(help="where the checkpoint goes")] = None,
     keep: Annotated[
         Path | None, typer.Option(help="where the state of an interrupted run goes; gone on from if it is there")
@@ -163,15 +164,21 @@ def train(
     """
     from dataclasses import asdict
 
+    from proxies.growing import Start, read_grown
     from proxies.training import train as run
     from proxies.usage import Usage
 
     with refusing():
         family, _ = read_family(study)
         config = configured(family, width, set_ or [])
+        if resume is not None and init is not None:
+            raise ValueError("needed --resume or --init, got both: a resumed run has its weights already")
         resume = keep if keep is not None and keep.exists() else resume
+        start = read_grown(init, config) if init is not None and resume is None else Start()
         usage = Usage(config, peak_flops)
-        points = run(config, tokens, resume=resume, save=save, keep=keep)
+        points = run(
+            config, tokens, resume=resume, save=save, keep=keep, init=start.weights, moments=start.moments
+        )
     last = None
     try:
         with sigterm_as_interrupt(), closing(points):
@@ -248,9 +255,9 @@ def recipe(
         if study.endswith(".json"):
             from proxies.launch import read_plan
 
-            if not Path(study).is_file():
-                raise ValueError(f"no plan {study}")
             plan = read_plan(Path(study))
+            if plan.config is None:
+                raise ValueError(f"{study} is for a command, whose parameters have no rules here")
             base, tuned = plan.config, plan.tokens
         else:
             family, _ = read_family(study)

@@ -1,13 +1,25 @@
-"""Checkpoints: written whole or not at all, read without running code, refused by name when foreign or broken."""
+"""Checkpoints: written whole or not at all, read without running code, refused by name when foreign or broken.
+
+A path that ends in .pt is a file of one process. Any other is a folder, which any number of processes write and read
+together, each its own part:
+
+    run/header    what the file would be, with shapes in place of tensors; names the data and their checksums
+    run/DATA/     the tensors, by torch.distributed.checkpoint
+
+A new folder gets its name when it is whole; a later checkpoint's data are written beside the ones before, and are those of
+the run from the moment that its header has replaced the other.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import pickle
+import shutil
+import time
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +28,25 @@ from torch import Tensor, nn
 
 from proxies.config import ProxyConfig
 from proxies.model import Transformer, build
+from proxies.ranks import ALONE, Ranks
+from proxies.sharded import (
+    TABLE,
+    Key,
+    Stored,
+    is_sharded,
+    mapped,
+    name_of,
+    place,
+    read_tensors,
+    sums,
+    taken_apart,
+    write_tensors,
+)
 
 FORMAT = "muscale-proxy-1"
+FOLDER = "muscale-proxy-folder-1"
+HEADER = "header"
+SUFFIX = ".pt"  # of a file
 
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:
@@ -33,23 +62,171 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch's own writer raises RuntimeError where Python's would raise OSError
-        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-        before = "the one written before is intact" if path.exists() else "nothing was written"
-        raise OSError(
-            number, f"cannot write a checkpoint ({error}): free space or mend the folder; {before}", str(path)
-        ) from error
+        raise _unwritten(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name must survive a power cut, too
+    _sync(path.parent)
+
+
+def write_run(state: Mapping[str, Any], path: Path, ranks: Ranks = ALONE) -> None:
+    """Write a file or, all ranks together, a folder; whole or not at all, with the errors of `write_state` on every rank."""
+    if path.suffix == SUFFIX:
+        write_state(state, path)
+        return
+    header, tensors = taken_apart(dict(state))
+    unnamed = path.with_name(f".{path.name}.tmp")
+    with ranks.agreeing():
+        if ranks.rank == 0:
+            _sweep(path, unnamed)
+            (path if path.exists() else unnamed).mkdir(exist_ok=True)
+    base, data = ranks.of_first((path if path.exists() else unnamed, f"{time.time_ns():x}"))
     try:
-        os.fsync(folder)
+        with ranks.agreeing():
+            write_tensors(tensors, base / data, ranks.world)
+        with ranks.agreeing():
+            own = sums([*(base / data).glob(f"__{ranks.rank}_*"), *[base / data / TABLE] * (ranks.rank == 0)])
+        files = {name: said for part in ranks.of_all(own) for name, said in part.items()}
+        with ranks.agreeing():
+            if ranks.rank == 0:
+                write_state({"format": FOLDER, "data": data, "files": files, "run": header}, base / HEADER)
+                if base == unnamed:
+                    os.replace(unnamed, path)
+                    _sync(path.parent)
+                _sweep(path, unnamed)
+    except (OSError, RuntimeError) as error:
+        if ranks.rank == 0:
+            shutil.rmtree(base / data if base == path else unnamed, ignore_errors=True)
+        raise _unwritten(error, path) from error
+
+
+def _sweep(path: Path, unnamed: Path) -> None:
+    """Take away what writers have left that were killed, and what the header no longer names."""
+    shutil.rmtree(unnamed, ignore_errors=True)
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    if path.exists():
+        check_place(path)
+        named = _read(path / HEADER, FOLDER)["data"]
+        for other in path.iterdir():
+            if other.name not in (HEADER, named):
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
+
+
+def check_place(path: Path) -> None:
+    """ValueError when a run cannot be written there: no folder to be in, or something else that would be lost."""
+    if not path.parent.is_dir():
+        raise ValueError(f"needed a path in an existing folder, got {path}: create {path.parent}")
+    if path.suffix == SUFFIX:
+        if path.is_dir():
+            raise ValueError(
+                f"needed a file at {path}, got a folder: remove it, or name a path that does not end in {SUFFIX}"
+            )
+    elif (path / HEADER).is_file():
+        _read(path / HEADER, FOLDER)
+    elif path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"needed a new path or a run's folder, got {path}, which is something else: name another")
+
+
+def remove_run(path: Path) -> None:
+    """Take a file or a folder away, the folder's name first: what has the name is whole."""
+    if path.is_dir():
+        gone = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _unwritten(error: Exception, path: Path) -> OSError:
+    # torch's own writers raise RuntimeError where Python's would raise OSError
+    number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+    before = "the one written before is intact" if path.exists() else "nothing was written"
+    said = f"cannot write a checkpoint ({error}): free space or mend the folder; {before}"
+    return OSError(number, said, str(path))
+
+
+def _sync(folder: Path) -> None:
+    """The new name must survive a power cut, too."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """A file written by `train`, on CPU. Only tensors and plain values are read, never code."""
+def read_run(path: Path, ranks: Ranks = ALONE, form: str = FORMAT) -> dict[str, Any]:
+    """A file as `load_state` reads it, or a folder with shapes (meta tensors) in place of tensors, for `take` and `stored`.
+
+    The ranks check the folder's files between them; when one of these is damaged, the ValueError is to be agreed on.
+    """
+    if not path.is_dir():
+        return _read(path, form)
+    if not (path / HEADER).is_file():
+        raise ValueError(f"needed a saved run, got the folder {path}, which is something else: name another checkpoint")
+    header = _read(path / HEADER, FOLDER)
+    data = path / header["data"]
+    mine = sorted(header["files"])[ranks.rank :: ranks.world]
+    wrong = [name for name in mine if not (data / name).is_file() or sums([data / name])[name] != header["files"][name]]
+    if wrong:
+        raise ValueError(
+            f"needed a run saved by `train`, got {path}, which is cut short or damaged ({', '.join(wrong)} in {data.name}): "
+            "name another checkpoint, or train it again"
+        )
+    run: dict[str, Any] = header["run"]
+    if run.get("format") != form:
+        raise ValueError(f"needed a run saved as {form}, got {path} with format {run.get('format')!r}")
+    return run | {"data": header["data"]}
+
+
+def take(
+    saved: Mapping[str, Any], which: str, path: Path, like: Callable[[Key], Tensor | None] = lambda _: None
+) -> Any:
+    """One entry of what `read_run` has read, its tensors on CPU; or sharded, where what `like` names for their place is."""
+    to_read: dict[str, Tensor] = {}
+
+    def taken(at: Key, tensor: Tensor) -> Tensor:
+        model = like(at)
+        if model is not None and is_sharded(model) and model.shape == tensor.shape:
+            target = torch.empty_like(model.detach(), dtype=tensor.dtype)
+        elif tensor.is_meta:
+            target = torch.empty_like(tensor, device="cpu")
+        else:
+            return tensor
+        if tensor.is_meta:
+            to_read[name_of((which, *at))] = target
+        else:
+            place(target, tensor)
+        return target
+
+    found = mapped(saved[which], taken)
+    if to_read:
+        read_tensors(to_read, path / saved["data"])
+    return found
+
+
+def stored(saved: Mapping[str, Any], path: Path, which: str, *more: str) -> Mapping[str, Tensor]:
+    """Tensors of what `read_run` has read, such as "annealed", "model", by name; of a folder each is read when asked for."""
+    found = saved[which]
+    for key in more:
+        found = found[key]
+    if "data" not in saved:
+        return dict(found)
+    return Stored(path / saved["data"], name_of((which, *more, "")), found)
+
+
+def load_state(path: Path, form: str = FORMAT) -> dict[str, Any]:
+    """What `train` has written, or a file of another form of ours, whole and on CPU.
+
+    Only tensors and plain values are read, never code. ValueError when there is no such thing, or it is damaged.
+    """
+    if not path.is_dir():
+        return _read(path, form)
+    saved = read_run(path)
+    return {key: take(saved, key, path) for key in saved if key != "data"}
+
+
+def _read(path: Path, form: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"needed a saved run, got {path}: no such file")
     try:
@@ -65,46 +242,47 @@ def load_state(path: Path) -> dict[str, Any]:
             f"({(str(error) or type(error).__name__).splitlines()[0]}): name another checkpoint, or train it again"
         ) from error
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
-    if found != FORMAT:
-        raise ValueError(f"needed a run saved as {FORMAT}, got {path} with format {found!r}")
+    if found != form:
+        raise ValueError(f"needed a run saved as {form}, got {path} with format {found!r}")
     whole: dict[str, Any] = state
     return whole
 
 
 def load_model(path: Path, which: Literal["annealed", "trunk"] = "annealed") -> tuple[ProxyConfig, Transformer]:
     """Configuration and model of a saved run: the weights after the cooldown, or those at its branch point."""
-    state = load_state(path)
+    saved = read_run(path)
     if which not in ("annealed", "trunk"):
         raise ValueError(f"needed which = 'annealed' or 'trunk', got {which!r}")
-    if which not in state:
+    if which not in saved:
         raise ValueError(
-            f"needed a run that has ended, got {path} in its {state['phase']}: ask for 'trunk', or finish it"
+            f"needed a run that has ended, got {path} in its {saved['phase']}: ask for 'trunk', or finish it"
         )
-    config = ProxyConfig.model_validate(state["config"])
+    config = ProxyConfig.model_validate(saved["config"])
     model = build(config)
-    load_weights(model, state[which]["model"])
+    load_weights(model, stored(saved, path, which, "model"))
     return config, model
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    given = {name: tuple(t.shape) for name, t in weights.items()}
-    wrong = [
-        f"{name}: {given.get(name, 'missing')} given, {own.get(name, 'no such parameter')} needed"
-        for name in sorted(own.keys() | given.keys())
-        if own.get(name) != given.get(name)
-    ]
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+    """Copy weights into a model, sharded or not, one tensor at a time; every rank gives the same ones.
+
+    ValueError that names all that are missing, unknown or of another shape.
+    """
+    own, wrong, given = dict(model.named_parameters()), dict[str, str](), set[str]()
+    for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+        given.add(name)
+        needed = tuple(own[name].shape) if name in own else "no such parameter"
+        if tuple(tensor.shape) != needed:
+            wrong[name] = f"{name}: {tuple(tensor.shape)} given, {needed} needed"
+        elif not wrong:
+            place(own[name], tensor)
+    wrong |= {name: f"{name}: missing given, {tuple(own[name].shape)} needed" for name in own.keys() - given}
     if wrong:
-        raise ValueError("needed weights of this configuration's shape, got " + "; ".join(wrong))
-    model.load_state_dict(dict(weights))
+        raise ValueError(
+            "needed weights of this configuration's shape, got " + "; ".join(wrong[n] for n in sorted(wrong))
+        )
 
 
 def copy_to_cpu(value: Any) -> Any:
     """Nested dicts, lists and tuples with every tensor copied to CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(copy_to_cpu(item) for item in value)
-    return value
+    return mapped(value, lambda _, tensor: tensor.detach().to("cpu", copy=True))

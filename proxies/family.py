@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from proxies.certificates import SETTINGS, VERIFIED, refusal
 from proxies.config import ProxyConfig, ProxySettings
+from proxies.lineage import Method, check_growth
 from proxies.schedules import SCHEDULES, unread
 from proxies.weights import MIX
 from scaling.compute import Fidelity
@@ -66,12 +67,13 @@ OTHER_NAMES = {
 
 
 class Target(BaseModel):
-    """The `[target]` table: a width of the same family, how long to train it, and how to grow its start from a proxy."""
+    """The `[target]` table: a size of the same family, how long to train it, and how to grow its start from a proxy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     d_model: PositiveInt
+    n_layers: PositiveInt | None = Field(None, description="default: the family's")
     tokens: PositiveInt
-    method: Literal["shrink-pad-perturb", "pad", "duplicate"] = "shrink-pad-perturb"
+    method: Method = "shrink-pad-perturb"
     shrink: float = Field(0.4, ge=0, le=1)
     noise: float | None = Field(None, ge=0, description="default: the method's own")
 
@@ -148,12 +150,23 @@ class ProxyFamily(ProxySettings):
         return ProxyConfig.model_validate(settings | {"seed": self.seed + repeat})
 
     def target(self, **table: Any) -> Fidelity:
-        """N and D of the target, which must be a width that the family can have."""
+        """N and D of the target, which must be a size that the family can have."""
         target = Target.model_validate(table)
-        config = ProxyConfig.model_validate(self.member(target.d_model).model_dump())
+        config = self.target_config(target)
         if wrong := refusal(config):
             raise ValueError(wrong)
+        check_growth(self.member(max(self.widths)), config, target.method)
         return Fidelity(float(config.counts.N), float(target.tokens))
+
+    def target_config(self, target: Target, params: Mapping[str, Any] | None = None) -> ProxyConfig:
+        """The target with searched parameters in place of the family's, validated.
+
+        One of another depth than its proxies has theirs as its base, so that CompleteP carries their rates to it.
+        """
+        depth = {"n_layers": target.n_layers or self.n_layers, "base_layers": self.base_layers}
+        if depth["n_layers"] != self.n_layers:
+            depth["base_layers"] = self.base_layers or self.n_layers
+        return ProxyConfig.model_validate(self.member(target.d_model, params).model_dump() | depth)
 
     def problems(self, space: Mapping[str, Any], tokens: tuple[int, int] | None) -> list[str]:
         """Names that cannot be searched, values that cannot be trained, runs too short for their steps and warm-up."""

@@ -1,32 +1,25 @@
-"""The target run: planned whole, printable before anything is spent, trained beside a twin from scratch, scored against its prediction."""
+"""The target run, planned whole: what is trained and how, what it will cost, what loss is expected on the way, and why."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
-import subprocess
-import sys
-import time
-import tomllib
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from proxies.config import ProxyConfig
-from proxies.family import ProxyFamily, Target, describe, measure_speed
-from scaling import tracking
-from scaling.cli import say
-from scaling.runs import usable
-
-if TYPE_CHECKING:
-    import pandas as pd
+from proxies.external import resolved
+from proxies.lineage import Method
+from proxies.schedules import SCHEDULES
+from scaling.ahead import Band
 
 Arm = Literal["warm", "scratch"]
 ARMS: tuple[Arm, ...] = ("warm", "scratch")
-REPORT_SECONDS = 5.0
+Engine = Literal["plain", "ddp", "fsdp2"]
+SHOWN = 6  # points of the predicted curve that are printed
 
 
 class WarmStart(BaseModel):
@@ -35,12 +28,13 @@ class WarmStart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     checkpoint: Path
-    N: float
-    tokens: float
-    loss: float
-    method: Literal["shrink-pad-perturb", "pad", "duplicate"] = "shrink-pad-perturb"
-    shrink: float = 0.4
-    noise: float | None = None
+    N: PositiveFloat
+    tokens: PositiveFloat
+    loss: PositiveFloat
+    method: Method = "shrink-pad-perturb"
+    shrink: float = Field(default=0.4, ge=0, le=1)
+    noise: float | None = Field(default=None, ge=0)
+    because: dict[str, Any] | None = Field(default=None, description="what `proxies grow --plan` answered")
 
     @property
     def flops(self) -> float:
@@ -49,227 +43,211 @@ class WarmStart(BaseModel):
 
 
 class LaunchPlan(BaseModel):
-    """The target run, in full."""
+    """The target run, in full. Where and by how many processes it is trained is no part of what it is."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     study: str
-    config: ProxyConfig
+    config: ProxyConfig | None = Field(default=None, description="of a target that is trained here")
+    command: str | None = Field(
+        default=None, description="of one that another program trains, with {names} of `values` in it"
+    )
+    values: dict[str, Any] = Field(default_factory=dict, description="of the command: settings and sizes by name")
+    cwd: Path = Field(default=Path(), description="where the command is run")
+    environment: dict[str, str] = Field(default_factory=dict, description="of the command, beside ours")
     tokens: PositiveInt
-    warm: WarmStart | None
-    because: dict[str, Any]  # the Recommendation, as scaling wrote it
+    warm: WarmStart | None = None
+    because: dict[str, Any] = Field(
+        description="the Recommendation as `scaling recommend` wrote it, and `runs`, their names"
+    )
+    rates: dict[str, float] = Field(default_factory=dict, description="peak learning rate by role, as config says")
+    curve: Band | None = Field(default=None, description="loss expected on the trunk, from scratch")
+    no_curve: str = Field(default="", description="why there is none")
+    data_sha256: str | None = None
+    seconds: PositiveFloat | None = Field(default=None, description="of one arm on one core, from measured steps")
+    ranks: PositiveInt = Field(default=1, description="processes on each node")
+    nodes: PositiveInt = 1
+    engine: Engine = "plain"
+    max_restarts: int = Field(default=3, ge=0, description="of a killed rank, by torchrun")
+
+    @model_validator(mode="after")
+    def _is_one_run(self) -> Self:
+        if (self.config is None) == (self.command is None):
+            raise ValueError("config, command: needed one of the two, what is trained here or by another program")
+        missing = [k for k in ("N", "D", "lr", "loss", "loss_interval", "mass") if k not in self.because]
+        if missing:
+            raise ValueError(f"because: needed a recommendation, got one without {', '.join(missing)}")
+        if (self.because["N"], self.because["D"]) != (self.N, self.tokens):
+            raise ValueError(
+                f"because: its loss is for N {self.because['N']:,.0f}, D {self.because['D']:,.0f}, but the run has N {self.N:,.0f}, D {self.tokens:,}: "
+                "make the plan again for another size or length"
+            )
+        if self.config is not None and self.rates and self.rates != rates_of(self.config):
+            raise ValueError("rates: they follow from config.lr and the shape; change config.lr, and remove rates")
+        if self.command is not None:
+            _ = self.words  # ValueError where a {name} has no value
+            if self.values.get("tokens") != self.tokens:
+                raise ValueError(
+                    f"values.tokens: needed {self.tokens}, as tokens says, got {self.values.get('tokens')}"
+                )
+        if self.command is not None and self.warm is not None:
+            raise ValueError("warm: a command trains from its own start, so a plan with one has no warm start")
+        if self.command is not None and self.world > 1:
+            raise ValueError(f"ranks, nodes: a command starts its own processes (torchrun ...), got {self.world}")
+        if self.engine == "plain" and self.world > 1:
+            raise ValueError(f"engine: needed ddp or fsdp2 for {self.world} processes, got 'plain'")
+        return self
 
     @property
     def id(self) -> str:
         """Names what is trained: another configuration, length or start is another target."""
-        return hashlib.sha256(self.model_dump_json(include={"config", "tokens", "warm"}).encode()).hexdigest()[:8]
+        warm = self.warm.model_dump_json(exclude={"because"}) if self.warm else ""
+        what = self.config.model_dump_json() if self.config else json.dumps([self.command, self.values], sort_keys=True)
+        return hashlib.sha256(f"{what} {self.tokens} {warm}".encode()).hexdigest()[:8]
+
+    @property
+    def N(self) -> float:
+        return float(self.config.counts.N if self.config else self.values.get("N", self.because["N"]))
+
+    @property
+    def world(self) -> int:
+        """Processes that train one arm together."""
+        return self.ranks * self.nodes
 
     @property
     def flops(self) -> float:
-        """Training FLOPs of one arm, with attention (PaLM convention)."""
-        return self.config.flops_per_token * self.tokens
+        """Training FLOPs of one arm; with attention (PaLM convention) where the shape is known."""
+        return (self.config.flops_per_token if self.config else 6.0 * self.N) * self.tokens
 
     @property
     def arms(self) -> tuple[Arm, ...]:
         return ARMS if self.warm else ("scratch",)
 
     def __str__(self) -> str:
-        c, because = self.config, self.because
+        because, lines = self.because, [f"target of study {self.study}: N {self.N:,.0f}, {self.tokens:,} tokens"]
         lo, hi = because["loss_interval"]
-        lines = [
-            f"target of study {self.study}: N {c.counts.N:,}, d_model {c.d_model}, {c.n_layers} layers, {self.tokens:,} tokens",
-            f"  lr {c.lr:.4g} at base width {c.base_width}, batch {c.batch_seqs} x {c.seq_len} = {c.batch_tokens:,} tokens",
-            f"  predicted loss {because['loss']:.4f}, {100 * because['mass']:.0f} % ({lo:.4f}, {hi:.4f})",
-            f"  cost of each arm {self.flops:.2e} FLOPs; arms: {', '.join(self.arms)}",
-        ]
-        if self.warm:
+        if self.config is not None:
+            lines += _said_of(self.config)
+        else:
+            lines.append(f"  in {self.cwd}: {shlex.join(self.words)}")
+        if self.lr != because["lr"]:
             lines.append(
-                f"  warm start from {self.warm.name} (N {self.warm.N:,.0f}, {self.warm.tokens:,.0f} tokens, loss {self.warm.loss:.4f}) "
-                f"by {self.warm.method}, shrink {self.warm.shrink:g}"
+                f"  NOT AS RECOMMENDED: lr {self.lr:.4g}, recommended {because['lr']:.4g}; the prediction is for that one"
             )
+        lines.append(
+            f"  expected: loss {because['loss']:.4f}, {100 * because['mass']:.0f} % ({lo:.4f}, {hi:.4f}), started from scratch"
+        )
+        lines += [f"  {text}" for text in _curve_in_words(self.curve, self.no_curve)]
+        took = f", about {self.seconds / 60:,.1f} minutes of one core" if self.seconds else ""
+        lines.append(f"  cost of each arm: {self.flops:.2e} FLOPs{took}; arms: {', '.join(self.arms)}")
+        lines.append(
+            f"  run by {self.nodes} x {self.ranks} process{'' if self.world == 1 else 'es'}, engine {self.engine}"
+            + (f", at most {self.max_restarts} restarts" if self.world > 1 else "")
+        )
+        if self.warm:
+            w = self.warm
+            how = f", shrink {w.shrink:g}" if w.method == "shrink-pad-perturb" else ""
+            lines.append(
+                f"  warm start: {w.name} (N {w.N:,.0f}, {w.tokens:,.0f} tokens, loss {w.loss:.4f}; its training cost {w.flops:.2e} FLOPs) "
+                f"grown by {w.method}{how}{'' if w.noise is None else f', noise {w.noise:g}'}, from {w.checkpoint}"
+            )
+            lines += _advice_in_words(w.because)
+        lines += _because_in_words(because)
         return "\n".join(lines)
 
+    @property
+    def words(self) -> list[str]:
+        """The arguments of the plan's command; files that are named when it runs are left empty."""
+        return resolved(self.command or "", self.values)
 
-def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
-    """The plan of a study's [target]: its recommended settings, and the best proxy of the largest size to start from.
-
-    ValueError when the study has no target, no recommendation yet, or a recommendation for another target.
-    """
-    table = tomllib.loads(toml.read_text())
-    if "target" not in table:
-        raise ValueError(f"{toml} has no [target]: add d_model and tokens of the run that the study is for")
-    family = ProxyFamily.model_validate({k: v for k, v in table.get("trainer", {}).items() if k != "use"})
-    target = Target.model_validate(table["target"])
-    study = toml.stem
-    client = tracking.connect(uri)
-    parent = tracking.find_study_run(client, study)
-    because = tracking.read_note(client, parent, "recommendation")
-    if because is None:
-        raise ValueError(f"study {study!r} has no recommendation yet: run `scaling recommend {study} --target`")
-    # lr and batch by the laws; what else was searched by the search's own answer for the target
-    settings = (tracking.read_note(client, parent, "best") or {}) | {
-        "lr": because["lr"],
-        "batch_seqs": max(1, round(because["batch_tokens"] / family.seq_len)),
-    }
-    config = ProxyConfig.model_validate(family.member(target.d_model, settings).model_dump())
-    if because["N"] != config.counts.N or because["D"] != target.tokens:
-        raise ValueError(
-            f"the recommendation is for N {because['N']:,.0f}, D {because['D']:,.0f}, the target in {toml} has N {config.counts.N:,}, "
-            f"D {target.tokens:,}: run `scaling recommend {study} --target` again after `hpo resume {study}`"
-        )
-    from proxies.checkpoints import load_model
-    from proxies.warmstart import check_growth
-    from scaling.runs import load_runs
-
-    warm = best_proxy(load_runs(study, tracking_uri=uri), target)
-    if warm:
-        check_growth(load_model(warm.checkpoint)[0], config, warm.method)
-    return LaunchPlan(study=study, config=config, tokens=target.tokens, warm=warm, because=because)
+    @property
+    def lr(self) -> float:
+        """Peak rate at base width."""
+        return float(self.config.lr if self.config else self.values.get("lr", self.because["lr"]))
 
 
-def best_proxy(runs: pd.DataFrame, target: Target) -> WarmStart | None:
-    """The run of the largest size with the lowest loss whose checkpoint is still there, to be grown as the target says."""
-    proxies = usable(runs)
-    proxies = proxies[proxies["role"] == "proxy"]  # a confirmation trains again what was chosen
-    proxies = proxies[proxies["checkpoint"].map(lambda p: isinstance(p, str) and Path(p).exists()).astype(bool)]
-    if proxies.empty:
-        return None
-    row = proxies[proxies["N"] == proxies["N"].max()].sort_values("loss").iloc[0]
-    return WarmStart(
-        name=str(row["name"]),
-        checkpoint=Path(row["checkpoint"]),
-        N=row["N"],
-        tokens=row["D"],
-        loss=row["loss"],
-        method=target.method,
-        shrink=target.shrink,
-        noise=target.noise,
-    )
+def rates_of(config: ProxyConfig) -> dict[str, float]:
+    """Peak learning rate of every role that the model has, at its width and depth."""
+    from proxies.export import leaves_of
+    from proxies.mup import role_of, rules
 
-
-def train_arm(plan: LaunchPlan, arm: Arm, folder: Path, *, uri: str | None = None) -> float:
-    """Train one arm to its end and record it (resumed when it was interrupted); its final loss, NaN when it diverged."""
-    from proxies.checkpoints import load_model
-    from proxies.training import train
-    from proxies.warmstart import grow
-
-    client = tracking.connect(uri)
-    parent = tracking.find_study_run(client, plan.study)
-    name = f"target-{arm}-{plan.id}"
-    save, keep = folder / f"{arm}.pt", folder / f"{arm}.partial.pt"
-    done = tracking.find_child(client, parent, name)
-    if done is not None and "rung_0/loss" in done.data.metrics:
-        loss = float(done.data.metrics["rung_0/loss"])
-        say(f"{name}: trained before, loss {loss:.4f}")
-        return loss
-    params = describe(plan.config) | {"tokens": plan.tokens, "arm": arm}
-    init = None
-    if arm == "warm":
-        if plan.warm is None:
-            raise ValueError(f"the plan of study {plan.study!r} has no proxy to start from: train --only scratch")
-        small, model = load_model(plan.warm.checkpoint)
-        warm = plan.warm
-        init = grow(model.state_dict(), small, plan.config, method=warm.method, shrink=warm.shrink, noise=warm.noise)
-        params |= {f"warm.{k}": v for k, v in plan.warm.model_dump(mode="json").items()}
-    run = tracking.child_run(client, parent, name, role="target", params=params)
-    tracking.finish(client, run, status="RUNNING")
-    folder.mkdir(parents=True, exist_ok=True)
-    resume = keep if keep.exists() else None
-    started, last, said = time.perf_counter(), None, 0.0
-    with tracking.CurveWriter(client, run) as curve:
-        for last in train(plan.config, plan.tokens, resume=resume, save=save, keep=keep, init=None if resume else init):
-            curve.add(last)
-            took = time.perf_counter() - started
-            if last.final or took - said > REPORT_SECONDS:
-                said = took
-                left = took * (plan.tokens - last.tokens) / max(last.tokens, 1)
-                say(
-                    f"target, {arm}: {last.tokens:,} of {plan.tokens:,} tokens, loss {last.loss:.4f}"
-                    f"{' (annealed)' if last.final else ''}, {last.tokens / took:,.0f} tokens/s, left {int(left // 60)}:{int(left % 60):02d}"
-                )
-    if last is None or not last.final:
-        raise RuntimeError(f"{name} ended without a final measurement")
-    loss = math.nan if last.diverged else last.loss
-    tracking.log_result(
-        client, run, rung=0, tokens=plan.tokens, loss=loss, seconds=time.perf_counter() - started, checkpoint=save
-    )
-    tracking.finish(client, run)
-    return loss
-
-
-def launch(plan: LaunchPlan, folder: Path, *, uri: str | None = None) -> dict[str, Any]:
-    """Train all arms (beside each other on a CPU with cores to spare, else one after the other), then score them.
-
-    RuntimeError when an arm failed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "plan.json"
-    path.write_text(plan.model_dump_json(indent=2) + "\n")
-    at_once = len(plan.arms) if not _has_gpu() and (os.cpu_count() or 1) >= len(plan.arms) else 1
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    if uri:
-        environment["MLFLOW_TRACKING_URI"] = uri
-    commands = [[sys.executable, "-m", "proxies", "launch", str(path), "--only", arm] for arm in plan.arms]
-    for i in range(0, len(commands), at_once):
-        running = [subprocess.Popen(c, env=environment) for c in commands[i : i + at_once]]
-        try:
-            codes = [p.wait() for p in running]
-        except KeyboardInterrupt:
-            for p in running:
-                p.terminate()  # after Ctrl-C they know already, after SIGTERM not; either way they save where they are
-            for p in running:
-                p.wait()
-            raise
-        if any(codes):
-            raise RuntimeError(
-                f"an arm of {path} ended with exit codes {codes}; mend the cause and launch again: it resumes"
-            )
-    return score(plan, uri=uri)
-
-
-def score(plan: LaunchPlan, *, uri: str | None = None) -> dict[str, Any]:
-    """What the arms gave: against the prediction, and against each other. Kept on the study's run as the note `warm_start`."""
-    from scaling.curves import tokens_to_reach
-    from scaling.runs import load_runs
-
-    client = tracking.connect(uri)
-    runs = load_runs(plan.study, tracking_uri=uri)
-    arms = {f"target-{arm}-{plan.id}": arm for arm in plan.arms}
-    targets = {arms[str(r["name"])]: r for _, r in runs[runs["name"].isin(list(arms))].iterrows()}
-    lo, hi = plan.because["loss_interval"]
-    outcome: dict[str, Any] = {}
-    for arm in plan.arms:
-        loss = float(targets[arm]["loss"])
-        outcome[f"loss at {plan.tokens:,} tokens, {arm}"] = round(loss, 4)
-        outcome[f"{arm} in the predicted interval"] = bool(lo <= loss <= hi)
-    curves = {a: tracking.read_curve(client, str(targets[a]["run_id"])) for a in plan.arms}
-    if plan.warm and all(points for points, _ in curves.values()):  # none, when an arm diverged before its first
-        tokens, losses = curves["scratch"]
-        level = losses[-1]
-        reached = tokens_to_reach(*curves["warm"], level)
-        outcome["loss on the trunk that both are asked for (scratch's last)"] = round(level, 4)
-        outcome["tokens to it from scratch"] = int(tokens[-1])
-        outcome["tokens to it from the warm start"] = "not reached" if math.isinf(reached) else int(reached)
-        if math.isfinite(reached):
-            base = plan.warm.flops / (6.0 * plan.config.counts.N)  # the proxy's compute in tokens of the target
-            outcome["speed-up in tokens"] = round(tokens[-1] / reached, 2)
-            outcome["speed-up when the proxy's own training is paid, too"] = round(tokens[-1] / (reached + base), 2)
-    parent = tracking.find_study_run(client, plan.study)
-    tracking.write_note(client, parent, "warm_start", outcome)
-    tracking.write_note(client, parent, "targets", {arm: str(row["run_id"]) for arm, row in targets.items()})
-    return outcome
-
-
-def estimate_seconds(plan: LaunchPlan) -> float:
-    """About how long all arms take one core of this machine, from a few measured steps."""
-    return len(plan.arms) * plan.tokens / measure_speed(plan.config, threads=1)
+    roles = dict.fromkeys(role_of(leaf) for leaf in leaves_of(config))
+    table = rules(config)
+    return {role: table[role].lr for role in roles}
 
 
 def read_plan(path: Path) -> LaunchPlan:
-    return LaunchPlan.model_validate(json.loads(path.read_text()))
+    """A plan from its file. ValueError that names every mistake in it by field."""
+    if not path.is_file():
+        raise ValueError(f"no plan {path}")
+    try:
+        return LaunchPlan.model_validate(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is no JSON: {error}: make the plan again with `proxies launch STUDY --dry-run`"
+        ) from error
+    except ValidationError as error:
+        said = [f"{'.'.join(str(part) for part in e['loc'])}: {_reason(e)}".removeprefix(": ") for e in error.errors()]
+        raise ValueError(f"{path} is no plan that can be launched:\n  " + "\n  ".join(said)) from error
 
 
-def _has_gpu() -> bool:
-    import torch
+def write_plan(plan: LaunchPlan, path: Path) -> None:
+    """Write it, and make its folder; whoever reads it meanwhile sees the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(plan.model_dump_json(indent=2) + "\n")
+    beside.replace(path)
 
-    return torch.cuda.is_available()
+
+def _reason(error: Any) -> str:
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    got = (
+        ""
+        if error["type"] in ("missing", "extra_forbidden")
+        else f", got {json.dumps(error['input'], default=repr)[:80]}"
+    )
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}{got}"
+
+
+def _said_of(c: ProxyConfig) -> list[str]:
+    rates = ", ".join(f"{role} {rate:.4g}" for role, rate in rates_of(c).items())
+    cools = SCHEDULES[c.schedule].cools
+    end = f", the last {100 * c.cooldown:g} % down by {c.decay}" if cools else ""
+    return [
+        f"  d_model {c.d_model}, {c.n_layers} layers, batch {c.batch_seqs} x {c.seq_len} = {c.batch_tokens:,} tokens, {c.optimizer}",
+        f"  lr {c.lr:.4g} at base width {c.base_width}; here by group: {rates}",
+        f"  schedule {c.schedule}: warm-up over {c.warmup_tokens:,} tokens{end}",
+    ]
+
+
+def _curve_in_words(curve: Band | None, reason: str) -> list[str]:
+    if curve is None:
+        return [f"no curve on the way there is predicted: {reason}"] if reason else []
+    count = len(curve.tokens)
+    few = sorted({round(i * (count - 1) / (SHOWN - 1)) for i in range(SHOWN)})
+    points = [
+        f"{curve.tokens[i]:,.0f} tokens {curve.loss[i]:.3f} ({curve.low[i]:.3f}, {curve.high[i]:.3f})" for i in few
+    ]
+    return [f"on the way, before the cooldown, {100 * curve.mass:.0f} %, from {curve.runs} curves: {'; '.join(points)}"]
+
+
+def _advice_in_words(advice: dict[str, Any] | None) -> list[str]:
+    if advice is None:
+        return []
+    gain, settings = advice["gain"], ", ".join(f"{k} {v:.3g}" for k, v in advice["settings"].items())
+    return [
+        f"  `proxies grow --plan` said: {'use it' if advice['use'] else 'DO NOT USE IT'}, {advice['method']} ({settings}); at {advice['horizon']:g} tokens per "
+        f"parameter it gains {100 * gain['value']:.2g} % of the loss, {100 * gain['low']:.2g} to {100 * gain['high']:.2g}"
+    ]
+
+
+def _because_in_words(because: dict[str, Any]) -> list[str]:
+    origin, runs = because.get("provenance", {}), because.get("runs", [])
+    lines = []
+    if "n_runs" in origin:
+        names = f": {', '.join(runs[:3])}{', ...' if len(runs) > 3 else ''}" if runs else ""
+        lines.append(
+            f"  because: {origin['n_runs']} runs in {origin.get('n_groups', '?')} (N, D) groups{names}; muscale {origin.get('version', '?')}"
+        )
+    lines += [f"  SERIOUS DOUBT: {f['text']}" for f in because.get("flags", []) if f.get("serious")]
+    return lines

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from proxies.config import ProxyConfig
+from proxies.sharded import place
 
 Role = Literal["embedding", "hidden", "norm", "qk_norm", "final_norm", "readout"]
 ROLES: tuple[Role, ...] = ("embedding", "hidden", "norm", "qk_norm", "final_norm", "readout")
@@ -130,7 +131,7 @@ def init(model: nn.Module, config: ProxyConfig, generator: torch.Generator | Non
         generator = torch.Generator().manual_seed(config.seed)
     table = rules(config)
     for name, parameter in model.named_parameters():
-        parameter.copy_(draw(tuple(parameter.shape), table[role_of(name)], generator))
+        place(parameter, draw(tuple(parameter.shape), table[role_of(name)], generator))
 
 
 def draw(shape: tuple[int, ...], rule: Rule, generator: torch.Generator) -> torch.Tensor:

@@ -32,6 +32,9 @@ from proxies.mup import param_groups
 Groups = list[dict[str, Any]]
 Kind = Callable[..., torch.optim.Optimizer]
 
+# Whose steps on FSDP2's shards are those on whole matrices. Measured, 2 ranks, 30 steps: losses of these within 1e-6 of one
+# process's, Muon's within 5e-5 (DDP's own 3e-5: it works in bfloat16). Schedule-free was off by .07 without a word.
+ON_SHARDS = ("adamw", "ademamix", "lion", "muon", "muon-rms")
 PRODIGY_START = 1e-6  # its estimate of the distance before the first step, the package's default
 
 
@@ -82,6 +85,15 @@ def make_optimizer(model: nn.Module, config: ProxyConfig, *, verified: bool = Tr
     if wrong:
         raise ValueError(wrong)
     return _BUILDERS[config.optimizer](param_groups(model, config), config)
+
+
+def check_sharding(config: ProxyConfig) -> None:
+    """ValueError when this optimizer's steps on shards are not those on whole matrices."""
+    if config.optimizer not in ON_SHARDS:
+        raise ValueError(
+            f"needed an optimizer that can work on FSDP2's shards, {', '.join(ON_SHARDS)}, got {config.optimizer!r}: choose one of "
+            "these, or the engine ddp"
+        )
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:

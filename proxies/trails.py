@@ -6,11 +6,8 @@ The steps are those of an engine (plain, compiled, DDP, FSDP2); what is looked a
 from __future__ import annotations
 
 import math
-import os
 import pickle
-import socket
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +15,14 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from proxies.config import ProxyConfig
 from proxies.mixture import open_data
 from proxies.model import Block, Transformer, build, loss_of, norm
 from proxies.mup import clean, role_of
 from proxies.optimizers import make_optimizer, set_lr
+from proxies.ranks import ALONE, Ranks, spawned, wrapped
+from proxies.sharded import whole
 
 Engine = Literal["plain", "compile", "ddp", "fsdp2"]
 ENGINES: tuple[Engine, ...] = ("plain", "compile", "ddp", "fsdp2")
@@ -89,75 +87,34 @@ def gradient_scales(watch: Watch) -> dict[str, float]:
     return {role: float(torch.tensor([v for v in values if v > 0] or [0.0]).median()) for role, values in found.items()}
 
 
-# Said once a model. It changes no number, which a test shows: nothing is done in place.
-NOT_NEWS = "FSDP2-wrapped module .* returned a view tensor"
-
-
 def follow(watches: Sequence[Watch], engine: Engine = "plain", ranks: int = 2) -> list[Trail]:
     """Make the runs, in this process or on `ranks` processes of one thread each (gloo)."""
     if engine not in ENGINES:
         raise ValueError(f"needed an engine out of {', '.join(ENGINES)}, got {engine!r}")
-    if engine in ("plain", "compile"):
-        return _follow_all(watches, engine)
+    if engine == "plain" or engine == "compile":
+        return [_follow(watch, ALONE, compiled=engine == "compile") for watch in watches]
     if any(watch.batch_seqs % ranks for watch in watches):
         raise ValueError(
             f"needed batches of a multiple of {ranks} sequences for {ranks} ranks, got {watches[0].batch_seqs}"
         )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "trails"
-        spawn(_rank, (ranks, _free_port(), list(watches), engine, out), ranks)  # type: ignore[no-untyped-call]
+        spawned(_of_ranks, ranks, engine, list(watches), out)
         trails: list[Trail] = pickle.loads(out.read_bytes())
     return trails
 
 
-def _rank(rank: int, ranks: int, port: int, watches: Sequence[Watch], engine: Engine, out: Path) -> None:
-    """One process of several; the first writes what it saw."""
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    dist.init_process_group("gloo")
-    try:
-        trails = _follow_all(watches, engine, rank, ranks)
-        if rank == 0:
-            out.write_bytes(pickle.dumps(trails))
-    finally:
-        dist.destroy_process_group()
-
-
-def _follow_all(watches: Sequence[Watch], engine: Engine, rank: int = 0, ranks: int = 1) -> list[Trail]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=NOT_NEWS, category=UserWarning)
-        return [_follow(watch, engine, rank, ranks) for watch in watches]
-
-
-def wrapped(model: Transformer, engine: Engine) -> nn.Module:
-    """The model as the engine runs it. Optimizers are made after this: FSDP2 puts new parameters in place of the old."""
-    if engine == "compile":
-        torch.compiler.reset()  # every model is another one: past eight, calls would go on uncompiled
-        return cast(nn.Module, torch.compile(model))
-    if engine == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    if engine == "fsdp2":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    return model
+def _of_ranks(ranks: Ranks, watches: Sequence[Watch], out: Path) -> None:
+    """What one process of several does; the first writes what it saw."""
+    trails = [_follow(watch, ranks) for watch in watches]
+    if ranks.rank == 0:
+        out.write_bytes(pickle.dumps(trails))
 
 
 @torch.no_grad()
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Whole weights by their own names, whatever wraps or shards the model. Collective under FSDP2."""
-    from torch.distributed.tensor import DTensor
-
-    return {
-        clean(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
+    """Whole weights by their own names, whatever wraps or shards the model. All ranks ask together."""
+    return {clean(name): whole(p).detach().clone() for name, p in model.named_parameters()}
 
 
 def _start(watch: Watch) -> Transformer:
@@ -165,12 +122,15 @@ def _start(watch: Watch) -> Transformer:
     return model.double() if watch.double else model
 
 
-def _follow(watch: Watch, engine: Engine, rank: int = 0, ranks: int = 1) -> Trail:
+def _follow(watch: Watch, ranks: Ranks, *, compiled: bool = False) -> Trail:
     twin = _start(watch)
-    model = wrapped(_start(watch), engine)
+    model = wrapped(_start(watch), ranks.engine, torch.device("cpu"))
+    if compiled:
+        torch.compiler.reset()  # every model is another one: past eight, calls would go on uncompiled
+        model = cast(nn.Module, torch.compile(model))
     optimizer = make_optimizer(model, watch.config, verified=False)  # to find out is what this is for
     if watch.what == "activations":
-        return _activations(watch, model, optimizer, twin, rank, ranks)
+        return _activations(watch, model, optimizer, twin, ranks)
     assert watch.scales is not None
     for group in optimizer.param_groups:
         if watch.what == "eps":
@@ -178,11 +138,11 @@ def _follow(watch: Watch, engine: Engine, rank: int = 0, ranks: int = 1) -> Trai
             group["weight_decay"] = 0.0
         else:
             group["weight_decay"] *= watch.scales["factor"]
-    losses = _steps(watch, model, optimizer, rank, ranks)
+    losses = _steps(watch, model, optimizer, ranks)
     return Trail((_moved(watch, twin, weights_of(model), optimizer),), losses)
 
 
-def _activations(watch: Watch, model: nn.Module, optimizer: Any, twin: Transformer, rank: int, ranks: int) -> Trail:
+def _activations(watch: Watch, model: nn.Module, optimizer: Any, twin: Transformer, ranks: Ranks) -> Trail:
     probe, _ = open_data(watch.config).windows.batch(watch.steps * watch.batch_seqs, watch.batch_seqs)  # not trained on
     first = coordinates(twin, probe)
     seen: list[dict[str, tuple[float, float]]] = []
@@ -196,7 +156,7 @@ def _activations(watch: Watch, model: nn.Module, optimizer: Any, twin: Transform
         seen.append({name: (float(x.abs().mean()), float((x - first[name]).abs().mean())) for name, x in now.items()})
 
     look()
-    losses = _steps(watch, model, optimizer, rank, ranks, after_step=look)
+    losses = _steps(watch, model, optimizer, ranks, after_step=look)
     return Trail(tuple(seen), losses)
 
 
@@ -204,8 +164,7 @@ def _steps(
     watch: Watch,
     model: nn.Module,
     optimizer: Any,
-    rank: int = 0,
-    ranks: int = 1,
+    ranks: Ranks = ALONE,
     *,
     before_step: Callable[[], None] | None = None,
     after_step: Callable[[], None] | None = None,
@@ -215,16 +174,15 @@ def _steps(
     set_lr(optimizer, 1.0)
     losses = []
     for step in range(watch.steps):
-        loss = loss_of(model, *windows.batch(step * watch.batch_seqs, watch.batch_seqs, rank=rank, ranks=ranks))
+        loss = loss_of(
+            model, *windows.batch(step * watch.batch_seqs, watch.batch_seqs, rank=ranks.rank, ranks=ranks.world)
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         if before_step is not None:
             before_step()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        total = loss.detach().double()
-        if ranks > 1:
-            torch.distributed.all_reduce(total)
-        losses.append(float(total) / ranks)
+        losses.append(float(ranks.total(loss.detach().double())) / ranks.world)
         if after_step is not None:
             after_step()
     return tuple(losses)
@@ -251,9 +209,3 @@ def _moved(
         elif role in decayed and bool(w0.any()):
             moved[role] = 1 - float(w @ w0) / float(w0 @ w0)
     return {role: (math.nan, value) for role, value in moved.items()}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])

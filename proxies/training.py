@@ -8,90 +8,33 @@ afresh. A resumed run is bitwise the uninterrupted one, on the same device with 
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-import warnings
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from proxies.checkpoints import FORMAT, copy_to_cpu, load_state, load_weights, write_state
+from proxies.checkpoints import SUFFIX, check_place, copy_to_cpu, load_weights, read_run, remove_run, write_run
 from proxies.config import ProxyConfig
-from proxies.mixture import Data, Reader, open_data
-from proxies.model import build, loss_of
-from proxies.mup import rule_of
-from proxies.optimizers import evaluation, make_optimizer, set_lr
-from proxies.schedules import SCHEDULES, factor
+from proxies.mixture import Data, open_data
+from proxies.model import loss_of
+from proxies.moments import load_moments
+from proxies.optimizers import check_sharding, evaluation
+from proxies.ranks import ALONE, Ranks
+from proxies.state import CHECK_EVERY as CHECK_EVERY
+from proxies.state import Run as Run
+from proxies.state import autocast as autocast
+from proxies.state import uninterrupted as uninterrupted
+from proxies.steps import Plan as Plan
+from proxies.steps import plan as plan
+from proxies.steps import point_steps as point_steps
+from proxies.windows import share
 from scaling.runs import Measurement
 
-CHECK_EVERY = 8  # steps between looks at the training loss
-# A run is lost when its training loss is above ln(vocab) + 1, a nat worse than guessing, at so many looks in a row after
-# the warm-up: 64 steps, so that a spike from which a run recovers does not end it.
-LOST_LOOKS = 8
 EVAL_CHUNK = 16  # windows per forward pass; fixed, so that the same weights always give the same loss
-# A trunk point costs the forward passes of the held-out windows, a third of training on as many tokens. Two points an
-# octave, the first after three times the held-out tokens, keep all evaluation near a tenth of a run.
-FIRST_POINT = 3
-# On resuming: the data's hash is compared instead of its path; memory may be saved, at the price of the last bits.
-FREE_TO_DIFFER = ("coordinate_check", "corpus", "eval_mixture", "eval_windows", "micro_seqs", "recompute")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How D tokens are cut into steps."""
-
-    tokens: int  # D, rounded down to whole windows
-    trunk_steps: int  # full batches; 0 with a horizon
-    steps: int  # all; the last batch may be smaller
-
-    @property
-    def cooldown_steps(self) -> int:
-        return self.steps - self.trunk_steps
-
-
-def plan(config: ProxyConfig, tokens: int) -> Plan:
-    """Steps of a run of `tokens` tokens: floor((1 - cooldown) D / batch) full ones of trunk, the rest is cooldown.
-
-    A schedule without a cooldown has all its full batches on the trunk, one with a horizon none. Raises ValueError if
-    nothing is left for the cooldown, or the warm-up would not end before it (before the end, with a horizon).
-    """
-    windows, schedule = tokens // config.seq_len, SCHEDULES[config.schedule]
-    steps = math.ceil(windows / config.batch_seqs)
-    if schedule.has_horizon:
-        if windows * config.seq_len <= config.warmup_tokens:
-            least = (config.warmup_tokens // config.seq_len + 1) * config.seq_len
-            raise ValueError(
-                f"needed at least {least:,} tokens (one window more than the warm-up of {config.warmup_tokens:,} tokens), "
-                f"got {tokens:,}: train longer, or shorten warmup_tokens"
-            )
-        return Plan(windows * config.seq_len, 0, steps)
-    trunk_share = 1 - config.cooldown if schedule.cools else 1.0
-    # The margin keeps a product such as 0.8 * 5 steps, a hair below 4 in binary, at 4.
-    trunk = math.floor(trunk_share * windows / config.batch_seqs + 1e-9)
-    no_cooldown = schedule.cools and trunk * config.batch_seqs >= windows
-    if trunk < 1 or no_cooldown or trunk * config.batch_tokens < config.warmup_tokens:
-        warm = max(1, math.ceil(config.warmup_tokens / config.batch_tokens))
-        least = math.ceil(warm * config.batch_seqs / trunk_share) * config.seq_len
-        cooled = ", one window of cooldown" if schedule.cools else ""
-        raise ValueError(
-            f"needed at least {least:,} tokens (a step of trunk, the warm-up of {config.warmup_tokens:,} tokens on it"
-            f"{cooled}), got {tokens:,}: train longer, or shorten warmup_tokens or batch_seqs"
-        )
-    return Plan(windows * config.seq_len, trunk, steps)
-
-
-def point_steps(config: ProxyConfig, trunk_steps: int) -> frozenset[int]:
-    """Trunk steps (all but the last, with a horizon) after which the held-out loss is taken: about two an octave, wherever the run will end."""
-    first = max(config.warmup_tokens, FIRST_POINT * config.eval_windows * config.seq_len, config.batch_tokens)
-    octaves = math.log2(max(trunk_steps * config.batch_tokens / first, 0.5))
-    points = (math.ceil(first * 2 ** (j / 2) / config.batch_tokens) for j in range(math.ceil(2 * octaves) + 2))
-    return frozenset(p for p in points if p <= trunk_steps)
 
 
 def train(
@@ -103,198 +46,78 @@ def train(
     keep: Path | None = None,
     keep_every_s: float = 30.0,
     device: str | torch.device | None = None,
-    init: Mapping[str, Tensor] | None = None,
+    init: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None,
+    moments: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Generator[Measurement, None, None]:
     """Train for `tokens` tokens (rounded down to whole windows), yielding trunk points and last the annealed point.
 
-    resume: a file written by `save` or `keep` for the same configuration and data. Its trunk goes on; if it was cut off
+    resume: what `save` or `keep` has written for the same configuration and data. Its trunk goes on; if it was cut off
         in the cooldown of this very D, so does the cooldown. With a horizon only this very D goes on; another starts
         afresh, with a warning.
     save: gets the trunk's state at the branch point, then also the annealed weights and their measurement.
     keep: gets the whole state every `keep_every_s` seconds and when the run is cut off; removed on completion.
     device: CUDA if there is one, unless given. There matrix products are in bfloat16, unless config.precision says other.
-    init: weights to start from instead of fresh ones (a warm start), by parameter name.
+    init: weights to start from instead of fresh ones (a warm start), by parameter name; taken one at a time.
+    moments: Adam's, to go with `init` (proxies/moments.py); fresh ones unless given.
+    ranks: this process among those that train together, each calling `train` alike (`proxies.ranks.joined`). Each takes its
+        part of every batch and of the held-out windows, all yield the same measurements, and config.micro_seqs counts the
+        sequences of one rank. SIGINT and SIGTERM then wait for the end of a step, at which all stop and write `keep`.
+
+    `save` and `keep` are files of one process where they end in .pt, else folders that any number of ranks resume.
 
     A loss that is not finite, or that has been lost for long (LOST_LOOKS), ends the run with final=True, diverged=True,
     loss=NaN and the tokens trained so far. A final loss above ln(vocab), that of guessing, is reported with
     diverged=True too.
     Bad arguments raise ValueError here, before the first `next`.
     """
-    cut = plan(config, tokens)
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if resume is not None and init is not None:
-        raise ValueError("needed resume or init, got both: a resumed run has its weights already")
-    for name, path in (("save", save), ("keep", keep)):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{name}: needed a path in an existing folder, got {path}: create {path.parent}")
-    data = open_data(config)
-    run = Run(config, cut, data.sha256, where)
-    if init is not None:
-        load_weights(run.model, init)
-    if resume is not None:
-        run.restore(load_state(resume), resume)
+    ranks.alike(config=config, tokens=tokens, resume=resume, save=save, keep=keep, warm=init is not None)
+    with ranks.agreeing():
+        cut = plan(config, tokens)
+        if resume is not None and init is not None:
+            raise ValueError("needed resume or init, got both: a resumed run has its weights already")
+        if moments is not None and init is None:
+            raise ValueError("needed init with moments, got moments alone: they belong to weights")
+        for name, path in (("save", save), ("keep", keep)):
+            _check_place(name, path, ranks)
+        _check_shares(config, ranks)
+        data = open_data(config)
+        saved = None if resume is None else read_run(resume, ranks)
+    run = Run(config, cut, data.sha256, where, ranks)
+    with ranks.agreeing():
+        if init is not None:
+            load_weights(run.model, init)
+            if moments is not None:
+                load_moments(run.optimizer, run.model, moments)
+        if saved is not None and resume is not None:
+            run.restore(saved, resume)
     return _measurements(run, data, save, keep, keep_every_s)
 
 
-class Run:
-    """All that changes while a proxy trains: weights, moments, position, and the loss summed since the last point."""
-
-    def __init__(self, config: ProxyConfig, cut: Plan, data_sha256: str, device: torch.device) -> None:
-        self.config, self.cut, self.data_sha256, self.device = config, cut, data_sha256, device
-        self.model = build(config).to(device)
-        if config.compile:
-            self.model.compile()  # in place: parameters keep their names
-        self.names = tuple(name for name, _ in self.model.named_parameters())
-        self.optimizer = make_optimizer(self.model, config)
-        self.step = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # kept there: reading it would stall steps
-        self.loss_windows = 0
-        self.look_sum, self.look_windows = torch.zeros_like(self.loss_sum), 0  # since the last look
-        self.lost_looks = 0  # in a row
-        self.trunk: dict[str, Any] | None = None  # the state at the branch point, once it is reached
-
-    @property
-    def windows_seen(self) -> int:
-        return min(self.step * self.config.batch_seqs, self.cut.tokens // self.config.seq_len)
-
-    @property
-    def tokens(self) -> int:
-        return self.windows_seen * self.config.seq_len
-
-    def factor(self, tokens: float) -> float:
-        """Share of the peak rate; only a step beyond the trunk may know where the run ends."""
-        if self.step < self.cut.trunk_steps or self.cut.cooldown_steps == 0:
-            return factor(self.config, tokens)
-        return factor(self.config, tokens, branch=self.cut.trunk_steps * self.config.batch_tokens, end=self.cut.tokens)
-
-    def advance(self, windows: Reader, share: float | None = None) -> Tensor:
-        """One optimizer step at this share of the peak rate (default: the schedule's); the batch's loss, nats per token.
-
-        Weights, moments and position change together, once the gradients are known.
-        """
-        start = self.windows_seen
-        n = min(self.config.batch_seqs, self.cut.tokens // self.config.seq_len - start)
-        x_bt, y_bt = (t.to(self.device, non_blocking=True) for t in windows.batch(start, n))
-        # The rate in the middle of the batch: then the mean over warm-up and cooldown is that of the continuous
-        # schedule, whatever the batch size, and no step gets rate 0.
-        set_lr(self.optimizer, self.factor((start + n / 2) * self.config.seq_len) if share is None else share)
-        loss = self.backward(x_bt, y_bt)
-        with uninterrupted():
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.count(loss, n)
-        return loss
-
-    def count(self, loss: Tensor, n: int) -> None:
-        """A step was taken on n windows of this mean loss."""
-        self.loss_sum += loss * n
-        self.look_sum += loss * n
-        self.loss_windows += n
-        self.look_windows += n
-        self.step += 1
-
-    def measured(self, loss: float, seconds: float, *, final: bool = False, diverged: bool = False) -> Measurement:
-        """The point here, with the mean training loss since the last one, which is counted anew from here."""
-        train_loss = float(self.loss_sum) / self.loss_windows if self.loss_windows else math.nan
-        self.loss_sum.zero_()
-        self.loss_windows = 0
-        return Measurement(
-            self.tokens, loss, self.config.lr * self.factor(self.tokens), train_loss, seconds, final, diverged
+def _check_place(name: str, path: Path | None, ranks: Ranks) -> None:
+    if path is None:
+        return
+    if path.suffix == SUFFIX and (ranks.world > 1 or ranks.engine == "fsdp2"):
+        raise ValueError(
+            f"{name}: needed a folder for what several ranks write, got {path}: a path that does not end in {SUFFIX}"
         )
+    try:
+        check_place(path)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
-    def backward(self, x_bt: Tensor, y_bt: Tensor) -> Tensor:
-        """Gradients of the batch's mean loss, by parts of micro_seqs sequences; that loss, nats per token."""
-        total = torch.zeros((), device=self.device)
-        micro = self.config.micro_seqs or len(x_bt)
-        for x_pt, y_pt in zip(torch.split(x_bt, micro), torch.split(y_bt, micro), strict=True):
-            with autocast(self.device, self.config.precision):
-                loss = loss_of(self.model, x_pt, y_pt) * (len(x_pt) / len(x_bt))
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        return total
 
-    def is_lost(self) -> bool:
-        """A look at the training loss: whether it is not finite, or was far above guessing at the last LOST_LOOKS."""
-        if self.look_windows and self.step % CHECK_EVERY == 0:
-            high = float(self.look_sum) / self.look_windows > math.log(self.config.vocab) + 1
-            self.lost_looks = self.lost_looks + 1 if high and self.tokens > self.config.warmup_tokens else 0
-            self.look_sum.zero_()
-            self.look_windows = 0
-        return self.lost_looks >= LOST_LOOKS or not math.isfinite(self.loss_sum)
-
-    def snapshot(self) -> dict[str, Any]:
-        """A copy of the state, on CPU."""
-        state = {
-            "step": self.step,
-            "windows": self.windows_seen,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loss_sum": self.loss_sum,
-            "loss_windows": self.loss_windows,
-            "look": [float(self.look_sum), self.look_windows, self.lost_looks],
-        }
-        copied: dict[str, Any] = copy_to_cpu(state)
-        return copied
-
-    def file(self, phase: Literal["trunk", "cooldown", "done"], **more: Any) -> dict[str, Any]:
-        """What is written: the header, the trunk's state, and more."""
-        return {
-            "format": FORMAT,
-            "config": self.config.model_dump(),
-            "mup": {name: asdict(rule) for name, rule in rule_of(self.names, self.config).items()},
-            "data_sha256": self.data_sha256,
-            "phase": phase,
-            "tokens": self.cut.tokens,
-            "trunk": self.trunk,
-            **more,
-        }
-
-    def partial(self) -> dict[str, Any]:
-        if self.trunk is None:
-            return self.file("trunk") | {"trunk": self.snapshot()}
-        return self.file("cooldown", current=self.snapshot())
-
-    def restore(self, saved: Mapping[str, Any], path: Path) -> None:
-        """Go on from a file; ValueError if it belongs to another run or is already past this one's trunk."""
-        ours = self.config.model_dump()
-        theirs = ProxyConfig.model_validate(
-            saved["config"]
-        ).model_dump()  # settings younger than the file: their defaults
-        wrong = [
-            f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
-            for name in sorted(ours.keys() | theirs.keys())
-            if name not in FREE_TO_DIFFER and ours.get(name) != theirs.get(name)
-        ]
-        if saved["data_sha256"] != self.data_sha256:
-            wrong.append(f"data: sha256 {saved['data_sha256'][:12]} there, {self.data_sha256[:12]} here")
-        if saved["trunk"]["step"] > self.cut.trunk_steps:
-            wrong.append(f"trunk: {saved['trunk']['step']} steps there, {self.cut.trunk_steps} here")
-        if wrong:
-            raise ValueError(
-                f"needed a shorter run with the same settings to resume, got {path} with other "
-                + "; ".join(wrong)
-                + ": start afresh, or name the right file"
-            )
-        same_cooldown = saved["phase"] == "cooldown" and saved["tokens"] == self.cut.tokens
-        if SCHEDULES[self.config.schedule].has_horizon and not same_cooldown and saved["phase"] != "trunk":
-            warnings.warn(
-                f"schedule {self.config.schedule!r} has a horizon: a run of {self.cut.tokens:,} tokens starts afresh, it "
-                f"cannot go on from {path}, which is {saved['phase']} for {saved['tokens']:,}",
-                stacklevel=3,
-            )
-        state = saved["current"] if same_cooldown else saved["trunk"]
-        self.trunk = saved["trunk"] if same_cooldown else None
-        self.load(state)
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go back, or on, to a snapshot."""
-        self.model.load_state_dict(state["model"])
-        # A copy: the optimizer takes tensors of the right kind as they are, and this one's trunk must stay as it is.
-        self.optimizer.load_state_dict(copy_to_cpu(state["optimizer"]))
-        self.loss_sum = state["loss_sum"].to(self.device, copy=True)
-        self.loss_windows, self.step = state["loss_windows"], state["step"]
-        look_sum, self.look_windows, self.lost_looks = state.get("look", (0.0, 0, 0))  # files before there were looks
-        self.look_sum.fill_(look_sum)
+def _check_shares(config: ProxyConfig, ranks: Ranks) -> None:
+    """ValueError when the ranks cannot divide a batch, or the optimizer's steps cannot be taken on shards."""
+    n, world = config.batch_seqs, ranks.world
+    if n % world:
+        near = " or ".join(str(m) for m in (n // world * world, -(-n // world) * world) if m)
+        raise ValueError(
+            f"needed batch_seqs that {world} ranks can divide, got {n}: set {near}, or another number of ranks"
+        )
+    if ranks.engine == "fsdp2":
+        check_sharding(config)
 
 
 def _measurements(
@@ -304,90 +127,90 @@ def _measurements(
     keep: Path | None,
     keep_every_s: float,
 ) -> Generator[Measurement, None, None]:
-    began = kept = time.perf_counter()
+    ranks, began = run.ranks, time.perf_counter()
+    kept = began
     points = point_steps(run.config, run.cut.trunk_steps or run.cut.steps - 1)
 
     def measure(loss: float, *, final: bool = False, diverged: bool = False) -> Measurement:
-        return run.measured(loss, time.perf_counter() - began, final=final, diverged=diverged)
+        (seconds,) = ranks.largest(time.perf_counter() - began)
+        return run.measured(loss, seconds, final=final, diverged=diverged)
 
+    # One process may be stopped anywhere. Several stop after the same step, or some would wait for others for ever.
+    with uninterrupted() if ranks.world > 1 else nullcontext(list[int]()) as came:
+        try:
+            while True:
+                at_branch, at_end = run.step == run.cut.trunk_steps, run.step == run.cut.steps
+                # Nothing summed means that the point of this step was taken before the run was cut off.
+                at_point = run.step in points and run.loss_windows > 0
+                looked_at = at_branch or at_end or at_point or run.step % CHECK_EVERY == 0
+                if looked_at and run.is_lost():
+                    last = measure(math.nan, final=True, diverged=True)
+                    break
+                if at_point:
+                    with evaluation(run.optimizer):
+                        point = measure(evaluate(run.model, data.held, ranks))
+                    left = time.perf_counter()
+                    yield from _handed(point, ranks)
+                    began += time.perf_counter() - left  # what the consumer does meanwhile is not training
+                if at_branch and run.trunk is None:
+                    run.trunk = run.snapshot()
+                    if save is not None:
+                        write_run(run.file("trunk"), save, ranks)
+                if at_end:
+                    with evaluation(run.optimizer):
+                        loss = evaluate(run.model, data.held, ranks)
+                        last = measure(loss, final=True, diverged=not loss <= math.log(run.config.vocab))
+                        annealed = {"model": copy_to_cpu(run.model.state_dict()), "measurement": asdict(last)}
+                        if data.parts and save is not None:
+                            by_source = {name: evaluate(run.model, part, ranks) for name, part in data.parts.items()}
+                            annealed["by_source"] = by_source
+                    if save is not None:
+                        write_run(run.file("done", annealed=annealed), save, ranks)
+                    break
+                run.advance(data.windows)
+                due = keep is not None and time.perf_counter() - kept > keep_every_s
+                stop, due = (bool(x) for x in ranks.largest(bool(came), due))
+                if stop:
+                    raise KeyboardInterrupt("a rank was told to stop")
+                if due and keep is not None:
+                    write_run(run.partial(), keep, ranks)
+                    kept = time.perf_counter()
+        except (GeneratorExit, KeyboardInterrupt, SystemExit):
+            if keep is not None:  # a step is whole or not begun, whenever a signal came
+                write_run(run.partial(), keep, ranks)
+            raise
+        try:
+            yield from _handed(last, ranks)
+        finally:  # not before the measurement is out: an interrupt in between would lose both
+            if keep is not None and ranks.rank == 0:
+                remove_run(keep)
+
+
+def _handed(point: Measurement, ranks: Ranks) -> Iterator[Measurement]:
+    """Yield a point; where the consumer of one rank closes its run then, those of all ranks end here."""
+    closed: GeneratorExit | None = None
     try:
-        while True:
-            at_branch, at_end = run.step == run.cut.trunk_steps, run.step == run.cut.steps
-            # Nothing summed means that the point of this step was taken before the run was cut off.
-            at_point = run.step in points and run.loss_windows > 0
-            looked_at = at_branch or at_end or at_point or run.step % CHECK_EVERY == 0
-            if looked_at and run.is_lost():
-                last = measure(math.nan, final=True, diverged=True)
-                break
-            if at_point:
-                with evaluation(run.optimizer):
-                    point = measure(evaluate(run.model, data.held))
-                left = time.perf_counter()
-                yield point
-                began += time.perf_counter() - left  # what the consumer does meanwhile is not training
-            if at_branch and run.trunk is None:
-                run.trunk = run.snapshot()
-                if save is not None:
-                    write_state(run.file("trunk"), save)
-            if at_end:
-                with evaluation(run.optimizer):
-                    loss = evaluate(run.model, data.held)
-                    last = measure(loss, final=True, diverged=not loss <= math.log(run.config.vocab))
-                    annealed = {"model": copy_to_cpu(run.model.state_dict()), "measurement": asdict(last)}
-                    if data.parts and save is not None:
-                        annealed["by_source"] = {name: evaluate(run.model, part) for name, part in data.parts.items()}
-                if save is not None:
-                    write_state(run.file("done", annealed=annealed), save)
-                break
-            run.advance(data.windows)
-            if keep is not None and time.perf_counter() - kept > keep_every_s:
-                write_state(run.partial(), keep)
-                kept = time.perf_counter()
-    except (GeneratorExit, KeyboardInterrupt, SystemExit):
-        if keep is not None:  # a step is whole or not begun, whenever a signal came
-            write_state(run.partial(), keep)
-        raise
-    try:
-        yield last
-    finally:  # not before the measurement is out: an interrupt in between would lose both
-        if keep is not None:
-            keep.unlink(missing_ok=True)
+        yield point
+    except GeneratorExit as close:
+        closed = close
+    if ranks.largest(closed is not None)[0]:
+        raise closed or KeyboardInterrupt("a rank's run was closed")
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, windows: tuple[Tensor, Tensor]) -> float:
-    """Mean loss over windows (inputs and next tokens, [n, t] each), nats per token."""
-    x_nt, y_nt = windows
+def evaluate(model: nn.Module, windows: tuple[Tensor, Tensor], ranks: Ranks = ALONE) -> float:
+    """Mean loss over windows (inputs and next tokens, [n, t] each), nats per token; each rank takes a part of them."""
+    n = len(windows[0])
+    start, own = share(0, n, ranks.rank, ranks.world)
+    x_nt, y_nt = (w[start : start + own] for w in windows)
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     config: ProxyConfig = model.config  # type: ignore[assignment]
+    chunks = list(zip(torch.split(x_nt, EVAL_CHUNK), torch.split(y_nt, EVAL_CHUNK), strict=True)) if own else []
+    idle = math.ceil(math.ceil(n / ranks.world) / EVAL_CHUNK) - len(chunks)  # others' chunks, which FSDP2 joins in
     with autocast(device, config.precision):
-        for x_bt, y_bt in zip(torch.split(x_nt, EVAL_CHUNK), torch.split(y_nt, EVAL_CHUNK), strict=True):
+        for x_bt, y_bt in chunks:
             total += loss_of(model, x_bt.to(device), y_bt.to(device)).double() * len(x_bt)
-    return float(total) / len(x_nt)
-
-
-def autocast(device: torch.device, precision: Literal["float32", "bfloat16"] | None = None) -> Any:
-    """Matrix products in bfloat16 if asked for, and on CUDA unless float32 is asked for; nothing otherwise."""
-    if precision == "bfloat16" or (precision is None and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for the end of the block. They only ever interrupt the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, lambda n, _: came.append(n))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        for n in came:
-            signal.raise_signal(n)
+        for _ in range(idle):
+            model(windows[0][:1].to(device))
+    return float(ranks.total(total)) / n

@@ -4,43 +4,28 @@
   (arXiv 2411.07340, 2605.13405). pad0 puts the small tensor in the leading block, zeros elsewhere. The default.
 - "pad": the same with shrink 1 and noise 0 and the norms' gains rescaled, so that the large model computes what the small one did.
 - "duplicate": every width axis repeated k times, hidden matrices divided by k (arXiv 2602.10545). Exact, also in training, Adam's
-  moments included; without noise the copies never part.
+  moments included (proxies/moments.py); without noise the copies never part.
 - "hyperclone": the same copies, with noise that cancels between pairs of them (arXiv 2409.12903): exact, and the copies part.
+- "stack": depth alone, the whole stack repeated (G_stack, arXiv 2405.15319).
 
-Depth grows by repeating the whole stack (G_stack, arXiv 2405.15319). The leading block is right for every tensor here: query heads
-stay in order and their number per key head is fixed, so head i still reads key head i // (h / g); gate, up and down share one order
-of channels.
+With every other method depth grows by stacking, too, and width then by the method. The first two take any width that the family can
+have, the next two whole multiples. The leading block is right for every tensor here: query heads stay in order and their number per
+key head is fixed, so head i still reads key head i // (h / g); gate, up and down share one order of channels.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from proxies.config import ProxyConfig
+from proxies.lineage import Method, beyond_break_even, check_growth
 from proxies.model import Transformer
-from proxies.mup import GAINS, ROLES, Role, draw, role_of, rules
-
-Method = Literal["shrink-pad-perturb", "pad", "duplicate", "hyperclone"]
-SAME = (
-    "d_head",
-    "q_per_kv",
-    "ff_mult",
-    "vocab",
-    "qk_norm",
-    "tied",
-    "base_width",
-    "base_layers",
-    "depth_power",
-    "parametrization",
-    "alpha_in",
-    "alpha_out",
-    "alpha_attn",
-)
+from proxies.mup import GAINS, Role, draw, role_of, rules
 
 
 def grow(
@@ -57,8 +42,9 @@ def grow(
     shrink: factor on the small model's matrices ("shrink-pad-perturb" only); 0.4 is what the authors use for all their scaling fits.
     noise, drawn from `large.seed`: for "shrink-pad-perturb" in units of the fresh initialisation (default 1); for "duplicate" in
     units of 1/sqrt(fan_in) (default 0: exact, but tune it before training such a model); for "hyperclone" the mean square of
-    what is added over that of the copy it is added to (default .1, the authors' 10 dB). Norm gains are copied and new ones start
-    at 1: neither shrunk nor perturbed. ValueError names every setting in which the two models may not differ.
+    what is added over that of the copy it is added to (default .1, the authors' 10 dB). "pad" and "stack" have none. Norm gains are
+    copied and new ones start at 1: neither shrunk nor perturbed. ValueError names every setting in which the two models may not
+    differ. Warns where N grows more than fourfold.
     """
     return dict(grown(state, small, large, method=method, shrink=shrink, noise=noise))
 
@@ -72,15 +58,29 @@ def grown(
     shrink: float = 0.4,
     noise: float | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same, one tensor after the other, for whoever writes them away before the next is made."""
+    """The same, one tensor after the other, for whoever puts each away before the next is made; checked at once.
+
+    A mapping that reads its tensors from disk when asked (proxies/lazy.py) is asked for one at a time.
+    """
     check_growth(small, large, method)
-    expected = shapes(small)
-    wrong = [n for n in expected.keys() | state.keys() if n not in state or tuple(state[n].shape) != expected.get(n)]
-    if wrong:
+    if method in ("pad", "stack") and noise:
         raise ValueError(
-            "the checkpoint is not of this architecture; parameters missing, unknown or of another shape: "
-            f"{', '.join(sorted(wrong)[:6])}"
+            f"method {method!r} adds no noise, got noise {noise:g}: leave it out, or choose another method"
         )
+    check_shapes(state, shapes(small))
+    if said := beyond_break_even(small, large):
+        warnings.warn(said, stacklevel=2)
+    return _grown(state, small, large, method, shrink, noise)
+
+
+def _grown(
+    state: Mapping[str, Tensor],
+    small: ProxyConfig,
+    large: ProxyConfig,
+    method: Method,
+    shrink: float,
+    noise: float | None,
+) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(large.seed)
     for name, shape in shapes(large).items():
         value, role = state[source(name, small)], role_of(name)
@@ -93,26 +93,14 @@ def grown(
             yield name, _tiled(value, role, small, large, method, noise, generator)
 
 
-def check_growth(small: ProxyConfig, large: ProxyConfig, method: Method) -> None:
-    """ValueError that names why a model of `small` cannot be grown into one of `large`."""
-    problems = [
-        f"{n}: {getattr(small, n)} to {getattr(large, n)}" for n in SAME if getattr(small, n) != getattr(large, n)
-    ]
-    if problems:
-        raise ValueError(f"growth keeps everything but width and depth; these differ: {'; '.join(problems)}")
-    if large.d_model < small.d_model:
+def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError that names parameters which are missing, unknown or of another shape. Tensors on disk are not read."""
+    sizes = {name: tuple(tensor.shape) for name, tensor in getattr(state, "shapes", state).items()}
+    wrong = [name for name in expected.keys() | sizes.keys() if sizes.get(name) != expected.get(name)]
+    if wrong:
         raise ValueError(
-            f"needed a large model at least as wide as the small one ({small.d_model}), got d_model {large.d_model}"
-        )
-    if large.n_layers % small.n_layers:
-        raise ValueError(
-            f"depth grows by repeating the whole stack, so n_layers must be a multiple of {small.n_layers}, got {large.n_layers}"
-        )
-    copies = method in ("duplicate", "hyperclone")
-    if copies and large.d_model % small.d_model:
-        raise ValueError(
-            f"duplication needs a whole growth factor, got {small.d_model} to {large.d_model}: choose a multiple of {small.d_model} "
-            "or the method shrink-pad-perturb"
+            "the checkpoint is not of this architecture; parameters missing, unknown or of another shape: "
+            f"{', '.join(sorted(wrong)[:6])}"
         )
 
 
@@ -126,47 +114,6 @@ def source(name: str, small: ProxyConfig) -> str:
     """The small model's parameter that this one of the large model grows from: block i from block i mod l."""
     head, *rest = name.split(".")
     return f"{head}.{int(rest[0]) % small.n_layers}.{rest[1]}" if rest else name
-
-
-def stacking_tokens(N: float, C: float) -> float:
-    """Tokens after which to stack for a target of N parameters and C = 6 N D FLOPs (G_stack, arXiv 2405.15319, its fit)."""
-    return float(10 ** (0.88 * math.log10(N) + 163.27 / math.log10(C) - 5.74))
-
-
-def grow_moments(optimizer: Mapping[str, Any], small: ProxyConfig, large: ProxyConfig) -> dict[str, Any]:
-    """AdamW's state for a duplicated model (method "duplicate", noise 0): the trajectory goes on as the small one's would.
-
-    optimizer: the small model's `state_dict()`, made by `make_optimizer`. Gradients fall as 1/k but for gains that all heads
-    share, so first moments are tiled over k, second ones over k squared (arXiv 2602.10545). Rates, decays and epsilons are those
-    of `large`. Blocks that stack copy their source's.
-    """
-    check_growth(small, large, "duplicate")
-    k = large.d_model // small.d_model
-    numbers = {name: i for i, name in enumerate(_by_group(small))}
-    state = {}
-    for i, name in enumerate(_by_group(large)):
-        role, before = role_of(name), optimizer["state"][numbers[source(name, small)]]
-        over = 1 if role == "qk_norm" else k
-        state[i] = {
-            "step": before["step"].clone(),
-            "exp_avg": _tile(before["exp_avg"], role, k) / over,
-            "exp_avg_sq": _tile(before["exp_avg_sq"], role, k) / over**2,
-        }
-    names, table, groups, first = _by_group(large), rules(large), [], 0
-    for group in optimizer["param_groups"]:
-        rule = table[group["role"]]
-        count = sum(role_of(name) == group["role"] for name in names)
-        rates = {"lr": rule.lr * group["lr"] / group["peak_lr"], "peak_lr": rule.lr}
-        kept = rates | {"weight_decay": rule.weight_decay, "eps": rule.eps, "params": list(range(first, first + count))}
-        groups.append({**group, **kept})
-        first += count
-    return {"state": state, "param_groups": groups}
-
-
-def _by_group(config: ProxyConfig) -> list[str]:
-    """Names in the order in which an optimizer numbers its parameters: by role, then as the model has them."""
-    names = list(shapes(config))
-    return [name for role in ROLES for name in names if role_of(name) == role]
 
 
 def _mixed(value: Tensor, fresh: Tensor, role: Role, shrink: float, noise: float) -> Tensor:
@@ -202,30 +149,31 @@ def _tiled(
     generator: torch.Generator,
 ) -> Tensor:
     k = large.d_model // small.d_model
-    tensor = _tile(value, role, k)
+    tensor = tiled(value, role, k)
     # 1 under muP, whose multiplier falls as 1/k; a tied table serves as input, too, so there the last gain takes it.
     out = rules(small)["readout"].multiplier / rules(large)["readout"].multiplier / k
     if role == ("final_norm" if small.tied else "readout"):
-        tensor = tensor * out
+        tensor *= out
     if role in GAINS:
         return tensor
     if method == "duplicate" and noise:
-        tensor = tensor + noise * _normal(tensor, generator) / math.sqrt(value.shape[-1])
+        tensor += _normal(tensor, generator).mul_(noise / math.sqrt(value.shape[-1]))
     if role == "hidden":
-        tensor = tensor / k
+        tensor /= k
     if method == "hyperclone" and role in ("hidden", "readout"):
         share = 0.1 if noise is None else noise
         width = value.shape[-1]
         for pair in range(k // 2):  # an odd copy at the end stays as it is
             first = tensor[:, 2 * pair * width : (2 * pair + 1) * width]
             second = tensor[:, (2 * pair + 1) * width : (2 * pair + 2) * width]
-            added = _normal(first, generator) * (share * first.square().mean()).sqrt()
+            added = _normal(first, generator).mul_((share * first.square().mean()).sqrt())
             first += added
             second -= added
     return tensor
 
 
-def _tile(value: Tensor, role: Role, k: int) -> Tensor:
+def tiled(value: Tensor, role: Role, k: int) -> Tensor:
+    """A copy with every axis of width repeated k times."""
     times: tuple[int, ...] = (1, k)
     if role == "hidden":
         times = (k, k)

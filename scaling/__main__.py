@@ -193,10 +193,14 @@ def report(
         answer = Recommendation.from_dict(note) if note else None
         warm = tracking.read_note(client, parent, "warm_start")
         curves = target_curves(client, runs, tracking.read_note(client, parent, "targets") or {})
+        before = answer  # what was predicted before the target ran: since then laws may have learnt from it
+        if answer and (told := tracking.read_note(client, parent, "predicted")):
+            before = Recommendation.from_dict(answer.to_dict() | told)
         page = render(
             source,
             runs,
             recommendation=answer,
+            predicted=before,
             targets=curves,
             warm_start=warm,
             curves=study_curves(client, runs),
@@ -205,13 +209,13 @@ def report(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page)
         tracking.log_file(client, parent, path)
-    if answer:
+    if answer and before:
         typer.echo(str(answer))
-        lo, hi = answer.loss_interval
+        lo, hi = before.loss_interval
         for curve in curves:
             place = "inside" if lo <= curve.final_loss <= hi else "outside"
             typer.echo(
-                f"measured, {curve.name:8s} {curve.final_loss:.4f}: {place} the {100 * answer.mass:.0f} % interval ({lo:.4f}, {hi:.4f})"
+                f"measured, {curve.name:8s} {curve.final_loss:.4f}: {place} the {100 * before.mass:.0f} % interval ({lo:.4f}, {hi:.4f})"
             )
     for name, value in (warm or {}).items():
         if "interval" not in name:  # said above, with the interval

@@ -111,11 +111,8 @@ def read_mapping(path: Path) -> tuple[dict[str, str], dict[str, float | str]]:
 def quarantine(runs: pd.DataFrame) -> list[str]:
     """How many rows of a checked table went where, and why: one line each."""
     reasons = runs["excluded"].value_counts()
-    used = int((runs["excluded"].eq("") & runs["role"].ne("target")).sum())
-    lines = [f"{used} of {len(runs)} rows are used by laws"]
-    lines += [f"{count} kept, but excluded: {reason}" for reason, count in reasons.items() if reason]
-    targets = int((runs["excluded"].eq("") & runs["role"].eq("target")).sum())
-    return lines + ([f"{targets} of targets: scored, never fitted"] if targets else [])
+    lines = [f"{int(runs['excluded'].eq('').sum())} of {len(runs)} rows are used by laws"]
+    return lines + [f"{count} kept, but excluded: {reason}" for reason, count in reasons.items() if reason]
 
 
 def _check_names(mapping: Mapping[str, str], constants: Mapping[str, float | str], origin: str) -> None:

@@ -42,7 +42,7 @@ figure { margin: 0 0 .8rem; } figcaption { margin-top: .4rem; } svg { display: b
 <td>{{ pc }}: {{ "{:.4f}".format(r.loss_interval[0]) }} to {{ "{:.4f}".format(r.loss_interval[1]) }}</td></tr>
 <tr><th>expected regret</th><td>{{ "{:.2f} %".format(100 * r.expected_regret) }}</td><td>of the loss, on the whole an upper bound</td></tr>
 {% for t in targets %}
-<tr><th>measured, {{ t.name }}</th><td>{{ "{:.4f}".format(t.final_loss) }}</td><td>{{ "inside" if r.loss_interval[0] <= t.final_loss <= r.loss_interval[1] else "outside" }} the interval</td></tr>
+<tr><th>measured, {{ t.name }}</th><td>{{ "{:.4f}".format(t.final_loss) }}</td><td>{{ "inside" if predicted.loss_interval[0] <= t.final_loss <= predicted.loss_interval[1] else "outside" }} the interval predicted before</td></tr>
 {% endfor %}
 </table>
 {% for f in flags %}<p class="flag{% if f.serious %} serious{% endif %}">{% if f.serious %}<strong>Serious.</strong> {% endif %}{{ f.text }}</p>

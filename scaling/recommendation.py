@@ -233,11 +233,21 @@ def next_of(plain: Mapping[str, Any]) -> NextRun:
     return NextRun(**own | {"sweep": Sweep(**sweep)})
 
 
+def table_sha256(runs: pd.DataFrame) -> str:
+    """The hash of what proxies have to say: N, D, lr, batch_tokens, loss of usable rows, in whatever order. Not of targets, so
+    that launching one does not make its own recommendation an old one."""
+    used = usable(runs)
+    return _sha256(used[used["role"] != "target"] if "role" in used else used)
+
+
+def _sha256(runs: pd.DataFrame) -> str:
+    numbers = runs[["N", "D", "lr", "batch_tokens", "loss"]].to_numpy(float)
+    return hashlib.sha256(np.ascontiguousarray(numbers[np.lexsort(numbers.T)], dtype="<f8").tobytes()).hexdigest()
+
+
 def _provenance(runs: pd.DataFrame, hp: HPFit, kind: str) -> dict[str, Any]:
     """Which runs, by name and by their numbers, in whatever order they came."""
     ids = _ids(hp)
-    numbers = hp.used[["N", "D", "lr", "batch_tokens", "loss"]].to_numpy(float)
-    numbers = np.ascontiguousarray(numbers[np.lexsort(numbers.T)], dtype="<f8")
     proxies = (runs[runs["role"] != "target"] if "role" in runs else runs).reset_index(drop=True)
     lost = ~np.isfinite(proxies["loss"].to_numpy(float))
     if "diverged" in proxies:
@@ -245,7 +255,8 @@ def _provenance(runs: pd.DataFrame, hp: HPFit, kind: str) -> dict[str, Any]:
     return {
         "run_ids": len(ids),
         "run_ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-        "data_sha256": hashlib.sha256(numbers.tobytes()).hexdigest(),
+        "data_sha256": _sha256(hp.used),
+        "table_sha256": table_sha256(runs),
         "n_runs": hp.n_runs,
         "n_diverged": int(lost.sum()),
         "n_excluded": int((~lost & ~proxies.index.isin(usable(proxies).index)).sum()),

@@ -99,6 +99,7 @@ def render(
     runs: pd.DataFrame,
     *,
     recommendation: Recommendation | None = None,
+    predicted: Recommendation | None = None,
     targets: Sequence[TargetCurve] = (),
     warm_start: dict[str, Any] | None = None,
     curves: Sequence[RunCurve] = (),
@@ -106,10 +107,11 @@ def render(
 ) -> str:
     """The page. `runs`: the checked run table, targets included; laws are fitted here, to what `usable` keeps of it.
 
+    predicted: what targets are compared with, the prediction made before them; default: the recommendation.
     curves: of `scaling.halfway.study_curves`; without any, those that the table itself holds. ValueError when no row
     is usable.
     """
-    found = gather(runs, seed)
+    found, predicted = gather(runs, seed), predicted or recommendation
     sections = [
         *_bowls(found),
         *_optima(found, recommendation),
@@ -117,7 +119,7 @@ def render(
         *_frontiers(found, recommendation),
         *_curves(curves or table_curves(runs)),
         *_rungs(runs[runs["role"] == "proxy"]),
-        *_targets(targets, recommendation),
+        *_targets(targets, predicted),
         Section("Rows kept out of laws", tables=[tables.excluded(runs)]),
         Section("Best runs", tables=[tables.best(runs, found.used)]),
     ]
@@ -127,6 +129,7 @@ def render(
         study=study,
         counted=quarantine(runs),
         recommendation=recommendation,
+        predicted=predicted,
         trustworthy=recommendation.trustworthy if recommendation else True,
         flags=sorted(recommendation.flags, key=lambda f: not f.serious) if recommendation else (),
         next_run=tables.next_run(plain.get("next_run")),  # notes of older versions have none
@@ -288,10 +291,10 @@ def _rungs(proxies: pd.DataFrame) -> list[Section]:
     return [Section("Rungs and promotions", panels, caption, small=True)]
 
 
-def _targets(targets: Sequence[TargetCurve], recommendation: Recommendation | None) -> list[Section]:
+def _targets(targets: Sequence[TargetCurve], predicted: Recommendation | None) -> list[Section]:
     if not targets:
         return []
-    draw = partial(plots.target, targets=targets, recommendation=recommendation)
+    draw = partial(plots.target, targets=targets, recommendation=predicted)
     caption = "Curves: validation loss on the constant-rate trunk. Star: after the cooldown, which is what the law predicts (bar)."
     figure = panel(draw, "the target against its prediction", width=6.2, height=3.6)
     return [Section("The target against its prediction", [figure], caption)]

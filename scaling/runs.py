@@ -8,7 +8,8 @@ Columns (only the first three are required; the laws say which others they need)
 | loss | validation loss of the finished (annealed) run, nats per token; NaN where diverged |
 | lr, batch_tokens | peak learning rate at base width; tokens per optimizer step |
 | run_id, name, config, rung | which run, its name, which configuration of the study, which rung of its ladder |
-| role | "proxy" or "target" (a target is scored against its prediction, never fitted) |
+| role | "proxy", "confirm" or "target" (scored against the prediction made before it; then laws learn from it as `arm` says) |
+| arm | of a target: "scratch", which laws are fitted to, or "warm", whose D is not comparable; otherwise they leave it out |
 | diverged | NaN loss, or no better than guessing at the end: a recorded outcome |
 | final | False where the loss is not that of a run of D tokens: unfinished, or on the way under a decaying schedule |
 | excluded | why the row is kept out of laws; empty where it is used |
@@ -37,7 +38,7 @@ COUNTS = ("N", "D", "batch_tokens", "seq_len", "d_model", "vocab", "N_total", "N
 POSITIVE = (*COUNTS, "lr", "loss")
 NUMBERS = (*POSITIVE, "rung", "seconds")
 FLAGS = ("diverged", "final")
-WORDS = ("run_id", "name", "config", "role", "excluded", "N_convention", "parametrization", "data_sha256", "checkpoint")
+WORDS = ("run_id", "name", "config", "role", "arm", "excluded", "N_convention", "parametrization", "data_sha256", "checkpoint")
 COLUMNS = (*NUMBERS, *FLAGS, *WORDS)
 SUFFIXES = (".csv", ".parquet", ".jsonl", ".json")
 SHOWN = 5  # mistakes of one kind that are named one by one
@@ -57,6 +58,7 @@ class Measurement:
     seconds: float = math.nan  # spent training since this call of the trainer began
     final: bool = False  # annealed: the loss of a run of exactly this many tokens. Otherwise a point on the trunk
     diverged: bool = False  # NaN, or no better than guessing at the end
+    recorded: bool = False  # in MLflow already, by the trainer itself
 
 
 def load_runs(source: str | Path, *, tracking_uri: str | None = None) -> pd.DataFrame:
@@ -83,11 +85,11 @@ def is_file(source: str | Path) -> bool:
 
 
 def usable(runs: pd.DataFrame) -> pd.DataFrame:
-    """The rows that laws are fitted to: not of a target, and not excluded for any reason.
+    """The rows that laws are fitted to: not excluded for any reason, and of targets those trained from scratch.
 
     Also of a table that was never checked, whose diverged and unfinished rows are left out when it has such columns.
     """
-    keep = runs["role"] != "target" if "role" in runs else runs.index == runs.index
+    keep = not_comparable(runs).eq("")
     if "excluded" in runs:
         return runs[keep & runs["excluded"].fillna("").eq("")]
     if "diverged" in runs:
@@ -95,6 +97,16 @@ def usable(runs: pd.DataFrame) -> pd.DataFrame:
     if "final" in runs:
         keep = keep & runs["final"].astype(bool)
     return runs[keep]
+
+
+def not_comparable(runs: pd.DataFrame) -> pd.Series[Any]:
+    """Why a target's row tells laws nothing, empty where it does: its D leaves out what a warm start began with."""
+    import pandas as pd
+
+    role, arm = (runs[c] if c in runs else pd.Series(None, runs.index, dtype=object) for c in ("role", "arm"))
+    reasons = pd.Series("", runs.index, dtype=object)
+    reasons = reasons.mask(role.eq("target") & ~arm.eq("scratch"), "target whose start is not recorded")
+    return reasons.mask(role.eq("target") & arm.eq("warm"), "warm start")
 
 
 def check_runs(runs: pd.DataFrame, *, origin: str = "the run table") -> pd.DataFrame:
@@ -149,7 +161,8 @@ def examine(runs: pd.DataFrame, known: Collection[tuple[str, Any]] = ()) -> tupl
     reasons = runs["excluded"] if "excluded" in runs.columns else pd.Series("", runs.index)
     reasons = reasons.where(reasons.notna(), "").astype(object)
     reasons = reasons.mask(reasons.eq("") & runs["diverged"], "diverged")
-    runs["excluded"] = reasons.mask(reasons.eq("") & ~runs["final"], "not final")
+    reasons = reasons.mask(reasons.eq("") & ~runs["final"], "not final")
+    runs["excluded"] = reasons.where(reasons.ne(""), not_comparable(runs))
     for name in POSITIVE:
         if name in runs.columns:
             value = runs[name]

@@ -151,7 +151,8 @@ def excluded(runs: pd.DataFrame) -> Table | None:
 
 def best(runs: pd.DataFrame, used: pd.DataFrame, most: int = 12) -> Table:
     """Targets, then the runs of least loss."""
-    shown = pd.concat([runs[(runs["role"] == "target") & np.isfinite(runs["loss"])], used.nsmallest(most, "loss")])
+    targets = runs[(runs["role"] == "target") & np.isfinite(runs["loss"])]
+    shown = pd.concat([targets, used[used["role"] != "target"].nsmallest(most, "loss")])
     cells = [_called(shown), shown["role"].astype(str)]
     for name, form in (("N", ",.0f"), ("D", ",.0f"), ("lr", ".4g"), ("batch_tokens", ",.0f"), ("loss", ".4f")):
         values = shown[name].to_numpy(float) if name in shown else np.full(len(shown), math.nan)

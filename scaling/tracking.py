@@ -14,8 +14,10 @@ import math
 import os
 import re
 import subprocess
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,13 +29,17 @@ if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
 
-FLUSH_POINTS = 100  # log_batch writes 90 times as many points a second as one call per point
-FLUSH_SECONDS = 10.0  # so that a long run can be watched
 MAX_PARAM = 6000  # MLflow's limit on a parameter's length
 MAX_TAG = 8000
+TIMEOUT = "10"  # seconds for one request of an impatient caller
+
+RETRIES, REQUEST = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_changing = threading.Lock()  # of the environment, by the impatient
+_impatient: list[None] = []  # one for each that is inside
+_before: dict[str, str | None] = {}
 
 NUMBERS = ("N", "D", "lr", "batch_tokens", "seq_len", "d_model", "N_total", "N_nonembedding")
-WORDS = ("parametrization", "data_sha256")
+WORDS = ("parametrization", "data_sha256", "arm")
 
 
 def default_uri() -> str:
@@ -47,6 +53,7 @@ def connect(uri: str | None = None) -> MlflowClient:
 
     from mlflow import MlflowClient
 
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is for data
     for name in ("mlflow", "alembic"):  # each start of a fresh store would print a page of migrations
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = uri or default_uri()
@@ -59,6 +66,21 @@ def connect(uri: str | None = None) -> MlflowClient:
             client.search_experiments(max_results=1)
             return client
     return MlflowClient(uri)
+
+
+def load() -> None:
+    """Import MLflow, which takes seconds, before a clock that should not count them."""
+    import mlflow  # noqa: F401
+
+
+def away(uri: str | None = None) -> str | None:
+    """Why the store does not answer, in a line; None when it does."""
+    try:
+        with impatient():
+            connect(uri).search_experiments(max_results=1)
+    except Exception as error:  # MLflow's, requests', SQLAlchemy's, the file system's: all of them mean the same here
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no reason given'}"
+    return None
 
 
 def experiment_id(client: MlflowClient, study: str) -> str:
@@ -111,15 +133,32 @@ def forget_study(client: MlflowClient, study: str) -> bool:
 
 def find_child(client: MlflowClient, parent: str, name: str) -> Any:
     """The MLflow run called `name` among the parent's children, or None."""
-    experiment = client.get_run(parent).info.experiment_id
-    mine = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`muscale.name` = '{name}'"
-    return next(iter(client.search_runs([experiment], filter_string=mine, max_results=1)), None)
+    return next(iter(_children(client, parent, name)), None)
 
 
-def child_run(client: MlflowClient, parent: str, name: str, *, role: str, params: Mapping[str, Any]) -> str:
-    """The id of the parent's child run called `name` (one per configuration or target), made when it is not there yet."""
+def child_run(
+    client: MlflowClient,
+    parent: str,
+    name: str,
+    *,
+    role: str,
+    params: Mapping[str, Any],
+    commit: str | None = None,
+    began: int | None = None,
+    reopen: bool = False,
+) -> str:
+    """The id of the parent's child run called `name` (one per configuration or target), made when it is not there yet.
+
+    One that is there gets the parameters that it lacks: whoever made it may have been cut off before they were written.
+    commit, began (ms since the epoch): of a run that began before MLflow could be told; default: now. reopen: also one that
+    has ended is running again.
+    """
     found = find_child(client, parent, name)
     if found is not None:
+        if reopen and found.info.status != "RUNNING":
+            finish(client, found.info.run_id, status="RUNNING")
+        missing = {k: v for k, v in params.items() if k not in found.data.params}
+        _log_params(client, found.info.run_id, missing)
         return cast(str, found.info.run_id)
     experiment = client.get_run(parent).info.experiment_id
     tags = {
@@ -127,75 +166,106 @@ def child_run(client: MlflowClient, parent: str, name: str, *, role: str, params
         "muscale.kind": "run",
         "muscale.name": name,
         "muscale.role": role,
-        "muscale.git_commit": git_commit(),
+        "muscale.git_commit": commit or git_commit(),
     }
-    run = client.create_run(experiment, run_name=name, tags=tags)
+    run = client.create_run(experiment, run_name=name, tags=tags, start_time=began)
     _log_params(client, run.info.run_id, params)
     return cast(str, run.info.run_id)
 
 
-class CurveWriter:
-    """Buffers a run's points and writes them in batches: `with CurveWriter(client, run_id) as curve: curve.add(point)`."""
-
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self.client, self.run_id = client, run_id
-        self._points: list[Any] = []
-        self._flushed = time.monotonic()
-
-    def __enter__(self) -> CurveWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.flush()
-
-    def add(self, point: Measurement) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        values = {("final_loss" if point.final else "loss"): point.loss, "train_loss": point.train_loss, "lr": point.lr}
-        self._points += [Metric(k, v, now, point.tokens) for k, v in values.items() if math.isfinite(v)]
-        if len(self._points) >= FLUSH_POINTS or time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._points:
-            self.client.log_batch(self.run_id, metrics=self._points)
-        self._points, self._flushed = [], time.monotonic()
+def drop_twins(client: MlflowClient, parent: str, run_id: str) -> None:
+    """Delete empty runs with the name of this one: a server's late answer to a request that was given up and made again."""
+    for run in _children(client, parent, client.get_run(run_id).data.tags["muscale.name"]):
+        if run.info.run_id != run_id and not run.data.metrics:
+            client.delete_run(run.info.run_id)
 
 
-def log_result(
-    client: MlflowClient, run_id: str, *, rung: int, tokens: int, loss: float, seconds: float, checkpoint: Path | None
-) -> None:
-    """The outcome of one rung; NaN loss means diverged."""
-    from mlflow.entities import Metric, RunTag
+def _children(client: MlflowClient, parent: str, name: str) -> list[Any]:
+    """Runs of this name, those that hold something first, then by age."""
+    experiment = client.get_run(parent).info.experiment_id
+    mine = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`muscale.name` = '{name}'"
+    found = client.search_runs([experiment], filter_string=mine)
+    return sorted(found, key=lambda run: (not run.data.metrics, run.info.start_time, run.info.run_id))
 
-    now = int(time.time() * 1000)
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """MLflow's own retries (for minutes, and also of requests that make things) off, its timeout short unless it was set.
+
+    MLflow reads both from the environment at every call, so that calls of other threads are impatient meanwhile, too.
+    """
+    with _changing:
+        if not _impatient:
+            _before.update({name: os.environ.get(name) for name in (RETRIES, REQUEST)})
+            os.environ[RETRIES] = "0"
+            os.environ.setdefault(REQUEST, TIMEOUT)
+        _impatient.append(None)
+    try:
+        yield
+    finally:
+        with _changing:
+            _impatient.pop()
+            if not _impatient:
+                for name, value in _before.items():
+                    if value is None:
+                        os.environ.pop(name, None)
+                    else:
+                        os.environ[name] = value
+
+
+def refused(error: Exception) -> bool:
+    """Whether MLflow will never take this: not away, not busy, not the wrong address, but told something that it cannot keep."""
+    return getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+
+def metrics_of(point: Measurement) -> dict[str, float]:
+    """What MLflow is told of a point, with its tokens as the step; nothing of one that the trainer logged itself."""
+    values = {("final_loss" if point.final else "loss"): point.loss, "train_loss": point.train_loss, "lr": point.lr}
+    return {} if point.recorded else {k: v for k, v in values.items() if math.isfinite(v)}
+
+
+def result_of(
+    *, rung: int, tokens: int, loss: float, seconds: float, checkpoint: Path | None
+) -> tuple[dict[str, float], dict[str, str]]:
+    """What MLflow is told of the outcome of one rung, metrics and tags; NaN loss means diverged."""
     outcome = {"loss": loss if math.isfinite(loss) else math.nan, "tokens": float(tokens), "seconds": seconds}
-    client.log_batch(
-        run_id,
-        metrics=[Metric(f"rung_{rung}/{k}", v, now, tokens) for k, v in outcome.items()],
-        tags=[RunTag(f"rung_{rung}/checkpoint", str(checkpoint))] if checkpoint else [],
-    )
+    tags = {f"rung_{rung}/checkpoint": str(checkpoint)} if checkpoint else {}
+    return {f"rung_{rung}/{k}": v for k, v in outcome.items()}, tags
 
 
-def log_stopped(
-    client: MlflowClient, run_id: str, *, rung: int, tokens: int, loss: float, mean: float, sd: float, seconds: float
+def log_records(
+    client: MlflowClient, run_id: str, records: Iterable[tuple[Mapping[str, float], int, int]], tags: Mapping[str, str]
 ) -> None:
-    """That a rung was given up after `tokens`, at this loss (not annealed), with its end forecast as mean and sd."""
-    value = {"tokens": tokens, "loss": loss, "mean": mean, "sd": sd, "seconds": seconds}
-    client.set_tag(run_id, f"rung_{rung}/stopped", json.dumps(value))
+    """Metrics, each record's with its step and time (ms), and tags, in one call. Written again, they change nothing."""
+    from mlflow.entities import RunTag
+
+    metrics = [m for values, step, at in records for m in _metrics(values, step, at)]
+    client.log_batch(run_id, metrics=metrics, tags=[RunTag(k, v) for k, v in tags.items()])
 
 
-def finish(client: MlflowClient, run_id: str, *, status: str = "FINISHED") -> None:
-    """Close a run: FINISHED, FAILED or KILLED; RUNNING opens it again."""
-    client.update_run(run_id, status=status) if status == "RUNNING" else client.set_terminated(run_id, status=status)
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def _metrics(values: Mapping[str, float], step: int, at: int) -> list[Any]:
+    from mlflow.entities import Metric
+
+    return [Metric(k, v, at, step) for k, v in values.items()]
+
+
+def finish(client: MlflowClient, run_id: str, *, status: str = "FINISHED", at: int | None = None) -> None:
+    """Close a run: FINISHED, FAILED or KILLED, at that time (ms; default: now); RUNNING opens it again."""
+    if status == "RUNNING":
+        client.update_run(run_id, status=status)
+    else:
+        client.set_terminated(run_id, status=status, end_time=at)
 
 
 def log_summary(client: MlflowClient, run_id: str, metrics: Mapping[str, float]) -> None:
     """Figures of the whole study on its parent run: best loss, number of trials, ..."""
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
+    now = now_ms()
     client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items() if math.isfinite(v)])
 
 
@@ -255,9 +325,12 @@ def read_runs(study: str, *, uri: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def read_curve(client: MlflowClient, run_id: str, metric: str = "loss") -> tuple[list[float], list[float]]:
-    """(tokens, values) of one metric of one run, in order of tokens."""
-    points = sorted(client.get_metric_history(run_id, metric), key=lambda p: (p.step, p.timestamp))
+def read_curve(
+    client: MlflowClient, run_id: str, metric: str = "loss", *, since: int = 0
+) -> tuple[list[float], list[float]]:
+    """(tokens, values) of one metric of one run, in order of tokens; only what was logged at `since` (ms) or later."""
+    points = [p for p in client.get_metric_history(run_id, metric) if p.timestamp >= since]
+    points.sort(key=lambda p: (p.step, p.timestamp))
     return [float(p.step) for p in points], [float(p.value) for p in points]
 
 
@@ -273,14 +346,20 @@ def git_commit() -> str:
         return "unknown"
 
 
-def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
-    from mlflow.entities import Param
-
-    flat = [Param(k, v if isinstance(v, str) else json.dumps(v)) for k, v in params.items() if v is not None]
-    too_long = [p.key for p in flat if len(p.value) > MAX_PARAM]
+def flat_params(params: Mapping[str, Any]) -> dict[str, str]:
+    """Parameters as MLflow keeps them, without those that are None. ValueError when one is too long for it."""
+    flat = {k: v if isinstance(v, str) else json.dumps(v) for k, v in params.items() if v is not None}
+    too_long = [k for k, v in flat.items() if len(v) > MAX_PARAM]
     if too_long:
         raise ValueError(
             f"parameters {too_long} are longer than MLflow's {MAX_PARAM} characters: log a hash or a file instead"
         )
+    return flat
+
+
+def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    flat = [Param(k, v) for k, v in flat_params(params).items()]
     for i in range(0, len(flat), 100):
         client.log_batch(run_id, params=flat[i : i + 100])

@@ -12,10 +12,11 @@ import torch
 from optuna.distributions import FloatDistribution
 from pydantic import ValidationError
 
+from proxies.checkpoints import load_state
 from proxies.config import ProxyConfig
 from proxies.family import ProxyFamily
 from proxies.mixture import LONGEST, Mixed, counts_at, open_data, record
-from proxies.training import evaluate, load_state, train
+from proxies.training import evaluate, train
 from proxies.weights import allotted, check_weights, shares_of
 from proxies.windows import Windows
 from scaling.compute import Fidelity

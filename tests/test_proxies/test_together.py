@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from proxies import training
+from proxies import state
 from proxies.config import ProxyConfig
 from proxies.together import train_together, worth_stacking
 from proxies.training import train
@@ -72,8 +72,8 @@ def test_members_have_the_losses_of_separate_runs() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "ademamix", "schedule-free"])
 def test_in_double_precision_they_agree_to_twelve_digits(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = training.build
-    monkeypatch.setattr(training, "build", lambda c: build(c).double())
+    build = state.build
+    monkeypatch.setattr(state, "build", lambda c: build(c).double())
     members = tuple(m.model_copy(update={"optimizer": optimizer}) for m in MEMBERS[:2])
     for ours, member in zip(together(members), members, strict=True):
         agree(ours, list(train(member, TOKENS, device="cpu")), 1e-11)

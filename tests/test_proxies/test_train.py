@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from proxies import training
-from proxies.checkpoints import load_model, load_state, write_state
+from proxies import state, training
+from proxies.checkpoints import FORMAT, load_model, load_state, write_state
 from proxies.config import ProxyConfig
 from proxies.data import held_out, load_corpus
 from proxies.model import build
@@ -310,14 +310,14 @@ def test_a_rate_far_too_high_ends_no_better_than_guessing() -> None:
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "state.pt"
-    write_state({"format": training.FORMAT, "number": 1}, path)
+    write_state({"format": FORMAT, "number": 1}, path)
 
     def disk_full(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(training.torch, "save", disk_full)
+    monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(OSError, match="no space"):
-        write_state({"format": training.FORMAT, "number": 2}, path)
+        write_state({"format": FORMAT, "number": 2}, path)
     assert load_state(path)["number"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
 
@@ -516,7 +516,7 @@ def test_a_run_far_worse_than_guessing_for_long_is_ended(monkeypatch: pytest.Mon
     from proxies.model import loss_of
 
     height = math.log(256) + 1.01
-    monkeypatch.setattr(training, "loss_of", lambda *args: loss_of(*args) * 0 + height)
+    monkeypatch.setattr(state, "loss_of", lambda *args: loss_of(*args) * 0 + height)
     *_, last = train(config(), 12_800)
     assert (last.final, last.diverged, math.isnan(last.loss)) == (True, True, True)
     assert last.tokens == (2 // 8 + 8) * 8 * 128  # 2 steps of warm-up; looks after steps 8, 16, ..., 64
@@ -535,7 +535,7 @@ def test_a_spike_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch, bad_steps: 
         first, last = bad_steps
         return loss_of(*args) + (1000.0 if first <= next(steps) < last else 0.0)
 
-    monkeypatch.setattr(training, "loss_of", spike)
+    monkeypatch.setattr(state, "loss_of", spike)
     monkeypatch.setattr(training, "evaluate", lambda *_: 3.0)
     *_, last = train(config(), 12_800)
     assert (last.tokens, last.diverged) == (12_800, False)
@@ -546,7 +546,7 @@ def test_how_long_a_loss_has_been_high_is_not_forgotten_on_resuming(
 ) -> None:
     from proxies.model import loss_of
 
-    monkeypatch.setattr(training, "loss_of", lambda *args: loss_of(*args) * 0 + 9.0)
+    monkeypatch.setattr(state, "loss_of", lambda *args: loss_of(*args) * 0 + 9.0)
     *_, straight = train(config(), 12_800)
     for stop_at in (13, 32, 57):
         cut_off_after(monkeypatch, stop_at, config(), 12_800, tmp_path / "keep.pt")

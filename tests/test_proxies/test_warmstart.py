@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import getitem
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +15,14 @@ from torch import Tensor
 
 from proxies import model
 from proxies.config import ProxyConfig
+from proxies.lineage import Method, check_growth, stacking_tokens
 from proxies.model import build, loss_of
+from proxies.moments import grown_moments, load_moments, places
 from proxies.mup import GAINS, role_of
 from proxies.optimizers import make_optimizer, set_lr
-from proxies.warmstart import Method, grow, grow_moments, stacking_tokens
+from proxies.warmstart import grow, grown
+
+pytestmark = pytest.mark.filterwarnings("ignore:N grows")  # its own test turns it back into an error
 
 SMALL = ProxyConfig(d_model=64, base_width=32, d_head=16, q_per_kv=2, seq_len=24, seed=1)
 LARGE = SMALL.model_copy(update={"d_model": 128, "seed": 2})
@@ -161,9 +169,9 @@ def test_cancelling_noise_has_its_size_and_parts_the_copies() -> None:
         assert float(added.square().mean() / plain[name].square().mean()) == pytest.approx(0.25, rel=0.05)
     config = LARGE
     nets = []
-    for grown in (plain, noisy):
+    for state in (plain, noisy):
         net = build(config)
-        net.load_state_dict(grown)
+        net.load_state_dict(state)
         optimizer = make_optimizer(net, config)
         for step in range(3):
             x = torch.randint(config.vocab, (4, 24), generator=torch.Generator().manual_seed(step))
@@ -195,7 +203,8 @@ def test_a_duplicated_run_goes_on_as_the_small_one_would_moments_included(change
     wide = build(large).double()
     wide.load_state_dict(grow(net.state_dict(), small, large, method="duplicate"))
     its = make_optimizer(wide, large)
-    its.load_state_dict(grow_moments(optimizer.state_dict(), small, large))
+    moments = {name: reduce(getitem, key, optimizer.state_dict()) for name, key in places(small).items()}
+    load_moments(its, wide, dict(grown_moments(moments, small, large)))
     for one in (optimizer, its):
         set_lr(one, 0.4)
     steps(net, optimizer, 6, 26)
@@ -220,3 +229,103 @@ def test_stacking_repeats_the_whole_stack_and_width_follows() -> None:
 def test_tokens_before_stacking_are_those_of_the_papers_example() -> None:
     """Llama-3 8B on 15T tokens: 6.58 billion (arXiv 2405.15319)."""
     assert stacking_tokens(8e9, 6 * 8e9 * 15e12) == pytest.approx(6.58e9, rel=2e-3)
+
+
+@pytest.mark.parametrize("method", ["shrink-pad-perturb", "pad", "duplicate", "hyperclone"])
+def test_width_and_depth_together_are_depth_and_then_width(method: Method) -> None:
+    """A growing stack has its own noise; the rest is the wide block of the block that it repeats."""
+    state = {n: t.double() for n, t in trained_like(SMALL).items()}
+    deep = SMALL.model_copy(update={"n_layers": 4, "base_layers": 2})
+    both = deep.model_copy(update={"d_model": 128, "seed": 2})
+    stacked = grow(state, SMALL, deep, method="stack")
+    at_once = grow(state, SMALL, both, method=method)
+    in_turn = grow(stacked, deep, both, method=method)
+    assert all(torch.equal(at_once[name], in_turn[name]) for name in at_once)
+    if method in ("duplicate", "hyperclone"):
+        before, after = logits(deep, stacked, torch.float64), logits(both, at_once, torch.float64)
+        assert (before - after).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize(("power", "order"), [(1.0, 2), (0.5, 1)])
+def test_under_completep_a_stack_is_the_small_model_to_first_order_in_its_branches(power: float, order: int) -> None:
+    """g blocks with 1/g of the branch each: what is left falls with the square of the branches; with another power it does not."""
+    small = SMALL.model_copy(update={"base_layers": 2, "depth_power": power})
+    deep = small.model_copy(update={"n_layers": 6})
+    state = {n: t.double() for n, t in trained_like(small).items()}
+
+    def distance(branches: float) -> float:
+        weak = {n: branches * t if n.endswith((".o", ".down")) else t for n, t in state.items()}
+        stacked = grow(weak, small, deep, method="stack")
+        return float((logits(small, weak, torch.float64) - logits(deep, stacked, torch.float64)).abs().max())
+
+    assert distance(1e-3) > 1e-12
+    assert math.log2(distance(2e-3) / distance(1e-3)) == pytest.approx(order, abs=0.05)
+
+
+def test_cancelling_noise_of_nothing_is_duplication() -> None:
+    state = trained_like(SMALL)
+    plain = grow(state, SMALL, LARGE, method="duplicate")
+    silent = grow(state, SMALL, LARGE, method="hyperclone", noise=0.0)
+    assert all(torch.equal(plain[name], silent[name]) for name in plain)
+
+
+def test_all_that_is_wrong_with_a_pair_is_said_at_once(tmp_path: Path) -> None:
+    other = SMALL.model_copy(update={"d_model": 32, "n_layers": 3, "vocab": 300, "tokenizer": "bpe", "alpha_out": 2.0})
+    with pytest.raises(ValueError, match="vocab: 256 to 300") as said:
+        check_growth(SMALL, other, "pad")
+    for problem in ("tokenizer: bytes to bpe", "alpha_out: 1.0 to 2.0", "at least as wide", "a multiple of 2, got 3"):
+        assert problem in str(said.value)
+
+
+def test_a_tokenizer_is_what_it_reads_not_where_it_lies(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    for path, text in zip(files, ("{}", "{}", "[]"), strict=True):
+        path.write_text(text)
+    one, moved, another = (SMALL.model_copy(update={"tokenizer": str(path)}) for path in files)
+    check_growth(one, moved, "pad")
+    with pytest.raises(ValueError, match=r"tokenizer: .*a\.json to .*c\.json"):
+        check_growth(one, another, "pad")
+    trained, elsewhere = (
+        SMALL.model_copy(update={"tokenizer": "bpe", "vocab": 300, "corpus": c}) for c in ("stdlib", "docs")
+    )
+    check_growth(trained, trained, "pad")
+    with pytest.raises(ValueError, match="corpus, on which the tokenizer is trained: stdlib to docs"):
+        check_growth(trained, elsewhere, "pad")
+    check_growth(SMALL, SMALL.model_copy(update={"corpus": "docs"}), "pad")  # bytes are bytes
+
+
+def test_a_base_depth_may_be_named_later_but_not_changed() -> None:
+    """A model without a base depth is its own base."""
+    deep = {"n_layers": 4, "base_layers": 2}
+    check_growth(SMALL, SMALL.model_copy(update=deep), "stack")
+    with pytest.raises(ValueError, match="base_layers: None to 1"):
+        check_growth(SMALL, SMALL.model_copy(update=deep | {"base_layers": 1}), "stack")
+
+
+class Counted(Mapping[str, Tensor]):
+    """A state that knows how many of its tensors are held, and which were asked for."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state, self.asked = state, list[str]()
+        self.shapes = {name: tensor.to("meta") for name, tensor in state.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.asked.append(name)
+        return self.state[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+def test_tensors_are_asked_for_when_they_are_grown_and_not_before() -> None:
+    state = Counted(trained_like(SMALL))
+    parts = grown(state, SMALL, LARGE, method="duplicate")
+    assert state.asked == []
+    for i, (name, _) in enumerate(parts, 1):
+        assert state.asked[-1] == name
+        assert len(state.asked) == i
+    with pytest.raises(ValueError, match="at least as wide"):
+        grown(state, LARGE, SMALL)  # at once, not with the first tensor

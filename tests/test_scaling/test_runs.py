@@ -93,23 +93,29 @@ def test_truth_written_as_text_is_read_as_truth() -> None:
     assert runs["final"].tolist() == [True, False]
 
 
-def test_laws_get_no_excluded_row_and_no_target() -> None:
-    five = pd.DataFrame(
+def test_laws_get_no_excluded_row_and_of_targets_those_from_scratch() -> None:
+    seven = pd.DataFrame(
         {
             "N": 1e6,
             "D": 1e7,
-            "loss": [3.0, math.nan, 3.1, 3.2, 3.3],
-            "final": [True, True, False, True, True],
-            "role": ["proxy", "proxy", "proxy", "target", "proxy"],
-            "excluded": ["", "", "", "", "a spike in the data"],
+            "loss": [3.0, math.nan, 3.1, 3.2, 3.3, 3.4, 3.5],
+            "final": [True, True, False, True, True, True, True],
+            "role": ["proxy", "proxy", "proxy", "target", "proxy", "target", "target"],
+            "arm": [None, None, None, None, None, "scratch", "warm"],
+            "excluded": ["", "", "", "", "a spike in the data", "", ""],
         }
     )
-    runs = check_runs(five)
-    assert runs["excluded"].tolist() == ["", "diverged", "not final", "", "a spike in the data"]
-    assert usable(runs)["loss"].tolist() == [3.0]
-    assert len(runs) == 5, "what is not used is not thrown away"
-    unchecked = five.drop(columns="excluded").assign(diverged=five["loss"].isna())
-    assert usable(unchecked)["loss"].tolist() == [3.0, 3.3]
+    runs = check_runs(seven)
+    unknown = "target whose start is not recorded"
+    assert runs["excluded"].tolist() == ["", "diverged", "not final", unknown, "a spike in the data", "", "warm start"]
+    assert usable(runs)["loss"].tolist() == [3.0, 3.4]
+    assert len(runs) == 7, "what is not used is not thrown away"
+    unchecked = seven.drop(columns="excluded").assign(diverged=seven["loss"].isna())
+    assert usable(unchecked)["loss"].tolist() == [3.0, 3.3, 3.4]
+    assert usable(check_runs(seven.drop(columns="arm")))["loss"].tolist() == [3.0], (
+        "a table without the column is as before"
+    )
+    assert check_runs(runs)["excluded"].tolist() == runs["excluded"].tolist()
     assert len(usable(table())) == 2, "a bare table is all used"
 
 

@@ -41,13 +41,14 @@ def log_two_configurations(uri: str, study: str, folder: Path) -> str:
             "none": None,
         }
         run = tracking.child_run(client, parent, f"config-{config:04d}", role="proxy", params=params)
-        with tracking.CurveWriter(client, run) as curve:
-            for tokens in (1000, 2000, 3000):
-                curve.add(Measurement(tokens, 4.0 - tokens / 1000, lr=lr, train_loss=math.nan))
+        points = [Measurement(t, 4.0 - t / 1000, lr=lr, train_loss=math.nan) for t in (1000, 2000, 3000)]
+        curve = [(tracking.metrics_of(p), p.tokens, tracking.now_ms()) for p in points]
+        tracking.log_records(client, run, curve, {})
         rungs = [(0, 3000, 1.5), (1, 9000, 1.25)] if config == 0 else [(0, 3000, math.nan)]
         for rung, tokens, loss in rungs:
             path = None if math.isnan(loss) else folder / f"{config}-{tokens}.pt"
-            tracking.log_result(client, run, rung=rung, tokens=tokens, loss=loss, seconds=2.0, checkpoint=path)
+            metrics, tags = tracking.result_of(rung=rung, tokens=tokens, loss=loss, seconds=2.0, checkpoint=path)
+            tracking.log_records(client, run, [(metrics, tokens, tracking.now_ms())], tags)
         tracking.finish(client, run)
     return parent
 

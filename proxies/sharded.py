@@ -1,0 +1,182 @@
+"""Tensors that several processes hold in parts, and folders of them written by torch.distributed.checkpoint.
+
+A folder knows whole tensors only, so any number of processes can read what any other number has written. torch's modules
+for this are imported when first needed: that takes a second, which a run in one process does not pay.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+TABLE = ".metadata"  # torch's own, in a folder that it writes
+Key = tuple[Any, ...]  # where a tensor is in nested dicts, lists and tuples
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of it only (a DTensor)."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
+@torch.no_grad()
+def place(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into a target that may be sharded; every process gives the same one, and nothing is sent."""
+    if is_sharded(target):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
+        whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(whole)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor on every process; all of them ask together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def mapped(tree: Any, change: Callable[[Key, Tensor], Any], at: Key = ()) -> Any:
+    """Nested dicts, lists and tuples with `change` applied to the tensors in them."""
+    if isinstance(tree, Tensor):
+        return change(at, tree)
+    if isinstance(tree, dict):
+        return {key: mapped(item, change, (*at, key)) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(mapped(item, change, (*at, i)) for i, item in enumerate(tree))
+    return tree
+
+
+def taken_apart(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The tree with meta tensors, which have a shape and no numbers, in place of all but single numbers; and those, by key."""
+    tensors: dict[str, Tensor] = {}
+
+    def take(at: Key, tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0:
+            return whole(tensor)
+        tensors[name_of(at)] = tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    return mapped(tree, take), tensors
+
+
+def name_of(at: Key) -> str:
+    """The name of a tensor in a folder."""
+    return "/".join(str(part) for part in at)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path, world: int) -> None:
+    """Write them into a folder that there is not yet. All processes do this together."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    with _no_news():
+        try:
+            save(dict(tensors), storage_writer=FileSystemWriter(folder), no_dist=world == 1)
+        except CheckpointException as error:  # on every rank, and none that `except Exception` would catch
+            raise OSError(_cause(error)) from error
+
+
+def read_tensors(targets: Mapping[str, Tensor], folder: Path, reader: FileSystemReader | None = None) -> None:
+    """Fill the targets, whole or sharded, each process by itself. ValueError when one is not there."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with _no_news():
+        try:
+            load(dict(targets), storage_reader=reader or open_tensors(folder), no_dist=True)
+        except CheckpointException as error:
+            raise ValueError(f"needed the tensors of a run, got {folder}, which is damaged: {_cause(error)}") from error
+
+
+def _cause(error: CheckpointException) -> str:
+    """What happened on which rank. An interrupt, which torch has caught as well, goes on as one."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    if not isinstance(cause, Exception):
+        raise cause from None
+    return f"rank {rank}: {str(cause) or type(cause).__name__}"
+
+
+def open_tensors(folder: Path) -> FileSystemReader:
+    """A reader that has looked at the folder's table once and runs no code that is in it. ValueError when it is damaged."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    try:
+        table = _Table(io.BytesIO((folder / TABLE).read_bytes())).load()
+        if not isinstance(table, Metadata):
+            raise pickle.UnpicklingError(f"a {type(table).__name__}")
+    except (pickle.UnpicklingError, OSError, EOFError, AttributeError, ImportError) as error:
+        raise ValueError(f"needed the tensors of a run, got {folder}, whose table is damaged ({error})") from error
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+            return cast(Metadata, table)
+
+    return Reader(folder)
+
+
+class _Table(pickle.Unpickler):
+    """Reads torch's table of a folder, made of its own records, sizes and dtypes, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        records = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "pathlib")
+        plain = (("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"))
+        found = super().find_class(module, name) if module in (*records, "torch", *(m for m, _ in plain)) else None
+        if (module in records and isinstance(found, type)) or (module, name) in plain or isinstance(found, torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"a name that does not belong there: {module}.{name}")
+
+
+@contextmanager
+def _no_news() -> Iterator[None]:
+    """One process reads and writes by itself on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a folder below a prefix, each read when it is asked for, on CPU."""
+
+    def __init__(self, folder: Path, prefix: str, shapes: Mapping[str, Tensor]) -> None:
+        self.prefix, self.shapes, self.folder = prefix, dict(shapes), folder
+        self._reader = open_tensors(folder)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = torch.empty_like(self.shapes[name], device="cpu")
+        read_tensors({self.prefix + name: tensor}, self.folder, self._reader)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def sums(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32 of files, by name."""
+    return {path.name: (path.stat().st_size, _crc(path)) for path in paths}
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            crc = zlib.crc32(part, crc)
+    return crc

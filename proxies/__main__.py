@@ -176,9 +176,7 @@ def train(
         resume = keep if keep is not None and keep.exists() else resume
         start = read_grown(init, config) if init is not None and resume is None else Start()
         usage = Usage(config, peak_flops)
-        points = run(
-            config, tokens, resume=resume, save=save, keep=keep, init=start.weights, moments=start.moments
-        )
+        points = run(config, tokens, resume=resume, save=save, keep=keep, init=start.weights, moments=start.moments)
     last = None
     try:
         with sigterm_as_interrupt(), closing(points):

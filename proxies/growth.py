@@ -55,7 +55,7 @@ class ArmAnswer:
 
     name: str
     at: tuple[At, ...]  # the last one is the length that was asked about
-    break_even: Interval  # TPP where the gain ends; inf: beyond what was trained, 0: before it
+    break_even: Interval  # TPP where the gain ends; inf: beyond the longest length, 0: before the shortest
     break_even_with_base: Interval
 
     @property

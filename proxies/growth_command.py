@@ -160,7 +160,8 @@ def in_words(question: Question, found: dict[str, Any]) -> str:
     decision = found["decision"]
     arms = {arm["name"]: arm for arm in decision["arms"]}
     arm = arms[found["method"]]
-    at, factor = arm["at"][-1], decision["factor"]
+    at, factor, base = arm["at"][-1], decision["factor"], decision["base"]
+    ladder = question.lengths(question.starts[1])
     gain = at["gain_with_base"] if decision["count_base"] else at["gain"]
     settings = ", ".join(f"{k} {v:.3g}" for k, v in found["settings"].items())
     counted = ", the base's cost counted" if decision["count_base"] else ""
@@ -171,17 +172,17 @@ def in_words(question: Question, found: dict[str, Any]) -> str:
     )
     lines = [
         f"{question.real} at {question.at:.3g} tokens per parameter{counted}: {verdict}",
-        f"  loss lower by {percent(gain)} at equal target tokens, {100 * 0.95:.0f} % interval",
+        f"  loss lower by {percent(gain)}, 95 % interval",
         "",
-        f"{'tokens/N':>9}  {'lower loss':>24}  {'with the base':>24}  {'tokens saved, times':>22}  {'with the base':>22}",
+        f"{'tokens/N':>9}  {'lower loss':>24}  {'with the base':>24}  {'tokens saved, times':>24}  {'with the base':>24}",
     ]
     for row in sorted(arm["at"], key=lambda row: float(row["horizon"])):
         lines.append(
-            f"{row['horizon']:9.3g}  {percent(row['gain']):>24}  {percent(row['gain_with_base']):>24}  {times(row['saving']):>22}  "
-            f"{times(row['saving_with_base']):>22}"
+            f"{row['horizon']:9.3g}  {percent(row['gain']):>24}  {percent(row['gain_with_base']):>24}  {times(row, 'saving', ladder, 0.0):>24}  "
+            f"{times(row, 'saving_with_base', ladder, base):>24}"
         )
     lines += [
-        f"the gain ends at {ends(arm['break_even'])} tokens per parameter; with the base's cost at {ends(arm['break_even_with_base'])}",
+        f"the gain ends at {ends(arm['break_even'], ladder)} tokens per parameter; with the base's cost at {ends(arm['break_even_with_base'], ladder)}",
         f"best lr after growth over scratch's: 2^{found['because']['lr_octaves_from_scratch'][found['method']]:+.2f}",
         f"seen at {question.small}, {decision['seeds']} seeds: {100 * at['measured']:+.2f} % there; the real pair's gain is taken as "
         f"{factor['value']:.2f} [{factor['low']:.2f}, {factor['high']:.2f}] of it",
@@ -197,14 +198,22 @@ def percent(interval: dict[str, Any]) -> str:
     return f"{value:+.2f} % [{low:+.2f}, {high:+.2f}]"
 
 
-def times(interval: dict[str, Any]) -> str:
-    """Infinite above: at least the lower end; 0: scratch's loss was not reached."""
-    value, low, high = (float(interval[k]) for k in ("value", "low", "high"))
-    return f"{f'{value:.2f}' if 0 < value < float('inf') else '-'} [{low:.2f}, {high:.2f}]"
+def times(row: dict[str, Any], name: str, ladder: tuple[float, ...], base: float) -> str:
+    """Outside the ladder only a bound is known: scratch's loss was reached before the first length, or not by the last."""
+    value, low, high = (float(row[name][k]) for k in ("value", "low", "high"))
+    at = float(row["horizon"])
+    said = f"over {at / (ladder[0] + base):.2f}" if value == float("inf") else f"{value:.2f}"
+    return f"{f'below {at / (ladder[-1] + base):.2f}' if value == 0 else said} [{low:.2f}, {high:.2f}]"
 
 
-def ends(interval: dict[str, Any]) -> str:
+def ends(interval: dict[str, Any], ladder: tuple[float, ...]) -> str:
     """Where a gain ends, in words where it was not seen to."""
     value, low, high = (float(interval[k]) for k in ("value", "low", "high"))
-    said = f"beyond {low:.3g}" if value == float("inf") else "none" if value == 0 else f"{value:.3g}"
+    said = (
+        f"beyond {ladder[-1]:.3g}"
+        if value == float("inf")
+        else f"before {ladder[0]:.3g}"
+        if value == 0
+        else f"{value:.3g}"
+    )
     return f"{said} [{low:.3g}, {high:.3g}]"

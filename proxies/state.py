@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ from proxies.config import ProxyConfig
 from proxies.mixture import Reader
 from proxies.model import Transformer, build, loss_of
 from proxies.mup import rule_of
-from proxies.optimizers import Joined, Optimizer, make_optimizer, set_lr
+from proxies.optimizers import Joined, make_optimizer, set_lr
 from proxies.ranks import ALONE, Ranks, wrapped
 from proxies.schedules import SCHEDULES, factor
 from proxies.sharded import Key
@@ -213,19 +213,27 @@ class Run:
                 f"cannot go on from {path}, which is {saved['phase']} for {saved['tokens']:,}",
                 stacklevel=3,
             )
-        self.trunk = take(saved, "trunk", path, self.like) if same_cooldown else None
-        self.load(take(saved, "current" if same_cooldown else "trunk", path, self.like))
+        like = self.layout()
+        self.trunk = take(saved, "trunk", path, like) if same_cooldown else None
+        self.load(take(saved, "current" if same_cooldown else "trunk", path, like))
 
-    def like(self, at: Key) -> Tensor | None:
-        """The parameter that a tensor of a snapshot belongs to."""
-        match at:
-            case ("model", str(name)):
-                return dict(self.model.named_parameters()).get(name)
-            case ("optimizer", "state", int(i), *_):
-                return members(self.optimizer)[i]
-            case ("optimizer", "parts", int(part), "state", int(i), *_) if isinstance(self.optimizer, Joined):
-                return members(self.optimizer.parts[part])[i]
-        return None
+    def layout(self) -> Callable[[Key], Tensor | None]:
+        """Which parameter each tensor of a snapshot belongs to, by its place there."""
+        named = dict(self.model.named_parameters())
+        parts = self.optimizer.parts if isinstance(self.optimizer, Joined) else (self.optimizer,)
+        numbered: list[list[Tensor]] = [[p for group in part.param_groups for p in group["params"]] for part in parts]
+
+        def like(at: Key) -> Tensor | None:
+            match at:
+                case ("model", str(name)):
+                    return named.get(name)
+                case ("optimizer", "state", int(i), *_):
+                    return numbered[0][i]
+                case ("optimizer", "parts", int(part), "state", int(i), *_):
+                    return numbered[part][i]
+            return None
+
+        return like
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go back, or on, to a snapshot."""
@@ -247,11 +255,6 @@ def _compile(model: Transformer, ranks: Ranks) -> None:
         block.forward = torch.compile(block.forward)
     for part in ("rope_for", "stem", "head"):
         setattr(model, part, torch.compile(getattr(model, part)))
-
-
-def members(optimizer: Optimizer) -> list[Tensor]:
-    """Its parameters in the order in which its state numbers them."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _empty(config: ProxyConfig) -> Transformer:

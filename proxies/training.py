@@ -2,7 +2,8 @@
 
 The trunk's state at the branch point is what a longer run of the same configuration resumes, so extending a run pays
 only for the new tokens. A schedule with a horizon has no trunk: its branch point is the start, so a longer run starts
-afresh. A resumed run is bitwise the uninterrupted one, on the same device with the same thread count.
+afresh. A resumed run is bitwise the uninterrupted one, on the same device with the same thread count; on several ranks,
+or on another number of them, it is the same to rounding.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import norm
 
 from scaling.curves import read_curve
 from scaling.laws import Array
@@ -121,7 +121,7 @@ def predict_trunk(
     variance = np.concatenate([variance, variance[-1] + (DRIFT * (ahead - last)) ** 2])
     scale = _scale(trunks, without, grid, (N, lr, batch_tokens))
     middle = np.log(fit.predict(N, np.exp(x))) + mean
-    half = norm.ppf(0.5 + mass / 2) * scale * np.sqrt(variance + _law_sd(fit, N, x) ** 2)
+    half = NormalDist().inv_cdf(0.5 + mass / 2) * scale * np.sqrt(variance + _law_sd(fit, N, x) ** 2)
     columns = (np.exp(x), np.exp(middle), np.exp(middle - half), np.exp(middle + half))
     tokens, loss, below, above = (tuple(float(v) for v in column) for column in columns)
     return Band(tokens, loss, below, above, mass, len(runs), scale)

@@ -38,7 +38,18 @@ COUNTS = ("N", "D", "batch_tokens", "seq_len", "d_model", "vocab", "N_total", "N
 POSITIVE = (*COUNTS, "lr", "loss")
 NUMBERS = (*POSITIVE, "rung", "seconds")
 FLAGS = ("diverged", "final")
-WORDS = ("run_id", "name", "config", "role", "arm", "excluded", "N_convention", "parametrization", "data_sha256", "checkpoint")
+WORDS = (
+    "run_id",
+    "name",
+    "config",
+    "role",
+    "arm",
+    "excluded",
+    "N_convention",
+    "parametrization",
+    "data_sha256",
+    "checkpoint",
+)
 COLUMNS = (*NUMBERS, *FLAGS, *WORDS)
 SUFFIXES = (".csv", ".parquet", ".jsonl", ".json")
 SHOWN = 5  # mistakes of one kind that are named one by one

@@ -35,6 +35,7 @@ FLUSH_SECONDS = 10.0  # so that a long run can be watched
 BATCH = 200  # lines of at most 3 metrics; MLflow takes 1000
 MAX_TAGS = 100  # per request, by MLflow
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds until a failed sending is tried again, doubled each time
+FIRST_TIMEOUT, LONGEST_TIMEOUT = 10.0, 120.0  # seconds for a request, likewise: a slow server is not one that is away
 END_SECONDS = 10.0  # that the end of a run waits for an MLflow that gives no sign of life
 KEPT_BYTES = 4_000_000  # in memory, while the disk takes nothing
 ENDING, ASIDE = ".spool.jsonl", ".refused.jsonl"
@@ -174,13 +175,14 @@ class Recorder:
                     self._arrived += count
                 if self._away:
                     say(f"{self.name}: MLflow answers again and has all records")
-                wait, self._away = FLUSH_SECONDS, False
+                wait, self._away, self._sender.timeout = FLUSH_SECONDS, False, FIRST_TIMEOUT
                 if last:
                     self._sender.end(self.path)
             except Exception as error:  # whatever it is, it must not stop a training, and is said
                 if not self._away:
                     say(f"{self.name}: records wait in {self.folder}, MLflow does not take them: {_first_line(error)}")
                 wait, self._away = min(2 * wait, LONGEST_WAIT) if self._away else FIRST_WAIT, True
+                self._sender.timeout = min(2 * self._sender.timeout, LONGEST_TIMEOUT)
             self._tried.set()
         _release(self._lock, self.path)
 
@@ -204,6 +206,7 @@ class _Sender:
         self.runs: dict[Path, tuple[str, str]] = {}  # file -> (parent's id, id)
         self.positions: dict[Path, int] = {}  # bytes that have arrived
         self.alive = 0.0  # when it was last seen to make progress, by time.monotonic
+        self.timeout = FIRST_TIMEOUT
         self.batch = BATCH  # smaller after a failure, in case a slow server takes too long over so many
         self.stumbled = False  # a request to make a run may have come to nothing, or not
         self._client: MlflowClient | None = None
@@ -219,7 +222,7 @@ class _Sender:
 
     def send(self, path: Path) -> Iterator[int]:
         """Send the file's whole lines, from where it was left; yields the number of lines of each batch that has arrived."""
-        with path.open("r+b") as file, tracking.impatient():
+        with path.open("r+b") as file, tracking.impatient(self.timeout):
             os.fsync(file.fileno())
             head = file.readline()
             if not head.endswith(b"\n"):

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 MAX_PARAM = 6000  # MLflow's limit on a parameter's length
 MAX_TAG = 8000
-TIMEOUT = "10"  # seconds for one request of an impatient caller
 
 RETRIES, REQUEST = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _changing = threading.Lock()  # of the environment, by the impatient
@@ -189,7 +188,7 @@ def _children(client: MlflowClient, parent: str, name: str) -> list[Any]:
 
 
 @contextmanager
-def impatient() -> Iterator[None]:
+def impatient(seconds: float = 10.0) -> Iterator[None]:
     """MLflow's own retries (for minutes, and also of requests that make things) off, its timeout short unless it was set.
 
     MLflow reads both from the environment at every call, so that calls of other threads are impatient meanwhile, too.
@@ -198,7 +197,7 @@ def impatient() -> Iterator[None]:
         if not _impatient:
             _before.update({name: os.environ.get(name) for name in (RETRIES, REQUEST)})
             os.environ[RETRIES] = "0"
-            os.environ.setdefault(REQUEST, TIMEOUT)
+            os.environ.setdefault(REQUEST, str(round(seconds)))
         _impatient.append(None)
     try:
         yield

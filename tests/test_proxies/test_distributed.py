@@ -195,15 +195,24 @@ def test_losses_are_those_of_one_process_on_any_engine_and_number_of_ranks(
 
 
 def compiled(ranks: Ranks, folder: Path) -> None:
-    c = config(n_layers=1, compile=True)
-    seen = {e: losses_of(c=c, resume=folder / "one", ranks=replace(ranks, engine=e)) for e in ENGINES}
+    c = one_shape(compile=True)
+    seen = {e: losses_of(FULL, c=c, resume=folder / "one", ranks=replace(ranks, engine=e)) for e in ENGINES}
     torch.save(seen, folder / "compiled.pt")
 
 
+FULL = 62 * 64
+
+
+def one_shape(**changes: Any) -> ProxyConfig:
+    """As many windows in every forward pass, so that it is compiled once; one layer."""
+    return config(n_layers=1, eval_windows=4, **changes)
+
+
 def test_compiled_losses_are_the_same_on_either_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    list(train(config(n_layers=1), SHORT, save=tmp_path / "one"))
-    alone = losses_of(c=config(n_layers=1), resume=tmp_path / "one")
-    spawned(compiled, 2, "ddp", tmp_path)
+    """On one rank, which compiles what each of several would."""
+    list(train(one_shape(), SHORT, save=tmp_path / "one"))
+    alone = losses_of(FULL, c=one_shape(), resume=tmp_path / "one")
+    spawned(compiled, 1, "ddp", tmp_path)
     off = {engine: largest(losses, alone) for engine, losses in torch.load(tmp_path / "compiled.pt").items()}
     with capsys.disabled():
         print("\ncompiled, largest difference of a loss:", off)
@@ -229,11 +238,11 @@ def failing(ranks: Ranks, folder: Path) -> None:
     refused(r"run\.pt: a path that does not end in \.pt", save=folder / "run.pt")
     refused(r"foreign, which is something else", resume=folder / "foreign")
     damaged = (
-        r"damaged \(__1_0.distcp" if second else r"rank 1: .*damaged-done, which is cut short or damaged \(__1_0.distcp"
+        r"damaged \(__0_0.distcp" if second else r"rank 1: .*damaged-done, which is cut short or damaged \(__0_0.distcp"
     )
     refused(damaged, resume=folder / "damaged-done")
     refused(
-        r"(rank 1: )?needed weights of this configuration's shape, got embed: missing",
+        r"(rank 1: )?needed weights of this configuration's shape, got blocks\.0\.attn_norm: missing",
         init=iter([("readout", torch.zeros(256, 32))]),
     )
 
@@ -286,7 +295,7 @@ def test_what_happens_to_one_rank_happens_to_all(tmp_path: Path) -> None:
 def failing_after_saving(ranks: Ranks, folder: Path) -> None:
     losses_of(SHORT, save=folder / "damaged-done", ranks=ranks)
     if ranks.rank == 0:
-        (file,) = (folder / "damaged-done").glob("*/__1_0.distcp")
+        (file,) = (folder / "damaged-done").glob("*/__0_0.distcp")
         file.write_bytes(file.read_bytes()[:-1])
     torch.distributed.barrier()
     failing(ranks, folder)

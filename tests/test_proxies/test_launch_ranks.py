@@ -63,7 +63,7 @@ def start(path: Path, uri: str, *words: str) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == code, err
     return out, err
 
@@ -115,7 +115,7 @@ def test_two_ranks_of_which_one_is_killed_give_the_loss_of_one_and_one_record(
     assert second is not None
     assert first.loss is not None
     assert second.loss == pytest.approx(first.loss, abs=1e-5)
-    assert "SIGKILL" in trouble, "it was killed, or this shows nothing"
+    assert trouble.count("has left its 95 % band at 576 tokens") == 2, "said once in each start: it did begin again"
     client = tracking.connect(other)
     runs = load_runs("s", tracking_uri=other)
     assert runs[["role", "arm", "excluded"]].to_numpy().tolist() == [["target", "scratch", ""]]
@@ -132,16 +132,18 @@ def test_two_ranks_of_which_one_is_killed_give_the_loss_of_one_and_one_record(
 
 
 def test_without_mlflow_it_trains_and_a_later_start_only_sends_and_scores(plan: LaunchPlan, laid: Lay) -> None:
+    assert plan.config is not None
+    plan = planned(config=plan.config, tokens=4096, N=plan.N, lr=plan.lr)
     path, uri = laid(plan, "away")
     _, said = ended(start(path, NOWHERE), 3)
     assert "trained, but not scored: MLflow does not answer" in said
     trained = (path.parent / "scratch.pt").stat().st_mtime_ns
     out, _ = ended(start(path, uri))
-    loss = json.loads(out)["loss at 16,384 tokens, scratch"]
+    loss = json.loads(out)["loss at 4,096 tokens, scratch"]
     assert (path.parent / "scratch.pt").stat().st_mtime_ns == trained
     runs = load_runs("s", tracking_uri=uri)
     assert runs["loss"].tolist() == pytest.approx([loss], abs=1e-4)
-    assert len(tracking.read_curve(tracking.connect(uri), runs.at[0, "run_id"])[0]) > 5
+    assert len(tracking.read_curve(tracking.connect(uri), runs.at[0, "run_id"])[0]) >= 4
     note = tracking.read_note(tracking.connect(uri), tracking.find_study_run(tracking.connect(uri), "s"), "predicted")
     assert note == {"loss": 1.0, "loss_interval": [0.01, 5.0], "mass": 0.9}
 

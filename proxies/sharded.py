@@ -130,15 +130,20 @@ def open_tensors(folder: Path) -> FileSystemReader:
     return Reader(folder)
 
 
+RECORDS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "pathlib")
+PLAIN = (("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"))
+
+
 class _Table(pickle.Unpickler):
     """Reads torch's table of a folder, made of its own records, sizes and dtypes, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        records = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "pathlib")
-        plain = (("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"))
-        found = super().find_class(module, name) if module in (*records, "torch", *(m for m, _ in plain)) else None
-        if (module in records and isinstance(found, type)) or (module, name) in plain or isinstance(found, torch.dtype):
-            return found
+        if (module, name) in PLAIN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        if module in RECORDS and "." not in name:  # with dots, anything that these modules have imported
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
         raise pickle.UnpicklingError(f"a name that does not belong there: {module}.{name}")
 
 

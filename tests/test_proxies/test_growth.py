@@ -541,9 +541,11 @@ def test_the_command_answers(toml: Path, monkeypatch: pytest.MonkeyPatch, words:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_search_and_ladders_run_for_real(question: Question, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_and_ladders_run_for_real(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """hpo searches one start in processes of its own; then two processes climb, and each seed's base is trained by one of them."""
-    question = question.model_copy(update={"second": None, "budget": 0.2})
+    question = make_question(
+        toml, FAMILY, at=0.5, horizons=(0.4,), base=0.5, seeds=2, budget=0.2, starts=("scratch", "shrink-pad-perturb")
+    ).model_copy(update={"second": None})
     question.home.mkdir(parents=True)
     uri = f"sqlite:///{question.folder.parent}/mlflow.db"
     found = growth_runs.search(question, "shrink-pad-perturb", workers=1, uri=uri)

@@ -211,12 +211,16 @@ def test_folders_of_others_are_refused_and_no_code_of_theirs_runs(tmp_path: Path
     path = tmp_path / "run"
     write_run(TREE, path)
     table = data_of(path) / TABLE
-    table.write_bytes(pickle.dumps(Trap()))
     header = torch.load(path / HEADER, weights_only=True)
-    write_state(header | {"files": header["files"] | sums([table])}, path / HEADER)  # whoever made it knew the checksum
-    with pytest.raises(ValueError, match=r"run/\w+, whose table is damaged .*mkdir"):
-        load_state(path)
-    assert not (tmp_path / "ran").exists()
+    module, name = (b"\x8c" + bytes([len(n)]) + n for n in (b"torch.distributed.checkpoint.filesystem", b"io.FileIO"))
+    given = pickle.dumps((str(tmp_path / "ran"), "w"), protocol=4)[2:-1]
+    opened = b"\x80\x04" + module + name + b"\x93" + given + b"R."  # what torch's own module has imported, called
+    for said, trap in (("mkdir", pickle.dumps(Trap())), (r"io\.FileIO", opened)):
+        table.write_bytes(trap)
+        write_state(header | {"files": header["files"] | sums([table])}, path / HEADER)  # its maker knew the checksum
+        with pytest.raises(ValueError, match=rf"run/\w+, whose table is damaged .*{said}"):
+            load_state(path)
+        assert not (tmp_path / "ran").exists()
     write_state(header | {"files": {}, "run": {"format": "other"}}, path / HEADER)
     with pytest.raises(ValueError, match="with format 'other'"):
         load_state(path)

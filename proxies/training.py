@@ -73,7 +73,7 @@ def train(
     Bad arguments raise ValueError here, before the first `next`.
     """
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    ranks.alike(config=config, tokens=tokens, resume=resume, save=save, keep=keep, warm=init is not None)
+    ranks.alike(**config.model_dump(), tokens=tokens, resume=resume, save=save, keep=keep, warm=init is not None)
     with ranks.agreeing():
         cut = plan(config, tokens)
         if resume is not None and init is not None:

@@ -234,7 +234,7 @@ def failing(ranks: Ranks, folder: Path) -> None:
             train(c or config(), TOKENS, device="cpu", ranks=ranks, **given)
 
     refused(r"batch_seqs that 2 ranks can divide, got 5: set 4 or 6", config(batch_seqs=5))
-    refused(r"the same run on every rank, got config: .* on rank 0, .* on rank 1", config(lr=0.01 * (1 + second)))
+    refused(r"the same run on every rank, got lr: 0\.01 on rank 0, 0\.02 on rank 1", config(lr=0.01 * (1 + second)))
     refused(r"run\.pt: a path that does not end in \.pt", save=folder / "run.pt")
     refused(r"foreign, which is something else", resume=folder / "foreign")
     damaged = (

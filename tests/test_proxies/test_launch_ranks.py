@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from scaling.ahead import Band
 from scaling.runs import load_runs, usable
 
 ROOT = Path(__file__).parents[2]
+STARTED: list[subprocess.Popen[str]] = []
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -57,9 +58,19 @@ def planned(*, tokens: int, N: float, lr: float, **fields: Any) -> LaunchPlan:
 def start(path: Path, uri: str, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "proxies", "launch", str(path), "--tracking-uri", uri, "--json", *words]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=path.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    STARTED.append(subprocess.Popen(command, cwd=path.parent, env=env, **streams))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def _none_outlives_its_test() -> Iterator[None]:
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.terminate()
+            process.communicate()
 
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
@@ -180,7 +191,7 @@ def rank_of(process: psutil.Process) -> str | None:
 
 
 def until(ready: Any, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not ready():
         assert time.monotonic() < deadline
         if process.poll() is not None:

@@ -111,10 +111,10 @@ class Study:
 
     def __init__(self, folder: Path, client: MlflowClient, chance: float, **settings: Any) -> None:
         self.folder, self.client, self.chance = folder, client, chance
-        self.files = StudyFiles(folder / "toy.toml")
         self.settings: dict[str, Any] = {"tokens": TOKENS, "sampler": "random", "iterations": 2, "seed": 3} | settings
         self.trainer = Planted()
         self.name = f"{folder.name}-{chance}"
+        self.files = StudyFiles(folder / f"{self.name}.toml")
         self.parent = tracking.study_run(client, self.name)
         self.search = self.open()
 
@@ -124,7 +124,7 @@ class Study:
 
     def run(self, job: Job) -> None:
         watch = watch_of(self.search, job, self.trainer, self.chance)
-        outcome = run_job(job, self.trainer, self.files, self.client, self.parent, StopSignals(), watch)
+        outcome = run_job(job, self.trainer, self.files, self.client.tracking_uri, StopSignals(), watch)
         if isinstance(outcome, Stopped):
             self.search.stop(job, outcome)
         else:

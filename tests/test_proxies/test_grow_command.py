@@ -406,14 +406,22 @@ def made(path: Path, config: ProxyConfig) -> Path:
 def test_growth_holds_the_large_model_once_and_never_all_of_the_small_one(
     tmp_path: Path, suffix: str, width: int, method: str, moments: bool
 ) -> None:
-    """Peak of resident memory, pages of files included, over what the imports hold; 2.2 and 4 times, 107 MB, three times that with moments."""
+    """Peak of resident memory, pages of files included, over what the imports hold; 2.2 and 4 times, 107 MB, three times that with moments.
+
+    glibc's malloc is told to map every tensor by itself, as it does with those above 32 MB: what it gives back late of smaller ones
+    (measured: up to .3 of these 107 MB) does not grow with the model.
+    """
     small = SMALL.model_copy(update={"d_model": width, "n_layers": 5, "d_head": 16, "q_per_kv": 1})
     source = made(tmp_path / f"small{suffix}", small)
     tiny = made(tmp_path / f"tiny{suffix}", small.model_copy(update={"d_model": 16}))
     arguments = [tiny, source, tmp_path / f"large{suffix}", 640, method, moments]
     ran = subprocess.run(
-        [sys.executable, "-c", HEIGHT, *map(str, arguments)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", HEIGHT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
     )
     large = small.model_copy(update={"d_model": 640})
     size = 4 * large.counts.total * (3 if moments else 1)
-    assert 1 <= int(ran.stdout) / size < 1.3
+    assert 1 <= int(ran.stdout) / size < 1.1

@@ -125,6 +125,9 @@ class ProxySettings(BaseModel):
         "random", description="windows drawn with replacement, or pass after pass"
     )
     eval_windows: PositiveInt = Field(64, description="held-out windows of seq_len tokens, always the same ones")
+    early_points: bool = Field(
+        False, description="the held-out loss from the end of the warm-up on: a launch sees a wrong rate sooner"
+    )
     seed: int = Field(0, ge=0)
 
     @field_validator("corpus")

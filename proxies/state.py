@@ -33,7 +33,16 @@ CHECK_EVERY = 8  # steps between looks at the training loss
 # the warm-up: 64 steps, so that a spike from which a run recovers does not end it.
 LOST_LOOKS = 8
 # On resuming: the data's hash is compared instead of its path; memory and time may be saved, at the price of the last bits.
-FREE_TO_DIFFER = ("compile", "coordinate_check", "corpus", "eval_mixture", "eval_windows", "micro_seqs", "recompute")
+FREE_TO_DIFFER = (
+    "compile",
+    "coordinate_check",
+    "corpus",
+    "early_points",
+    "eval_mixture",
+    "eval_windows",
+    "micro_seqs",
+    "recompute",
+)
 
 
 class Run:

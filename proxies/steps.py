@@ -58,8 +58,15 @@ def plan(config: ProxyConfig, tokens: int) -> Plan:
 
 
 def point_steps(config: ProxyConfig, trunk_steps: int) -> frozenset[int]:
-    """Trunk steps (all but the last, with a horizon) after which the held-out loss is taken: about two an octave, wherever the run will end."""
-    first = max(config.warmup_tokens, FIRST_POINT * config.eval_windows * config.seq_len, config.batch_tokens)
+    """Trunk steps (all but the last, with a horizon) after which the held-out loss is taken, wherever the run will end.
+
+    About two an octave; with `early_points` also one an octave before them, from the end of the warm-up on.
+    """
+    soonest = max(config.warmup_tokens, config.batch_tokens)
+    first = max(soonest, FIRST_POINT * config.eval_windows * config.seq_len)
     octaves = math.log2(max(trunk_steps * config.batch_tokens / first, 0.5))
-    points = (math.ceil(first * 2 ** (j / 2) / config.batch_tokens) for j in range(math.ceil(2 * octaves) + 2))
+    tokens = [first * 2 ** (j / 2) for j in range(math.ceil(2 * octaves) + 2)]
+    if config.early_points:
+        tokens += [soonest * 2**j for j in range(math.ceil(math.log2(first / soonest) - 0.5))]  # the last not close to first
+    points = (math.ceil(t / config.batch_tokens) for t in tokens)
     return frozenset(p for p in points if p <= trunk_steps)

@@ -289,7 +289,7 @@ class _Store:
     @staticmethod
     def _key(config: ProxyConfig, tokens: int, data: str) -> str:
         # The data's hash is compared instead of its path; how much memory a run took is no part of it.
-        same = {"corpus", "coordinate_check", "micro_seqs", "recompute"}
+        same = {"corpus", "coordinate_check", "early_points", "micro_seqs", "recompute"}
         if config.m == config.r == 1:
             same |= {"parametrization", "base_layers", "depth_power"}  # at base width and depth every table is the same
         settings = config.model_dump(exclude=same)

@@ -110,6 +110,28 @@ def test_points_are_two_an_octave_and_do_not_depend_on_the_end() -> None:
     assert long[0] * c.batch_tokens >= c.warmup_tokens
 
 
+def test_early_points_begin_with_the_end_of_the_warm_up_and_leave_the_others_where_they_are() -> None:
+    late = ProxyConfig(warmup_tokens=1024, batch_seqs=4)  # points from 3 x 64 x 128 tokens on
+    early = late.model_copy(update={"early_points": True})
+    usual, more = point_steps(late, 4000), point_steps(early, 4000)
+    assert min(usual) * late.batch_tokens == 24_576
+    assert [s * late.batch_tokens for s in sorted(more - usual)] == [1024, 2048, 4096, 8192, 16_384]
+    assert usual < more
+    assert point_steps(early, 7) == {2, 4}
+    soon = {"warmup_tokens": 40_000, "early_points": True}  # nothing lies before its usual points
+    assert point_steps(ProxyConfig(**soon), 90) == point_steps(ProxyConfig(**soon | {"early_points": False}), 90) != set()
+
+
+def test_early_points_change_what_is_seen_and_nothing_else(tmp_path: Path) -> None:
+    *_, plain = train(config(), 3_000)
+    first, *more = train(config(early_points=True), 3_000, save=tmp_path / "run.pt")
+    assert first.tokens == max(config().warmup_tokens, config().batch_tokens)
+    assert more[-1].loss == plain.loss
+    *_, longer = train(config(), 5_000, resume=tmp_path / "run.pt")  # and a run may go on without them
+    *_, straight = train(config(), 5_000)
+    assert longer.loss == straight.loss
+
+
 def test_evaluation_costs_a_small_share_of_a_short_run() -> None:
     c = ProxyConfig()
     for tokens in (40_000, 80_000, 400_000):

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
 Study = Annotated[str, typer.Argument(metavar="STUDY.toml | NAME", help="a study file, or the name of one in studies/")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MUSCALE_STORAGE",
+        metavar="URL",
+        help="where the study is kept: postgresql://..., grpc://HOST:PORT, ...; default: its journal file",
+    ),
+]
+Count = Annotated[int | None, typer.Option("--workers", min=1, help="local processes; default: the study's")]
 
 
 @app.command()
@@ -35,7 +44,9 @@ def validate(study: Study) -> None:
 
 
 @app.command()
-def launch(study: Study, dry_run: DryRun = False, tracking_uri: Uri = None) -> None:
+def launch(
+    study: Study, count: Count = None, storage: Storage = None, dry_run: DryRun = False, tracking_uri: Uri = None
+) -> None:
     """Start a study: train proxies with local workers until its budget is spent.
 
     Example: hpo launch studies/quickstart.toml
@@ -46,6 +57,7 @@ def launch(study: Study, dry_run: DryRun = False, tracking_uri: Uri = None) -> N
     with refusing():
         files = workers.StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
+        config = config.with_workers(count)
         trainer.manifest()  # reads the data: what cannot be read is refused before anything is written
         show_example(config, trainer)
         if not dry_run:
@@ -57,17 +69,19 @@ def launch(study: Study, dry_run: DryRun = False, tracking_uri: Uri = None) -> N
     if dry_run:
         return
     with refusing():
-        search = workers.create(files, config, trainer, uri=tracking_uri)
-    finish(workers.supervise(files, search, config.workers, cost, uri=tracking_uri), files.name)
+        search = workers.create(files, config, trainer, uri=tracking_uri, storage=storage)
+    finish(workers.supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage), files.name)
 
 
 @app.command()
-def resume(study: Study, dry_run: DryRun = False, tracking_uri: Uri = None) -> None:
+def resume(
+    study: Study, count: Count = None, storage: Storage = None, dry_run: DryRun = False, tracking_uri: Uri = None
+) -> None:
     """Go on with a study that was stopped, at the same budget: nothing is lost, nothing runs twice.
 
     Example: hpo resume quickstart
     """
-    go_on(study, None, dry_run, tracking_uri)
+    go_on(study, None, count, storage, dry_run, tracking_uri)
 
 
 @app.command()
@@ -76,6 +90,8 @@ def extend(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", help="the new largest run: the old one times a power of eta")
     ],
+    count: Count = None,
+    storage: Storage = None,
     dry_run: DryRun = False,
     tracking_uri: Uri = None,
 ) -> None:
@@ -83,30 +99,34 @@ def extend(
 
     Example: hpo extend quickstart --max-tokens 1105920
     """
-    go_on(study, max_tokens, dry_run, tracking_uri)
+    go_on(study, max_tokens, count, storage, dry_run, tracking_uri)
 
 
 @app.command()
 def worker(
     study: Study,
     confirm: Annotated[bool, typer.Option("--confirm", help="train what `hpo confirm` has planned")] = False,
+    storage: Storage = None,
     tracking_uri: Uri = None,
 ) -> None:
-    """One worker of a study that was launched; more of them may run, here or on another machine that sees its files.
+    """One worker of a study that was launched; any number may be started and stopped at any time, here or on other machines that
+    see its folder.
 
-    Example: hpo worker studies/quickstart.toml
+    Example: hpo worker quickstart --storage postgresql://me@server/studies
     """
-    from hpo import rematch, workers
+    from hpo import rematch, workers, working
     from hpo.study import study_path
 
     with refusing():
         files = workers.StudyFiles(study_path(study))
-        code = rematch.work(files, uri=tracking_uri) if confirm else workers.work(files, uri=tracking_uri)
+        code = (
+            rematch.work(files, uri=tracking_uri) if confirm else working.work(files, uri=tracking_uri, storage=storage)
+        )
     raise typer.Exit(code)
 
 
 @app.command()
-def status(study: Study, as_json: Json = False) -> None:
+def status(study: Study, storage: Storage = None, as_json: Json = False) -> None:
     """How far a study is, what it spent, and what resuming and raising saved.
 
     Example: hpo status quickstart
@@ -115,7 +135,7 @@ def status(study: Study, as_json: Json = False) -> None:
 
     from hpo.workers import spent_in_words
 
-    search, _ = open_existing(study)
+    search, _ = open_existing(study, storage)
     now = search.progress
     if as_json:
         typer.echo(json.dumps(asdict(now) | {"finished": search.finished}))
@@ -129,7 +149,7 @@ def status(study: Study, as_json: Json = False) -> None:
 
 
 @app.command()
-def best(study: Study, as_json: Json = False) -> None:
+def best(study: Study, storage: Storage = None, as_json: Json = False) -> None:
     """The search's own answer for the target, how much of its lead may be noise, which rungs tell of the target, and what `hpo
     confirm` found.
 
@@ -140,7 +160,7 @@ def best(study: Study, as_json: Json = False) -> None:
     from hpo import rematch
     from hpo.confirm import in_words, is_of, lead_in_words
 
-    search, files = open_existing(study)
+    search, files = open_existing(study, storage)
     with refusing():
         answer = search.best()
     if as_json:
@@ -171,6 +191,7 @@ def confirm(
         int | None,
         typer.Option(metavar="CONFIG", help="number of the configuration to compare with; default: the runner-up"),
     ] = None,
+    storage: Storage = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     tracking_uri: Uri = None,
@@ -190,7 +211,7 @@ def confirm(
     with refusing():
         files = workers.StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
-        search = workers.open_existing(files, config, trainer)
+        search = workers.open_existing(files, config, trainer, storage=storage)
         plan = rematch.make_plan(search, rematch.files_of(files), seeds, against)
         cost = rematch.estimate(plan, rematch.files_of(files), config, trainer)
     say(f"{files.name}: {plan.answer} against {plan.rival}, {seeds} fresh seeds each at {plan.at}")
@@ -230,7 +251,14 @@ def forget(
     )
 
 
-def go_on(study: str, max_tokens: int | None, dry_run: bool, tracking_uri: str | None) -> None:
+def go_on(
+    study: str,
+    max_tokens: int | None,
+    count: int | None,
+    storage: str | None,
+    dry_run: bool,
+    tracking_uri: str | None,
+) -> None:
     from hpo import workers
     from hpo.study import load_study, study_path
     from scaling import tracking
@@ -238,7 +266,8 @@ def go_on(study: str, max_tokens: int | None, dry_run: bool, tracking_uri: str |
     with refusing():
         files = workers.StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
-        search = workers.open_existing(files, config, trainer)
+        config = config.with_workers(count)
+        search = workers.open_existing(files, config, trainer, storage=storage)
         if max_tokens is not None:
             problems = trainer.problems(config.distributions, (config.search.tokens.min, max_tokens))
             if problems:
@@ -256,17 +285,17 @@ def go_on(study: str, max_tokens: int | None, dry_run: bool, tracking_uri: str |
         workers.send_left(files, tracking_uri)
         typer.echo(f"nothing left to run; `hpo extend {files.name} --max-tokens ...` raises its budget", err=True)
         return
-    finish(workers.supervise(files, search, config.workers, cost, uri=tracking_uri), files.name)
+    finish(workers.supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage), files.name)
 
 
-def open_existing(study: str) -> tuple[Any, Any]:
+def open_existing(study: str, storage: str | None) -> tuple[Any, Any]:
     from hpo import workers
     from hpo.study import load_study, study_path
 
     with refusing():
         files = workers.StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
-        search = workers.open_existing(files, config, trainer)
+        search = workers.open_existing(files, config, trainer, storage=storage)
     return search, files
 
 

@@ -1,39 +1,33 @@
-"""Opening a search: its arguments checked, its storage and lock, and who of its workers is alive."""
+"""Opening a search: its arguments checked, its storage and lock."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
-import os
-import socket
-import threading
-import weakref
-from collections.abc import Container, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import optuna
-import psutil
-from filelock import FileLock
 from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, get_storage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from hpo.hyperband import VARIANTS
+from hpo.journal import Flock, Journal
+from hpo.locks import lock_of
 from scaling.compute import Fidelity
 
 SCHEDULERS = ("incremental-hyperband",)
 Promotion = Literal["rank", "predicted"]
 # What a study has that was made before these settings existed.
 BEFORE: dict[str, Any] = {"seeds": [1], "promote": "rank", "asynchronous": False}
-CLOCK_SECONDS = 1.0  # two readings of one process's start may differ by this much when the clock is set in between
-
-_locks: weakref.WeakKeyDictionary[BaseStorage, threading.RLock] = weakref.WeakKeyDictionary()
-_url_locks: dict[str, threading.RLock] = {}
-_locks_guard = threading.Lock()
+SERVER_SECONDS = 30  # that a proxy which does not answer is waited for
 
 
 def checked_settings(
@@ -156,86 +150,73 @@ def one_of(what: str, given: str, known: Iterable[str]) -> None:
 
 
 def open_storage(
-    storage: str | Path | BaseStorage | None, lock: str | Path | None
+    storage: str | Path | BaseStorage | None, lock: str | Path | None, study: str
 ) -> tuple[BaseStorage, AbstractContextManager[Any]]:
-    """The storage, and the lock under which decisions are taken in it.
+    """The storage, and the lock under which decisions on this study are taken in it.
 
-    A path that ends in .journal (its folder is made), a URL, an Optuna storage, or None for memory. The lock is a file:
-    at `lock`, else beside the journal or the SQLite file; for all other storages it holds between threads only.
+    A path that ends in .journal (its folder is made), a URL (a database's, or grpc://HOST:PORT of Optuna's proxy), an Optuna
+    storage, or None for memory. The lock: the file `lock`, else one beside the journal or the SQLite file, else hpo.locks says.
     """
     beside: str | None = None
+    made: BaseStorage
+    opened: BaseStorage
     if storage is None:
-        opened: BaseStorage = InMemoryStorage()
+        made = opened = InMemoryStorage()
     elif isinstance(storage, BaseStorage):
-        opened = get_storage(storage)
+        made, opened = storage, get_storage(storage)
     elif str(storage).endswith(".journal") and "://" not in str(storage):
-        path = Path(storage).absolute()  # its lock is a symbolic link, which must not hang on the working folder
+        path = Path(storage).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        opened, beside = JournalStorage(JournalFileBackend(str(path))), f"{path}.ask.lock"
+        made = opened = JournalStorage(Journal(path))
+        beside = f"{path}.ask.lock"
+    elif str(storage).startswith("grpc://"):
+        made = opened = _proxy(str(storage))
     elif "://" in str(storage):
-        database_storage = RDBStorage(str(storage))
-        database = database_storage.engine.url
-        opened = get_storage(database_storage)  # with Optuna's cache in front: it is to be one for all studies opened
+        # a database in memory, or the file of one, is opened anew; a server once
+        made, opened = found = (_database if str(storage).startswith("sqlite") else _server)(str(storage))
+        database = found[0].engine.url
         if database.get_backend_name() == "sqlite" and database.database not in (None, "", ":memory:"):
             beside = f"{Path(str(database.database)).absolute()}.ask.lock"
     else:
         raise ValueError(
-            "storage must be a path that ends in .journal, a URL such as sqlite:///study.db, an Optuna storage or None "
-            f"(memory), got {str(storage)!r}"
+            "storage must be a path that ends in .journal, a URL such as sqlite:///study.db, postgresql://... or grpc://HOST:PORT, "
+            f"an Optuna storage or None (memory), got {str(storage)!r}"
         )
     if lock is not None or beside is not None:
-        return opened, FileLock(str(Path(str(lock if lock is not None else beside)).absolute()))
-    with _locks_guard:
-        if isinstance(storage, BaseStorage):
-            return opened, _locks.setdefault(storage, threading.RLock())
-        return opened, threading.RLock() if storage is None else _url_locks.setdefault(str(storage), threading.RLock())
+        return opened, Flock(str(lock if lock is not None else beside))
+    return opened, lock_of(made, opened, study)
 
 
-def process_name() -> str:
-    """host/pid/start time of this process: a pid alone is used again."""
-    return f"{socket.gethostname()}/{os.getpid()}/{psutil.Process().create_time()!r}"
+def _proxy(url: str) -> BaseStorage:
+    """Optuna's gRPC proxy. ValueError when the address is none, or its extra is missing."""
+    from optuna.storages import GrpcStorageProxy
 
-
-def process_of(worker: str) -> tuple[str, int, float] | None:
-    """host, pid and start time, when a worker's name is of that form."""
-    parts = worker.rsplit("/", 2)
+    host, _, port = url.removeprefix("grpc://").partition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"needed grpc://HOST:PORT, got {url!r}")
     try:
-        return parts[0], int(parts[1]), float(parts[2])
-    except (IndexError, ValueError):
-        return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            proxy = GrpcStorageProxy(host=host, port=int(port))
+    except ImportError as error:
+        raise ValueError("storage grpc:// needs the packages of Optuna's proxy: pip install 'muscale[grpc]'") from error
+    proxy.wait_server_ready(timeout=SERVER_SECONDS)
+    return proxy
 
 
-def abandoned(trials: Iterable[FrozenTrial], worker: str, held: Container[int]) -> list[FrozenTrial]:
-    """Trials of a search that nobody works on: given back, of a dead worker, or waiting in Optuna's queue.
-
-    worker: who asks; held: numbers of the trials that were handed out to it since it was started.
-    """
-    alive: dict[str, bool] = {}
-    found = []
-    for trial in trials:
-        if trial.state.is_finished() or "bracket" not in trial.user_attrs:
-            continue
-        if trial.state == TrialState.RUNNING:
-            owner = str(trial.user_attrs.get("worker") or "")
-            if owner not in alive:
-                alive[owner] = is_alive(owner)
-            restarted = owner == worker and process_of(owner) is None and trial.number not in held
-            if alive[owner] and not restarted:
-                continue
-        found.append(trial)
-    return found
-
-
-def is_alive(worker: str) -> bool:
-    """Whether a worker may still be working. One on another host, or with a name of its own, counts as alive."""
-    if not worker:
-        return False  # given back
-    process = process_of(worker)
-    if process is None or process[0] != socket.gethostname():
-        return True
+def _database(url: str) -> tuple[RDBStorage, BaseStorage]:
+    """A connection pool, and Optuna's cache in front of it, which is to be one for all studies opened."""
     try:
-        found = psutil.Process(process[1])
-        same = abs(found.create_time() - process[2]) <= CLOCK_SECONDS
-        return bool(same and found.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+        # a connection that a restarted server has forgotten is replaced before it is used
+        storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        raise ValueError(
+            f"{url.partition(':')[0]}:// needs its driver, for PostgreSQL pip install 'muscale[postgresql]'"
+        ) from error
+    return storage, get_storage(storage)
+
+
+@cache
+def _server(url: str) -> tuple[RDBStorage, BaseStorage]:
+    """The same, one for all searches of this process."""
+    return _database(url)

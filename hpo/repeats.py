@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hpo.stopping import Hopeless
 from hpo.study import Trainer
@@ -22,9 +22,18 @@ from scaling.spool import Recorder
 if TYPE_CHECKING:
     from hpo.record import Stopped
     from hpo.search import Job
-    from hpo.stopping import Watch
     from hpo.workers import StudyFiles
     from scaling.runs import Measurement
+
+
+class Watching(Protocol):
+    """What may end a training on its way, by raising Hopeless: see hpo.stopping.Watch."""
+
+    def check(self) -> None:
+        """Before it goes on."""
+
+    def look(self, point: Measurement) -> None:
+        """At a point that is not the last."""
 
 
 def run_job(
@@ -33,7 +42,7 @@ def run_job(
     files: StudyFiles,
     uri: str,
     stop: StopSignals,
-    watch: Watch | None = None,
+    watch: Watching | None = None,
 ) -> list[float] | Stopped:
     """Train one (configuration, rung), repeat by repeat, and record each; the losses, NaN where it diverged, or where and
     why `watch` stopped it.
@@ -96,6 +105,20 @@ def run_job(
     return losses
 
 
+def record_crash(job: Job, trainer: Trainer, files: StudyFiles, uri: str, why: str) -> None:
+    """Record a job that was given up after it had crashed, as diverged, with the reason as a tag."""
+    params = trainer.describe(job.params, job.fidelity) | {
+        "config": job.config,
+        "bracket": list(job.bracket),
+        "repeat": 0,
+    }
+    name, tokens = f"config-{job.config:04d}", int(job.fidelity.D)
+    with Recorder(uri, files.name, name, role="proxy", params=params, folder=files.records) as record:
+        record.tag(f"rung_{job.rung}/crashed", why)
+        record.result(rung=job.rung, tokens=tokens, loss=math.nan, seconds=0.0, checkpoint=None)
+        record.finish("FAILED")
+
+
 def train_once(
     trainer: Trainer,
     params: Mapping[str, Any],
@@ -107,7 +130,7 @@ def train_once(
     stop: StopSignals,
     resume: Path | None = None,
     save: Path | None = None,
-    watch: Watch | None = None,
+    watch: Watching | None = None,
 ) -> tuple[float, float]:
     """One training with its curve: (loss, seconds); NaN when it diverged. It goes on from `keep` if that exists.
 

@@ -29,7 +29,9 @@ from hpo.belief import Belief, check_belief
 from hpo.cube import Cube
 from hpo.free import Wanted, paid, wanted
 from hpo.hyperband import Bracket, Ladder, Promote, Scores, Start, Variant, moves
-from hpo.opening import Promotion, abandoned, checked_seeds, checked_settings, open_storage, process_name, whole_tokens
+from hpo.leases import Lost as Lost
+from hpo.leases import Sightings, abandoned, process_name
+from hpo.opening import Promotion, checked_seeds, checked_settings, open_storage, whole_tokens
 from hpo.parameters import FidelitySampler, Judge, Predictor, draw, made_sampler
 from hpo.record import Job as Job
 from hpo.record import Plan, Progress, Stopped, View
@@ -65,8 +67,10 @@ class Search:
     worker: who runs the jobs; unique among live workers. Default: this process. Jobs of a dead process of this host are
         taken over by whoever asks next. Any other name is believed to be alive, but after a restart it may take its own
         jobs up again.
-    lock: path of the file that is locked to take decisions. Default: beside a journal or SQLite file. Without one (in
-        memory, a database server) threads of this process exclude each other, but processes do not.
+    lock: path of the file that is locked to take decisions. Default: beside a journal or SQLite file; on a database server
+        or behind Optuna's gRPC proxy a lock there (hpo.locks).
+    lease: seconds after which a job that `beat` was not called for is another's, wherever its worker is; all workers of a
+        study have the same. None: only a dead process of this host loses its jobs.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Search:
         seed: int = 0,
         worker: str | None = None,
         lock: str | Path | None = None,
+        lease: float | None = None,
     ) -> None:
         settings = checked_settings(
             space,
@@ -119,6 +124,8 @@ class Search:
             raise ValueError(f"seed must be a non-negative integer, got {seed}")
         if worker == "":
             raise ValueError("worker must not be empty: leave it out for host and process")
+        if lease is not None and not (math.isfinite(lease) and lease > 0):
+            raise ValueError(f"lease must be positive and finite, or None, got {lease}")
         self.space = dict(space)
         self.sizes: tuple[float, ...] = tuple(settings["sizes"])
         self.variant: Variant = variant if promote == "rank" else "efficient"
@@ -141,9 +148,12 @@ class Search:
             )
         named = sampler if isinstance(sampler, str) else None
         self._held: set[int] = set()  # numbers of the trials that this object handed out
-        opened, self._lock = open_storage(storage, lock)
+        self._leased = lease is not None
+        self._sightings = Sightings(math.inf if lease is None else lease)
+        name = name if name is not None else "search"
+        opened, self._lock = open_storage(storage, lock, name)
         with self._lock:
-            self._opened = trials.open_study(opened, name if name is not None else "search", self._sampler, settings)
+            self._opened = trials.open_study(opened, name, self._sampler, settings)
         self.study = self._opened.study
         self._random = partial(trials.random_for, self.study, named, seed)  # of a trial's number
         self._sampler_of = partial(trials.sampler_for, self.study, self._sampler, named, seed)
@@ -220,7 +230,8 @@ class Search:
         """
         with self._lock:
             view = self._read()
-            for trial in abandoned(view.trials, self.worker, self._held):
+            expired = self._sightings.expired(view.trials)
+            for trial in abandoned(view.trials, self.worker, self._held, expired):
                 self._start(trial.number)
                 first = view.at[record.config_of(trial), int(trial.user_attrs["rung"])]
                 if first is trial and not trials.has_ended(trial):
@@ -240,11 +251,16 @@ class Search:
         """Record the loss of each of the job's seeds, in their order; a number will do where there is one seed. Any
         that is not finite: diverged, which ranks last and is not asked again.
 
-        ValueError, and nothing is changed, for a job that is unknown or was told already, or another number of losses.
+        ValueError, and nothing is changed, for a job that is unknown or was told already (Lost, where it was another's by
+        then), or another number of losses.
         """
         losses = [float(x) for x in loss] if isinstance(loss, Sequence | np.ndarray) else [float(loss)]
-        trials.finish(self._opened, job, losses)
+        trials.finish(self._opened, job, losses, self.worker if self._leased else None)
         self._held.discard(job.number)
+
+    def beat(self, job: Job) -> None:
+        """Keep a job's lease, some times within it. Lost when it is another's, or has been told."""
+        trials.beat(self._opened, job, self.worker)
 
     def report(self, job: Job, tokens: int, loss: float) -> None:
         """Keep a point of a running job's curve, for the forecasts of hpo.stopping. ValueError when it is not running."""
@@ -259,8 +275,19 @@ class Search:
             raise ValueError(
                 f"only a run of one seed can be stopped, trial {job.number} has {job.seeds}: tell its losses"
             )
-        trials.stop(self._opened, job, stopped)
+        trials.stop(self._opened, job, stopped, self.worker if self._leased else None)
         self._held.discard(job.number)
+
+    def crashed(self, job: Job, why: str, *, attempts: int = 2) -> bool:
+        """Note that a job's training crashed, and give it back; whether it is now given up, as diverged, after so many times.
+
+        Lost, and nothing is changed, when it is another's.
+        """
+        if trials.crashed(self._opened, job, why, self.worker) < attempts:
+            self.release(job)
+            return False
+        self.tell(job, [math.nan] * job.seeds)
+        return True
 
     def release(self, job: Job) -> None:
         """Give a job back unfinished: it will be asked again, as the same trial."""
@@ -396,7 +423,8 @@ class Search:
         return Fidelity(self.sizes[bracket.size], view.ladder.levels[bracket.start])
 
     def _attributes(self, view: View, chosen: Wanted) -> dict[str, Any]:
-        return trials.attributes(view, chosen, sizes=self.sizes, worker=self.worker, resumable=self.resumable)
+        attrs = trials.attributes(view, chosen, sizes=self.sizes, worker=self.worker, resumable=self.resumable)
+        return {"beat": 0} | attrs if self._leased else attrs
 
     def _create(self, view: View, chosen: Wanted) -> int:
         number = trials.create(self._opened, self.space, chosen, self._attributes(view, chosen))

@@ -141,6 +141,14 @@ class StudyConfig(Table):
                 probe[name] = value
         return probes
 
+    def with_workers(self, count: int | None) -> StudyConfig:
+        """The same with so many workers; None: its own."""
+        return (
+            self
+            if count is None
+            else self.model_copy(update={"workers": self.workers.model_copy(update={"count": count})})
+        )
+
     def make_trainer(self) -> Trainer:
         """The trainer that the study names, made with its settings."""
         return cast(Trainer, self.trainer.find()(**self.trainer.settings))

@@ -206,3 +206,9 @@ class Workers(Table):
 
     count: PositiveInt = 1
     threads: PositiveInt = 1
+    timeout: PositiveFloat | None = Field(
+        default=None, description="seconds without a measurement after which a run hangs: it is killed; default: never"
+    )
+    lease: PositiveFloat = Field(
+        default=60.0, description="seconds without a sign of life after which a worker's run is another's"
+    )

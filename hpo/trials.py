@@ -2,9 +2,9 @@
 
 What all trials say together is read in hpo.record. The user attributes of a trial: tokens, N, config (number of the
 configuration's first trial), rung, bracket [iteration, size index, start rung], continues (trial number or None),
-resumed_tokens (where each resumed seed went on), seeds, resumed_seeds, worker, losses (one per seed, when there are
+resumed_tokens (where each resumed seed went on), seeds, resumed_seeds, worker, beat (of its lease: hpo.leases), losses (one per seed, when there are
 several; the value is their mean), goal (the rung where a free search wants the run, see hpo.free), diverged (True)
-on a run of which a loss was not finite, and stopped (tokens, loss, mean, sd: record.Stopped) on one that was given up, whose
+on a run of which a loss was not finite, crashes (why its training did, each time), and stopped (tokens, loss, mean, sd: record.Stopped) on one that was given up, whose
 state is PRUNED and which has no value. Where runs may be stopped, intermediate values are the points of their curves.
 
 A trial is created with its attributes in one write, so that a kill at any point leaves either nothing or a running
@@ -28,6 +28,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.free import Wanted
+from hpo.leases import Lost
 from hpo.opening import check_fresh, check_same
 from hpo.parameters import fill_in, made_sampler
 from hpo.record import Job, Stopped, View, config_of, seeds_of
@@ -192,15 +193,33 @@ def report(opened: Opened, job: Job, tokens: int, loss: float) -> None:
     opened.storage.set_trial_intermediate_value(running(opened, job), tokens, loss)
 
 
-def stop(opened: Opened, job: Job, stopped: Stopped) -> None:
+def stop(opened: Opened, job: Job, stopped: Stopped, worker: str | None = None) -> None:
     """End a job's trial as given up. ValueError, and nothing is changed, for a job that is not running."""
-    trial_id = running(opened, job)
+    trial_id = running(opened, job, worker)
     try:
         opened.storage.set_trial_user_attr(trial_id, "stopped", asdict(stopped))
         # not study.tell, which would take the last point of the curve for the trial's value
         opened.storage.set_trial_state_values(trial_id, TrialState.PRUNED)
     except UpdateFinishedTrialError as error:
-        raise ValueError(f"trial {job.number} was told by someone else in the meantime") from error
+        raise Lost(f"trial {job.number} was told by someone else in the meantime") from error
+
+
+def beat(opened: Opened, job: Job, worker: str) -> None:
+    """Write the next number of a lease. Lost when the trial is not this worker's any more, or has ended."""
+    trial_id = running(opened, job, worker)
+    trial = opened.storage.get_trial(trial_id)
+    try:
+        opened.storage.set_trial_user_attr(trial_id, "beat", int(trial.user_attrs.get("beat", 0)) + 1)
+    except UpdateFinishedTrialError as error:
+        raise Lost(f"trial {job.number} was told by someone else in the meantime") from error
+
+
+def crashed(opened: Opened, job: Job, why: str, worker: str) -> int:
+    """Note why a running trial's training crashed; how often it has."""
+    trial_id = running(opened, job, worker)
+    reasons = [*opened.storage.get_trial(trial_id).user_attrs.get("crashes", []), why]
+    opened.storage.set_trial_user_attr(trial_id, "crashes", reasons)
+    return len(reasons)
 
 
 def has_ended(trial: FrozenTrial) -> bool:
@@ -214,8 +233,8 @@ def close(opened: Opened, trial: FrozenTrial) -> None:
     opened.storage.set_trial_state_values(id_of(opened, trial.number), state)
 
 
-def running(opened: Opened, job: Job) -> int:
-    """The id of a job's trial. ValueError when it is not running or not this search's."""
+def running(opened: Opened, job: Job, worker: str | None = None) -> int:
+    """The id of a job's trial. ValueError when it is not running or not this search's; Lost when it is not this worker's."""
     known = f"trial {job.number} of study {opened.study.study_name!r}"
     if not 0 <= job.number < len(opened.study.get_trials(deepcopy=False)):
         raise ValueError(f"{known} does not exist: tell only jobs that this search's ask() gave")
@@ -224,16 +243,20 @@ def running(opened: Opened, job: Job) -> int:
     if trial.user_attrs.get("bracket") != list(job.bracket) or trial.user_attrs.get("rung") != job.rung:
         raise ValueError(f"{known} is another run than {job}: tell only jobs that this search's ask() gave")
     if trial.state != TrialState.RUNNING:
-        raise ValueError(f"{known} is not running but {trial.state.name}: a job is told once")
+        raise Lost(f"{known} is not running but {trial.state.name}: a job is told once")
+    owner = trial.user_attrs.get("worker")
+    if worker is not None and owner != worker:
+        raise Lost(f"{known} was taken over by {owner or 'nobody yet'}: its lease had run out, or it was given back")
     return trial_id
 
 
-def finish(opened: Opened, job: Job, losses: Sequence[float]) -> None:
+def finish(opened: Opened, job: Job, losses: Sequence[float], worker: str | None = None) -> None:
     """End a job's trial: with the mean of the losses, one per seed, or as diverged when one of them is not finite.
 
-    ValueError, and nothing is changed, for a job that is not running or another number of losses.
+    worker: whose it must be, where it is leased. ValueError, and nothing is changed, for a job that is not running or another
+    number of losses.
     """
-    trial_id = running(opened, job)
+    trial_id = running(opened, job, worker)
     seeds = seeds_of(opened.storage.get_trial(trial_id))
     if len(losses) != seeds:
         raise ValueError(
@@ -250,4 +273,4 @@ def finish(opened: Opened, job: Job, losses: Sequence[float]) -> None:
             opened.storage.set_trial_user_attr(trial_id, "diverged", True)
             opened.study.tell(job.number, state=TrialState.FAIL)
     except UpdateFinishedTrialError as error:
-        raise ValueError(f"trial {job.number} was told by someone else in the meantime") from error
+        raise Lost(f"trial {job.number} was told by someone else in the meantime") from error

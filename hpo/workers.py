@@ -1,4 +1,4 @@
-"""Running a study: local worker processes that ask, train and tell, and the launcher that starts and watches them.
+"""Running a study: its files, and the launcher that starts and watches local workers (hpo.working is what each does).
 
 A study's files live in studies/<name>/: `study.journal` (the Optuna study, which is the state of the search), `study.json` (the
 settings it was launched with), `data.json` (the files it trains on) and `checkpoints/`. A worker may die at any moment: its trial is taken up by the next one that asks.
@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpo import record
-from hpo.repeats import StopSignals, run_job, suffix
-from hpo.stopping import watch_of
-from hpo.study import StudyConfig, StudyError, Trainer, Workers, load_study
+from hpo.repeats import suffix
+from hpo.study import StudyConfig, StudyError, Trainer, Workers
 from scaling import spool, tracking
 from scaling.cli import say, sigterm_as_interrupt
 from scaling.compute import Fidelity
+from scaling.secrets import without_passwords
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,6 +56,11 @@ class StudyFiles:
     @property
     def journal(self) -> Path:
         return self.folder / "study.journal"
+
+    @property
+    def storage(self) -> Path:
+        """Where the study is kept instead of the journal, without passwords."""
+        return self.folder / "storage"
 
     @property
     def settings(self) -> Path:
@@ -97,8 +102,10 @@ class Estimate:
     counted: bool = True  # False: a budget's worth of the largest runs; the model decides what will be run
 
 
-def open_search(study: StudyConfig, trainer: Trainer, storage: str | None, name: str | None = None) -> Search:
-    """The study's search, on its journal; in memory without one."""
+def open_search(
+    study: StudyConfig, trainer: Trainer, storage: str | None, name: str | None = None, *, lease: float | None = None
+) -> Search:
+    """The study's search, in a storage; in memory without one."""
     import optuna
 
     from hpo.search import Search
@@ -124,6 +131,7 @@ def open_search(study: StudyConfig, trainer: Trainer, storage: str | None, name:
         storage=storage,
         name=name,
         seed=study.seed,
+        lease=lease,
     )
 
 
@@ -132,10 +140,24 @@ def resumable(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "resumable", True))
 
 
-def open_existing(files: StudyFiles, study: StudyConfig, trainer: Trainer) -> Search:
-    """The search of a study that was launched. StudyError when the file has changed since."""
+def open_existing(files: StudyFiles, study: StudyConfig, trainer: Trainer, *, storage: str | None = None) -> Search:
+    """The search of a study that was launched. StudyError when the file has changed since, ValueError when it is not in this storage."""
     check_same_settings(files, study)
-    return open_search(study, trainer, str(files.journal), files.name)
+    check_storage(files, storage)
+    return open_search(study, trainer, storage or str(files.journal), files.name, lease=study.workers.lease)
+
+
+def check_storage(files: StudyFiles, storage: str | None) -> None:
+    """ValueError when a study was launched in another kind of storage than this (None: its journal)."""
+    there = files.storage.read_text().strip() if files.storage.exists() else None
+    if there and storage is None:
+        raise ValueError(
+            f"study {files.name!r} was launched in {there}: needed that as --storage, or $MUSCALE_STORAGE, got none"
+        )
+    if storage is not None and there is None and files.journal.exists():
+        raise ValueError(
+            f"study {files.name!r} was launched in {files.journal}: leave --storage and $MUSCALE_STORAGE out"
+        )
 
 
 def estimate(search: Search, study: StudyConfig, trainer: Trainer, *, max_tokens: int | None = None) -> Estimate:
@@ -163,7 +185,7 @@ def estimate(search: Search, study: StudyConfig, trainer: Trainer, *, max_tokens
 def refuse_existing(files: StudyFiles, *, uri: str | None) -> MlflowClient:
     """The store's client, or a ValueError when it or the disk already has a study of this name."""
     afresh = f"to start afresh, `hpo forget {files.name}` removes it, or copy {files.toml} to a new name"
-    if files.journal.exists():
+    if files.settings.exists():
         raise ValueError(
             f"study {files.name!r} exists in {files.folder}: `hpo resume {files.name}` goes on with it, "
             f"`hpo extend {files.name} --max-tokens ...` raises its budget; {afresh}"
@@ -171,14 +193,24 @@ def refuse_existing(files: StudyFiles, *, uri: str | None) -> MlflowClient:
     client = tracking.connect(uri)
     if client.get_experiment_by_name(files.name) is not None:
         raise ValueError(
-            f"MLflow at {client.tracking_uri} has a study {files.name!r} whose {files.journal} is gone: {afresh}"
+            f"MLflow at {client.tracking_uri} has a study {files.name!r} whose {files.folder} is gone: {afresh}"
         )
     return client
 
 
-def create(files: StudyFiles, study: StudyConfig, trainer: Trainer, *, uri: str | None) -> Search:
+def create(
+    files: StudyFiles, study: StudyConfig, trainer: Trainer, *, uri: str | None, storage: str | None = None
+) -> Search:
     """Make the study's folder, its Optuna study and its MLflow run. ValueError when it exists."""
     client = refuse_existing(files, uri=uri)
+    search = None
+    if storage:
+        search = open_search(study, trainer, storage, files.name, lease=study.workers.lease)
+        if search.study.get_trials(deepcopy=False):
+            raise ValueError(
+                f"{without_passwords(storage)} has a study {files.name!r} already, which was launched elsewhere: share that one's folder and use "
+                "`hpo worker`, or choose another name"
+            )
     settings = study.model_dump(mode="json")
     ranges = searched_ranges(study, trainer)
     files.folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +222,9 @@ def create(files: StudyFiles, study: StudyConfig, trainer: Trainer, *, uri: str 
     for path, value in ((files.settings, settings), (files.manifest, trainer.manifest())):
         path.write_text(json.dumps(value, indent=1) + "\n")
         tracking.log_file(client, run, path)
-    return open_search(study, trainer, str(files.journal), files.name)
+    if storage:
+        files.storage.write_text(without_passwords(storage) + "\n")
+    return search or open_search(study, trainer, str(files.journal), files.name, lease=study.workers.lease)
 
 
 def note_target(client: MlflowClient, run: str, study: StudyConfig, trainer: Trainer) -> None:
@@ -219,7 +253,7 @@ def searched_ranges(study: StudyConfig, trainer: Trainer) -> dict[str, list[floa
 
 def check_same_settings(files: StudyFiles, study: StudyConfig) -> None:
     """StudyError that lists what the file says otherwise than it did at launch (workers, target and budget may change)."""
-    if not files.journal.exists():
+    if not files.settings.exists():
         raise ValueError(f"study {files.name!r} has not been launched: `hpo launch {files.toml}` starts it")
     # read by the model, so that a study launched before a setting existed has its default
     then = StudyConfig.model_validate_json(files.settings.read_text()).model_dump(mode="json")
@@ -244,12 +278,20 @@ def differences(then: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any
         yield where, then, now
 
 
-def supervise(files: StudyFiles, search: Search, workers: Workers, cost: Estimate, *, uri: str | None) -> int:
+def supervise(
+    files: StudyFiles,
+    search: Search,
+    workers: Workers,
+    cost: Estimate,
+    *,
+    uri: str | None,
+    storage: str | None = None,
+) -> int:
     """Start the study's workers, show progress until it is finished; the exit code."""
     client = tracking.connect(uri)
     parent = tracking.find_study_run(client, files.name)
     tracking.finish(client, parent, status="RUNNING")
-    running = start(files, workers, client, workers.count)
+    running = start(files, workers, client, workers.count, storage=storage)
     stopped = watch(running, Progress(search, cost, workers.count).show)
     send_left(files, client.tracking_uri)
     log_outcome(client, parent, search)
@@ -274,12 +316,31 @@ def send_left(files: StudyFiles, uri: str | None) -> None:
 
 
 def start(
-    files: StudyFiles, workers: Workers, client: MlflowClient, count: int, *options: str
+    files: StudyFiles, workers: Workers, client: MlflowClient, count: int, *options: str, storage: str | None = None
 ) -> list[subprocess.Popen[bytes]]:
-    """So many worker processes of the study."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(workers.threads), "MLFLOW_TRACKING_URI": client.tracking_uri}
+    """So many worker processes of the study, each with a GPU of its own as far as there are any."""
+    shared = os.environ | {"OMP_NUM_THREADS": str(workers.threads), "MLFLOW_TRACKING_URI": client.tracking_uri}
+    if storage is not None:
+        shared["MUSCALE_STORAGE"] = storage  # and not where `ps` shows it to everyone
     command = [sys.executable, "-m", "hpo", "worker", str(files.toml), *options]
-    return [subprocess.Popen(command, env=environment) for _ in range(count)]
+    return [subprocess.Popen(command, env=shared | pinned) for pinned in pins(count, visible_gpus())]
+
+
+def pins(count: int, gpus: Sequence[str]) -> list[dict[str, str]]:
+    """What each of so many workers finds in its environment: one GPU, shared only where there are more workers than GPUs."""
+    return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(count)]
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [gpu.strip() for gpu in named.split(",") if gpu.strip() not in ("", "-1")]
+    if not Path("/dev/nvidiactl").exists() and sys.platform == "linux":
+        return []  # and torch, which takes seconds, need not be asked
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 def watch(running: Sequence[subprocess.Popen[bytes]], show: Callable[[], None]) -> bool:
@@ -311,30 +372,6 @@ def stop_all(running: Sequence[subprocess.Popen[bytes]]) -> None:
             )
             process.kill()
             process.wait()
-
-
-def work(files: StudyFiles, *, uri: str | None = None) -> int:
-    """One worker: ask, train, tell until nothing is left. The exit code."""
-    study, trainer = load_study(files.toml)
-    search = open_existing(files, study, trainer)
-    store = uri or tracking.default_uri()
-    with StopSignals() as stop:
-        while not stop.requested:
-            job = search.ask()
-            if job is None:
-                if search.finished:
-                    return 0
-                time.sleep(POLL_SECONDS)  # the rung that would follow waits for another worker's run
-                continue
-            try:
-                outcome = run_job(job, trainer, files, store, stop, watch_of(search, job, trainer, study.search.stop))
-            except KeyboardInterrupt:
-                return 130  # the trial stays as it is; whoever asks next takes it up from what is on disk
-            if isinstance(outcome, record.Stopped):
-                search.stop(job, outcome)
-            else:
-                search.tell(job, outcome)
-    return 130
 
 
 def outcomes(search: Search) -> list[FrozenTrial]:

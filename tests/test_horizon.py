@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hpo import workers
+from hpo import workers, working
 from hpo.__main__ import app
 from hpo.study import StudyError, load_study
 from hpo.workers import StudyFiles
@@ -59,7 +59,7 @@ def test_a_promotion_pays_its_full_price_under_a_horizon_and_the_difference_with
     study, trainer = load_study(files.toml)
     expected = workers.open_search(study, trainer, None).plan()
     search = workers.create(files, study, trainer, uri=uri)
-    assert workers.work(files, uri=uri) == 0
+    assert working.work(files, uri=uri, apart=False) == 0
     assert search.finished
 
     levels = [tokens for tokens, _ in asked]

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from hpo import samplers, stopping, workers
+from hpo import samplers, stopping, workers, working
 from hpo.__main__ import app
 from hpo.cube import Cube
 from hpo.hyperband import VARIANTS, Variant
@@ -411,7 +411,7 @@ def test_a_worker_stops_runs_when_the_study_file_says_so_and_status_counts_them(
     )
     config, trainer = load_study(files.toml)
     search = workers.create(files, config, trainer, uri=client.tracking_uri)
-    assert workers.work(files, uri=client.tracking_uri) == 0
+    assert working.work(files, uri=client.tracking_uri, apart=False) == 0
     now = search.progress
     assert search.finished
     assert now.stopped

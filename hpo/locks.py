@@ -1,0 +1,180 @@
+"""The lock under which a search takes its decisions, wherever its study is stored.
+
+A file beside a journal or an SQLite file; an advisory lock of PostgreSQL, which its server gives up with the connection of whoever
+held it; for any other storage that processes share (MySQL, Optuna's gRPC proxy) tickets in a study of their own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from contextlib import AbstractContextManager
+from hashlib import sha256
+from typing import Any
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import TrialState, create_trial
+
+from hpo.leases import Sightings, is_alive, process_name
+
+POLL_SECONDS = 0.05
+BEAT_SECONDS = 5.0  # of who holds a ticket; a decision may take longer than that
+EXPIRY_SECONDS = 30.0
+
+_threads: weakref.WeakKeyDictionary[BaseStorage, threading.RLock] = weakref.WeakKeyDictionary()
+_guard = threading.Lock()
+
+
+def lock_of(storage: BaseStorage, opened: BaseStorage, study: str) -> AbstractContextManager[Any]:
+    """The lock of a study in a storage that is no local file. storage: as it was given or made; opened: as Optuna uses it."""
+    inner = getattr(storage, "_backend", storage)  # of Optuna's cache in front of a database
+    if isinstance(inner, RDBStorage) and inner.engine.url.get_backend_name() == "postgresql":
+        return Both(threads_lock(storage), Advisory(inner, study))
+    if isinstance(inner, InMemoryStorage | JournalStorage) or (
+        isinstance(inner, RDBStorage) and inner.engine.url.get_backend_name() == "sqlite"
+    ):
+        return threads_lock(storage)
+    return Both(threads_lock(storage), Tickets(opened, study))
+
+
+def threads_lock(storage: BaseStorage) -> threading.RLock:
+    """Between the threads of this process that share a storage object."""
+    with _guard:
+        return _threads.setdefault(storage, threading.RLock())
+
+
+class Both:
+    """One lock inside the other: threads first, so that a process comes to the other one once."""
+
+    def __init__(self, outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> None:
+        self.outer, self.inner = outer, inner
+
+    def __enter__(self) -> None:
+        self.outer.__enter__()
+        try:
+            self.inner.__enter__()
+        except BaseException:
+            self.outer.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self.inner.__exit__(*error)
+        finally:
+            self.outer.__exit__(*error)
+
+
+class Advisory:
+    """PostgreSQL's lock of a session, on a connection of its own. A lost connection is an error, at the latest on leaving."""
+
+    def __init__(self, storage: RDBStorage, study: str) -> None:
+        self._engine = storage.engine
+        self._key = int.from_bytes(sha256(f"muscale/{study}".encode()).digest()[:8], "big", signed=True)
+        self._connection: Any = None
+
+    def __enter__(self) -> None:
+        from sqlalchemy import text
+
+        connection = self._engine.connect()
+        try:
+            connection.execute(text("select pg_advisory_lock(:key)"), {"key": self._key})
+            connection.commit()  # the lock is the session's: no transaction stays open meanwhile
+        except BaseException:
+            connection.invalidate()
+            connection.close()
+            raise
+        self._connection = connection
+
+    def __exit__(self, *_: object) -> None:
+        from sqlalchemy import text
+        from sqlalchemy.exc import DBAPIError
+
+        connection, self._connection = self._connection, None
+        try:
+            connection.execute(text("select pg_advisory_unlock(:key)"), {"key": self._key})
+            connection.commit()
+        except DBAPIError:  # the server gave the lock up when it lost the connection
+            connection.invalidate()
+        finally:
+            connection.close()
+
+
+class Tickets:
+    """A queue on the storage itself, for those that offer nothing else: a trial of the study `<name>.lock` is a ticket, numbers are
+    given out by the storage, and the lowest that is still running holds the lock.
+
+    A ticket whose holder is dead, or has not moved for EXPIRY_SECONDS, is taken from it. One that comes back after that finds out on
+    leaving (RuntimeError); two decisions may then have overlapped, of which `Search` lets the first count.
+    """
+
+    def __init__(self, storage: BaseStorage, study: str) -> None:
+        self._storage, self._name = storage, f"{study}.lock"
+        self._study: int | None = None
+        self._owner = process_name()
+        self._seen = Sightings(EXPIRY_SECONDS)
+        self._ticket: int | None = None
+        self._stop = threading.Event()
+        self._beating: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        study = self._opened()
+        attrs = {"worker": self._owner, "beat": 0}
+        ticket = self._storage.create_new_trial(study, create_trial(state=TrialState.RUNNING, user_attrs=attrs))
+        number = self._storage.get_trial_number_from_id(ticket)
+        self._ticket = ticket
+        self._stop = threading.Event()
+        self._beating = threading.Thread(target=self._beat, args=(ticket, self._stop), daemon=True)
+        self._beating.start()
+        try:
+            while True:
+                waiting = self._storage.get_all_trials(study, deepcopy=False, states=(TrialState.RUNNING,))
+                before = [t for t in waiting if t.number < number]
+                if not before:
+                    return
+                gone = self._seen.expired(before)
+                for t in before:
+                    if t.number in gone or not is_alive(str(t.user_attrs["worker"])):
+                        self._end(
+                            self._storage.get_trial_id_from_study_id_trial_number(study, t.number), TrialState.FAIL
+                        )
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            self._leave()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        if not self._leave() and error[0] is None:
+            raise RuntimeError(f"the lock of study {self._name!r} was taken from this process, which had stood still")
+
+    def _leave(self) -> bool:
+        self._stop.set()
+        ticket, self._ticket = self._ticket, None
+        return ticket is not None and self._end(ticket, TrialState.COMPLETE)
+
+    def _end(self, ticket: int, state: TrialState) -> bool:
+        try:
+            return self._storage.set_trial_state_values(ticket, state, (0.0,) if state == TrialState.COMPLETE else None)
+        except UpdateFinishedTrialError:
+            return False
+
+    def _beat(self, ticket: int, stop: threading.Event) -> None:
+        beat = 0
+        while not stop.wait(BEAT_SECONDS):
+            beat += 1
+            try:
+                self._storage.set_trial_user_attr(ticket, "beat", beat)
+            except UpdateFinishedTrialError:
+                return
+
+    def _opened(self) -> int:
+        if self._study is None:
+            from optuna.exceptions import DuplicatedStudyError
+
+            try:
+                self._study = self._storage.create_new_study([StudyDirection.MINIMIZE], self._name)
+            except DuplicatedStudyError:
+                self._study = self._storage.get_study_id_from_name(self._name)
+        return self._study

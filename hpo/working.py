@@ -1,0 +1,145 @@
+"""One worker of a study: ask, train, tell, whatever happens to trainings, storages and other workers meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from hpo import record
+from hpo.apart import Apart, Crashed, StoodStill
+from hpo.leases import Lost
+from hpo.repeats import StopSignals, record_crash, run_job
+from hpo.stopping import Watch, watch_of
+from hpo.study import Trainer, load_study
+from hpo.workers import POLL_SECONDS, StudyFiles, open_existing
+from scaling import tracking
+from scaling.cli import say
+
+if TYPE_CHECKING:
+    from hpo.search import Job, Search
+
+T = TypeVar("T")
+PATIENCE_SECONDS = 600.0  # with a storage that does not answer
+
+
+def work(files: StudyFiles, *, uri: str | None = None, storage: str | None = None, apart: bool = True) -> int:
+    """One worker: ask, train, tell until nothing is left. The exit code.
+
+    apart: train in a process of its own, so that a training that is killed, hangs or runs out of memory is tried once more and then
+    counts as diverged, and the worker lives.
+    """
+    study, trainer = load_study(files.toml)
+    store = uri or tracking.default_uri()
+    here = (
+        Apart(study, files, store, study.workers.lease, study.workers.timeout) if apart else Here(trainer, files, store)
+    )
+    with StopSignals() as stop, here as training:
+        search = open_existing(files, study, trainer, storage=storage)
+        while not stop.requested:
+            job = patiently(search.ask, stop)
+            if job is None:
+                if patiently(lambda: search.finished, stop):
+                    return 0
+                time.sleep(POLL_SECONDS)  # the rung that would follow waits for another worker's run
+                continue
+            try:
+                watch = watch_of(search, job, trainer, study.search.stop)
+                outcome = training.train(job, watch, partial(keep_lease, search, job), stop)
+            except KeyboardInterrupt:
+                patiently(partial(give_back, search, job), stop)  # whoever asks next takes it up from what is on disk
+                return 130
+            except Crashed as crash:
+                patiently(partial(count_crash, search, job, trainer, files, store, str(crash)), stop)
+                continue
+            except (Lost, StoodStill) as lost:
+                say(f"trial {job.number} is left to others: {lost}")
+                continue
+            patiently(partial(tell, search, job, outcome), stop)
+    return 130
+
+
+def tell(search: Search, job: Job, outcome: list[float] | record.Stopped) -> None:
+    """Record an outcome, unless another worker has by now."""
+    try:
+        if isinstance(outcome, record.Stopped):
+            search.stop(job, outcome)
+        else:
+            search.tell(job, outcome)
+    except Lost as lost:
+        say(f"an outcome is not counted: {lost}")
+
+
+def give_back(search: Search, job: Job) -> None:
+    """Let others have a job at once, unless one has it already."""
+    with contextlib.suppress(Lost):
+        search.beat(job)
+        search.release(job)
+
+
+def keep_lease(search: Search, job: Job) -> None:
+    """A beat; where the storage is away none can be written, nor read by who would take the job."""
+    try:
+        search.beat(job)
+    except storage_errors() as error:
+        say(f"trial {job.number}: the storage does not answer ({type(error).__name__}); training goes on")
+
+
+def count_crash(search: Search, job: Job, trainer: Trainer, files: StudyFiles, store: str, why: str) -> None:
+    """Let a job that crashed be tried once more, or record it as diverged."""
+    try:
+        given_up = search.crashed(job, why)
+    except Lost as lost:
+        say(f"trial {job.number} is left to others: {lost}")
+        return
+    say(f"trial {job.number} crashed: {why}; {'it counts as diverged' if given_up else 'it will be tried once more'}")
+    if given_up:
+        record_crash(job, trainer, files, store, why)
+
+
+def patiently(do: Callable[[], T], stop: StopSignals) -> T:
+    """Do it again while the storage is away, for PATIENCE_SECONDS at most, or until this process is told to stop."""
+    began, wait = time.monotonic(), 0.5
+    while True:
+        try:
+            return do()
+        except storage_errors() as error:
+            if stop.requested or time.monotonic() - began > PATIENCE_SECONDS:
+                raise
+            say(f"the storage does not answer, trying again in {wait:g} s: {type(error).__name__}")
+            time.sleep(wait)
+            wait = min(2 * wait, 15.0)
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """What Optuna's storages and our locks raise when a server, or the disk's space, has gone for a while."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import DBAPIError
+
+    errors: tuple[type[Exception], ...] = (StorageInternalError, DBAPIError, OSError)
+    grpc = sys.modules.get("grpc")  # loaded by a storage that needs it
+    return errors if grpc is None else (*errors, grpc.RpcError)
+
+
+@dataclass
+class Here:
+    """Trains jobs in this process."""
+
+    trainer: Trainer
+    files: StudyFiles
+    uri: str
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def train(
+        self, job: Job, watch: Watch | None, beat: Callable[[], None], stop: StopSignals
+    ) -> list[float] | record.Stopped:
+        return run_job(job, self.trainer, self.files, self.uri, stop, watch)

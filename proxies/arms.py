@@ -181,7 +181,7 @@ def commands(plan: LaunchPlan, path: Path, arm: Arm, *, uri: str | None = None) 
         torchrun.append("--standalone")
     else:
         torchrun += ["--nnodes", str(plan.nodes), "--rdzv-backend", "c10d", "--rdzv-id", f"{plan.id}-{arm}"]
-        torchrun += ["--rdzv-endpoint", "HOST:PORT"]
+        torchrun = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", *torchrun, "--rdzv-endpoint", "HOST:PORT"]
     return [[*torchrun, *words]] * plan.nodes
 
 

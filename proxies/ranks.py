@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from proxies.model import Transformer
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 Engine = Literal["plain", "ddp", "fsdp2"]
 T = TypeVar("T")
@@ -131,11 +134,28 @@ def joined(engine: Engine, *, timeout_s: float = 600.0) -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    wait = timedelta(seconds=timeout_s)
+    torch.distributed.init_process_group(backend, store=_store(wait), rank=rank, world_size=world, timeout=wait)
     try:
         yield Ranks(rank, world, engine)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _store(wait: timedelta) -> Store:
+    """Where ranks find each other, apart from what an attempt that torchrun has ended left there.
+
+    torchrun (2.13) keeps one store for all attempts of a node, whose ranks would look for each other at addresses of the dead. How often it
+    has started is the same for all ranks of one node; on several the printed commands make it open a store for each attempt.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store: Store
+    store, _, _ = next(rendezvous("env://", timeout=wait))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store
 
 
 def spawned(work: Callable[..., None], world: int, engine: Engine, *args: Any) -> None:

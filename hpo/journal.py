@@ -61,7 +61,9 @@ class Journal(JournalFileBackend):
     """The backend of a JournalStorage, at this path."""
 
     def __init__(self, path: str | Path) -> None:
-        self._whole = Flock(f"{path}.lock")
+        # Not Optuna's own .lock, a symbolic link that a killed holder leaves behind. A writer without this backend (someone who enqueues
+        # a trial) is not excluded, and need not be: it appends in one write, too.
+        self._whole = Flock(f"{path}.flock")
         super().__init__(str(path), lock_obj=self._whole)  # type: ignore[arg-type]  # acquire and release are all that is asked
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:

@@ -140,7 +140,7 @@ class Tickets:
                         self._end(
                             self._storage.get_trial_id_from_study_id_trial_number(study, t.number), TrialState.FAIL
                         )
-                time.sleep(POLL_SECONDS)
+                time.sleep(POLL_SECONDS * len(before))  # only who is next looks often
         except BaseException:
             self._leave()
             raise

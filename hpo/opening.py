@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -173,7 +174,8 @@ def open_storage(
         made = opened = _proxy(str(storage))
     elif "://" in str(storage):
         # a database in memory, or the file of one, is opened anew; a server once
-        made, opened = found = (_database if str(storage).startswith("sqlite") else _server)(str(storage))
+        sqlite = str(storage).startswith("sqlite")
+        made, opened = found = _database(str(storage)) if sqlite else _server(str(storage), os.getpid())
         database = found[0].engine.url
         if database.get_backend_name() == "sqlite" and database.database not in (None, "", ":memory:"):
             beside = f"{Path(str(database.database)).absolute()}.ask.lock"
@@ -217,6 +219,6 @@ def _database(url: str) -> tuple[RDBStorage, BaseStorage]:
 
 
 @cache
-def _server(url: str) -> tuple[RDBStorage, BaseStorage]:
-    """The same, one for all searches of this process."""
+def _server(url: str, process: int) -> tuple[RDBStorage, BaseStorage]:
+    """The same, one for all searches of a process; a fork must not use its parent's connections."""
     return _database(url)

@@ -236,15 +236,19 @@ def close(opened: Opened, trial: FrozenTrial) -> None:
 def running(opened: Opened, job: Job, worker: str | None = None) -> int:
     """The id of a job's trial. ValueError when it is not running or not this search's; Lost when it is not this worker's."""
     known = f"trial {job.number} of study {opened.study.study_name!r}"
-    if not 0 <= job.number < len(opened.study.get_trials(deepcopy=False)):
+    try:
+        trial_id = id_of(opened, job.number) if job.number >= 0 else None
+    except KeyError:
+        trial_id = None
+    if trial_id is None:
         raise ValueError(f"{known} does not exist: tell only jobs that this search's ask() gave")
-    trial_id = id_of(opened, job.number)
     trial = opened.storage.get_trial(trial_id)
-    if trial.user_attrs.get("bracket") != list(job.bracket) or trial.user_attrs.get("rung") != job.rung:
+    attrs, theirs = trial.user_attrs, (list(job.bracket), job.rung, job.seeds)
+    if (attrs.get("bracket"), attrs.get("rung"), seeds_of(trial)) != theirs:
         raise ValueError(f"{known} is another run than {job}: tell only jobs that this search's ask() gave")
     if trial.state != TrialState.RUNNING:
         raise Lost(f"{known} is not running but {trial.state.name}: a job is told once")
-    owner = trial.user_attrs.get("worker")
+    owner = attrs.get("worker")
     if worker is not None and owner != worker:
         raise Lost(f"{known} was taken over by {owner or 'nobody yet'}: its lease had run out, or it was given back")
     return trial_id
@@ -256,8 +260,7 @@ def finish(opened: Opened, job: Job, losses: Sequence[float], worker: str | None
     worker: whose it must be, where it is leased. ValueError, and nothing is changed, for a job that is not running or another
     number of losses.
     """
-    trial_id = running(opened, job, worker)
-    seeds = seeds_of(opened.storage.get_trial(trial_id))
+    trial_id, seeds = running(opened, job, worker), job.seeds
     if len(losses) != seeds:
         raise ValueError(
             f"trial {job.number} is {seeds} training{'s' if seeds > 1 else ''}, got {len(losses)} "

@@ -1,0 +1,270 @@
+"""Many workers on one study: trials a second by storage, how busy they are, and whether any decision was taken twice.
+
+    python benchmarks/many_workers.py                               # journal and PostgreSQL, with and without Optuna's proxy; 1, 8, 32
+    python benchmarks/many_workers.py --storage journal --workers 32 --trials 500 --seconds 0.1
+
+PostgreSQL is made afresh in a temporary folder and started there; its programs are looked for on the PATH and where Debian puts them.
+Workers are processes that ask, sleep and tell. With --seconds S a trial sleeps between S / 3.2 and 3.2 S, a factor of ten, log-uniform.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial
+
+from hpo.hyperband import rung_sizes
+from hpo.search import Lost, Search
+
+STORAGES = ("journal", "postgresql", "grpc+journal", "grpc+postgresql")
+TOKENS = (1_000, 27_000)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a crowd of workers did."""
+
+    trials: int  # results
+    seconds: float  # from the first ask to the last tell
+    busy: float  # share of the workers' time that was training, until the first found nothing left to start
+    asking: float  # mean seconds of an ask
+    faults: list[str]
+
+
+def search(storage: str, **changes: Any) -> Search:
+    """A random search, several sizes, promotions as soon as they can be."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    settings: dict[str, Any] = {
+        "tokens": TOKENS,
+        "sizes": (1e3, 4e3),
+        "sampler": "random",
+        "iterations": 40,
+        "asynchronous": True,
+        "storage": storage,
+        "name": "crowd",
+        "lease": 60.0,
+    }
+    return Search({"lr": FloatDistribution(1e-4, 1.0, log=True)}, **(settings | changes))
+
+
+def loss_of(params: dict[str, Any], tokens: float) -> float:
+    return 2 + math.log(params["lr"] / 0.01) ** 2 / 20 + float(tokens) ** -0.3
+
+
+def worker(storage: str, name: str, trials: int, seconds: float, results: Any, go: Any) -> None:
+    """Ask, sleep, tell until the study has so many results."""
+    mine = search(storage, worker=name)
+    slept, asked, asks = 0.0, 0.0, 0
+    rng = random.Random(name)
+    go.wait()
+    began = ended = time.monotonic()
+    while len(mine.study.get_trials(deepcopy=False)) < trials:
+        before = time.monotonic()
+        job = mine.ask()
+        asked += time.monotonic() - before
+        asks += 1
+        if job is None:
+            time.sleep(0.05)
+            continue
+        before = time.monotonic()
+        time.sleep(seconds * 10 ** rng.uniform(-0.5, 0.5) if seconds else 0.0)
+        slept += time.monotonic() - before
+        with contextlib.suppress(Lost):  # counted by what the study holds
+            mine.tell(job, loss_of(job.params, job.fidelity.D))
+        ended = time.monotonic()
+    results.put((began, ended, slept, asked, asks))
+
+
+def crowd(storage: str, workers: int, trials: int, seconds: float) -> Seen:
+    """So many workers on a new study, in processes of their own."""
+    study = search(storage)
+    context = multiprocessing.get_context("spawn" if storage.startswith("grpc") else "fork")
+    results, go = context.Queue(), context.Event()
+    given = [(storage, f"host-{i}/1/1.0", trials, seconds, results, go) for i in range(workers)]
+    running = [context.Process(target=worker, args=args) for args in given]
+    for process in running:
+        process.start()
+    time.sleep(1.0 + 0.1 * workers)
+    go.set()
+    rows = [results.get(timeout=600) for _ in running]
+    for process in running:
+        process.join()
+    first, last = min(r[0] for r in rows), max(r[1] for r in rows)
+    done = [t for t in study.study.get_trials(deepcopy=False) if t.state.is_finished()]
+    return Seen(
+        len(done),
+        last - first,
+        sum(r[2] for r in rows) / sum(r[1] - r[0] for r in rows),
+        sum(r[3] for r in rows) / sum(r[4] for r in rows),
+        faults(study, study.study.get_trials(deepcopy=False)),
+    )
+
+
+def faults(study: Search, trials: list[FrozenTrial]) -> list[str]:
+    """What must not be: an evaluation twice, a promotion without the run below, a rung with more than its share, one left over."""
+    said = []
+    ours = [t for t in trials if "bracket" in t.user_attrs]
+    twice = [k for k, n in Counter((t.user_attrs["config"], t.user_attrs["rung"]) for t in ours).items() if n > 1]
+    if twice:
+        said.append(f"evaluated twice: {twice}")
+    at = {(t.user_attrs["config"], t.user_attrs["rung"]): t for t in ours}
+    starts = {t.user_attrs["config"]: t.user_attrs["rung"] for t in reversed(ours)}
+    for (config, rung), t in at.items():
+        below = at.get((config, rung - 1))
+        if rung > starts[config] and (below is None or below.datetime_complete is None):
+            said.append(f"promoted without a result below: configuration {config} at rung {rung}")
+        elif rung > starts[config] and t.datetime_start is not None and below is not None:
+            assert below.datetime_complete is not None
+            if (below.datetime_complete - t.datetime_start).total_seconds() > 0.05:
+                said.append(f"promoted before its result: configuration {config} at rung {rung}")
+    by_rung = Counter((tuple(t.user_attrs["bracket"]), t.user_attrs["rung"]) for t in ours)
+    for (bracket, rung), n in by_rung.items():
+        start = bracket[-1]
+        most = rung_sizes(start, study.ladder.top, study.ladder.eta)[rung - start]
+        if n > most and (rung == start or not study.asynchronous):  # ahead of time some rise that prove wrong
+            said.append(f"bracket {bracket} has {n} runs at rung {rung}, more than {most}")
+    return said
+
+
+@contextlib.contextmanager
+def postgresql(folder: Path, port: int | None = None) -> Iterator[str]:
+    """A fresh server of PostgreSQL; the URL of its database. Stopped in the end."""
+    with Server(folder, port or free_port()) as server:
+        yield server.url
+
+
+class Server:
+    """A PostgreSQL server of one's own, that can be killed and started again."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder / "postgresql", port
+        self.url = f"postgresql+psycopg2://muscale@127.0.0.1:{port}/postgres"
+        found = [shutil.which("postgres"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres")))]
+        programs = [Path(p).resolve().parent for p in found if p]
+        if not programs:
+            raise RuntimeError("needed PostgreSQL's programs (initdb, postgres), found none: install postgresql")
+        self.programs = programs[-1]
+
+    def __enter__(self) -> Server:
+        self.folder.mkdir(mode=0o700)
+        if os.geteuid() == 0:  # its programs refuse to run as root
+            shutil.chown(self.folder, "postgres")
+            for parent in self.folder.parents:
+                if parent != Path("/") and parent.stat().st_mode & 0o1 == 0:
+                    parent.chmod(parent.stat().st_mode | 0o1)
+        self._run("initdb", "-D", str(self.folder), "-U", "muscale", "--auth", "trust", "-E", "UTF8", "--no-sync")
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """And wait until it answers."""
+        words = [str(self.programs / "postgres"), "-D", str(self.folder), "-p", str(self.port), "-k", str(self.folder)]
+        words += ["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(self._as_user(words), stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while subprocess.run(
+            [str(self.programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)], check=False
+        ).returncode:
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise RuntimeError(f"PostgreSQL did not start:\n{(self.folder / 'log').read_text()[-2000:]}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """kill -9, of all its processes."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _run(self, program: str, *words: str) -> None:
+        subprocess.run(self._as_user([str(self.programs / program), *words]), check=True, capture_output=True)
+
+    @staticmethod
+    def _as_user(words: list[str]) -> list[str]:
+        return (
+            ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", *words]
+            if os.geteuid() == 0
+            else words
+        )
+
+
+@contextlib.contextmanager
+def proxy(storage: str) -> Iterator[str]:
+    """Optuna's gRPC proxy in front of a storage; its URL."""
+    port = free_port()
+    code = (
+        "import sys; from hpo.opening import open_storage; from optuna.storages import run_grpc_proxy_server; "
+        "run_grpc_proxy_server(open_storage(sys.argv[1], None, 'x')[0], host='127.0.0.1', port=int(sys.argv[2]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, storage, str(port)], stderr=subprocess.DEVNULL
+    )
+    try:
+        yield f"grpc://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def opened(kind: str) -> Iterator[str]:
+    """A fresh storage of that kind, by its URL or path."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        storage = str(folder / "study.journal")
+        if kind.endswith("postgresql"):
+            storage = stack.enter_context(postgresql(folder))
+        if kind.startswith("grpc"):
+            storage = stack.enter_context(proxy(storage))
+        yield storage
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--storage", nargs="+", choices=STORAGES, default=list(STORAGES))
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=0.0, help="a trial sleeps about this long")
+    given = parser.parse_args()
+    print("storage           workers  trials/s  busy  seconds/ask  faults")
+    for kind in given.storage:
+        for count in given.workers:
+            with opened(kind) as storage:
+                seen = crowd(storage, count, given.trials, given.seconds)
+            rate = seen.trials / seen.seconds
+            print(
+                f"{kind:<17} {count:>7} {rate:>9.1f} {seen.busy:>5.2f} {seen.asking:>12.3f}  {seen.faults or 'none'}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

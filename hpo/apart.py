@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from scaling.runs import Measurement
 
 POLL_SECONDS = 0.1
+START_SECONDS = 300.0  # for imports and data, where runs have a timeout
 STOOD_STILL = 75  # exit code: the worker gave no sign of life for a lease
 MEMORY = ("MemoryError", "OutOfMemoryError")
 OOM_SCORE = 500  # of 1000: where the system runs out of memory, this process goes first
@@ -83,6 +84,9 @@ class Apart:
         channel = self._start()
         channel.send(job)
         heard = beaten = time.monotonic()
+        patience = (
+            None if self.timeout is None else max(self.timeout, START_SECONDS)
+        )  # with imports, before it has begun
         told = False
         while True:
             if stop.requested and not told:
@@ -93,7 +97,9 @@ class Apart:
                     kind, value = channel.recv()
                 except (EOFError, OSError):
                     raise self._ended(beat) from None
-                heard = time.monotonic()
+                heard, patience = time.monotonic(), self.timeout
+                if kind == "begun":
+                    continue
                 if kind == "point":
                     channel.send(_judged(watch, value))
                     continue
@@ -115,9 +121,9 @@ class Apart:
                     self.kill()
                     raise
                 beaten = now
-            if self.timeout is not None and now - heard > self.timeout:
+            if patience is not None and now - heard > patience:
                 self.kill()
-                raise Crashed(f"no measurement for {self.timeout:g} s: killed as hanging")
+                raise Crashed(f"no measurement for {patience:g} s: killed as hanging")
 
     def kill(self) -> None:
         """End the process and all that it has started, at once."""
@@ -246,6 +252,7 @@ def _main(
         trainer = study.make_trainer()
         while not stop.requested:
             job = channel.recv()
+            channel.send(("begun", None))
             with life.at_work():
                 try:
                     outcome = run_job(job, trainer, files, uri, stop, _Reporting(channel))

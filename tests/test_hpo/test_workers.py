@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas as pd
 import psutil
 import pytest
 from optuna.trial import FrozenTrial
@@ -92,6 +93,9 @@ class Study:
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(journal))
         return optuna.load_study(study_name="toy", storage=storage).trials
 
+    def runs(self) -> pd.DataFrame:
+        return load_runs("toy", tracking_uri=f"sqlite:///{self.folder}/mlflow.db")
+
     def results(self) -> Counter[tuple[int, int]]:
         """(configuration, rung) -> number of results."""
         done = (
@@ -142,7 +146,7 @@ def test_a_study_from_launch_to_extend(study: Study) -> None:
     study.check_whole()
     assert set(study.trained().values()) == {1}, "a promotion resumes its checkpoint, so no step is trained twice"
 
-    runs = load_runs("toy", tracking_uri=f"sqlite:///{study.folder}/mlflow.db")
+    runs = study.runs()
     assert len(runs) == 44
     in_optuna = sorted(t.value for t in study.trials if t.value is not None)
     assert sorted(runs.loc[~runs["diverged"], "loss"]) == pytest.approx(in_optuna)
@@ -200,7 +204,7 @@ def test_repeats_are_trained_and_recorded_once_each_whenever_the_study_is_stoppe
     assert study.trained().total() * 1000 > trained
 
     seeds = (1, 2, 3)
-    runs = load_runs("toy", tracking_uri=f"sqlite:///{study.folder}/mlflow.db")
+    runs = study.runs()
     for trial in study.trials:
         attrs = trial.user_attrs
         config, tokens, count = attrs["config"], attrs["tokens"], seeds[attrs["rung"]]
@@ -262,9 +266,7 @@ def test_a_confirmation_is_stopped_resumed_and_kept(slow_study: Study) -> None:
     assert sorted(r.data.metrics["confirm/loss"] for r in runs) == pytest.approx(
         sorted(found["answer"]["losses"] + found["rival"]["losses"])
     )
-    assert len(load_runs("toy", tracking_uri=f"sqlite:///{study.folder}/mlflow.db")) == 44, (
-        "no law takes them for proxies"
-    )
+    assert len(study.runs()) == 44, "no law takes them for proxies"
 
     said = study.run("best", "toy")
     assert "confirmed on 3 fresh seeds at N 4,000, D 18,000" in said

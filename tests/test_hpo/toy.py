@@ -6,11 +6,13 @@ import json
 import math
 import os
 import random
+import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import BaseModel, ConfigDict
 
 from scaling.compute import Fidelity
@@ -27,6 +29,8 @@ class ToyTrainer(BaseModel):
     sizes: tuple[float, ...] = (1000.0, 4000.0)
     pause: float = 0.0
     noise: float = 0.0
+    hungry: float = 0.0  # below this lr a run takes all the memory that it may have, a GB
+    hanging: float = math.inf  # above this one it never says anything
     steps: Path | None = None  # a folder where every process writes the steps that it has trained
 
     def problems(self, space: Mapping[str, Any], tokens: tuple[int, int] | None) -> list[str]:
@@ -62,6 +66,13 @@ class ToyTrainer(BaseModel):
         own = (params["lr"], fidelity.N, repeat)
         assert (state["lr"], state["N"], state["repeat"]) == own, "resumed another run's checkpoint"
         assert state["tokens"] <= fidelity.D
+        if params["lr"] < self.hungry:
+            resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**30,) * 2)
+            blocks = []
+            while True:
+                blocks.append(bytearray(2**26))
+        while params["lr"] > self.hanging:
+            time.sleep(60)
         try:
             while state["tokens"] < fidelity.D:
                 time.sleep(self.pause)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -353,6 +354,8 @@ def watch(running: Sequence[subprocess.Popen[bytes]], show: Callable[[], None]) 
                 time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         stopped = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # from here to the end: what they ask for is being done
         stop_all(running)
     show()
     return stopped

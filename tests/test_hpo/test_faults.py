@@ -49,9 +49,9 @@ def test_a_training_that_is_killed_is_tried_again_and_its_worker_lives(tmp_path:
 
 def test_a_training_that_always_eats_all_memory_or_hangs_counts_as_diverged(tmp_path: Path) -> None:
     study = Study(tmp_path, pause=0.0)
-    add(study, "timeout = 3.0\n")
+    add(study, "timeout = 20.0\n")
     toml = study.folder / "studies" / "toy.toml"
-    toml.write_text(toml.read_text().replace("pause =", "hungry = 1.8e-4\nhanging = 0.6\npause ="))
+    toml.write_text(toml.read_text().replace("pause =", "hungry = 1.8e-4\nhanging = 0.75\npause ="))
     said = study.run("launch", "toy")
     study.check_whole()
     reasons: dict[str, list[str]] = {}
@@ -63,7 +63,7 @@ def test_a_training_that_always_eats_all_memory_or_hangs_counts_as_diverged(tmp_
             assert len(trial.user_attrs["crashes"]) == 2
     assert set(reasons) == {"hungry", "hanging"}, "the space has both ends"
     assert all("out of memory" in why for why in reasons["hungry"])
-    assert all("no measurement for 3 s" in why for why in reasons["hanging"])
+    assert all("no measurement for 20 s" in why for why in reasons["hanging"])
     assert "it counts as diverged" in said
     runs = study.runs()
     assert int(runs["diverged"].sum()) == sum("diverged" in t.user_attrs for t in study.trials)
@@ -112,24 +112,22 @@ def test_ten_signals_in_a_row_are_one(tmp_path: Path) -> None:
     assert set(study.trained().values()) == {1}, "each training kept its state"
 
 
-def test_the_launcher_killed_with_nine_leaves_workers_that_finish_and_a_second_launcher_joins_them(
-    tmp_path: Path,
-) -> None:
-    study = Study(tmp_path, pause=0.05)
+def test_three_launchers_of_one_study_one_of_them_killed_do_its_work_once(tmp_path: Path) -> None:
+    study = Study(tmp_path, pause=0.3)
     first = study.start("launch", "toy")
-    study.wait_until(lambda: study.trained().total() > 30, first)
-    left = workers_of(first)
+    study.wait_until(lambda: study.trained().total() > 2, first)
+    others = [study.start("resume", "toy") for _ in range(2)]
+    for launcher in others:
+        study.wait_until(lambda launcher=launcher: len(workers_of(launcher)) == 2, launcher)  # type: ignore[misc]
+    orphans = workers_of(first)
     first.kill()
     first.communicate()
-    second = study.start("resume", "toy")
-    study.wait_until(lambda: len(workers_of(second)) == 2, second)
-    third = study.start("resume", "toy")
-    for launcher in (second, third):
+    for launcher in others:
         _, err = launcher.communicate(timeout=180)
         assert launcher.returncode == 0, err
-    psutil.wait_procs(left, timeout=30)
+    psutil.wait_procs(orphans, timeout=30)
     study.check_whole()
-    assert set(study.trained().values()) == {1}, "five workers, and no step was trained twice"
+    assert set(study.trained().values()) == {1}, "six workers, and no step was trained twice"
     assert "nothing left to run" in study.run("resume", "toy")
 
 

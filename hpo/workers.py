@@ -6,6 +6,7 @@ settings it was launched with), `data.json` (the files it trains on) and `checkp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpo import record
+from hpo.patience import patiently, storage_errors
 from hpo.repeats import suffix
 from hpo.study import StudyConfig, StudyError, Trainer, Workers
 from scaling import spool, tracking
@@ -295,9 +297,9 @@ def supervise(
     running = start(files, workers, client, workers.count, storage=storage)
     stopped = watch(running, Progress(search, cost, workers.count).show)
     send_left(files, client.tracking_uri)
-    log_outcome(client, parent, search)
-    say(spent_in_words(search.progress))
-    if search.finished:
+    patiently(lambda: log_outcome(client, parent, search))
+    say(spent_in_words(patiently(lambda: search.progress)))
+    if patiently(lambda: search.finished):
         tracking.finish(client, parent)
         return 0
     if stopped:
@@ -350,14 +352,15 @@ def watch(running: Sequence[subprocess.Popen[bytes]], show: Callable[[], None]) 
     try:
         with sigterm_as_interrupt():
             while any(w.poll() is None for w in running):
-                show()
+                with contextlib.suppress(*storage_errors()):  # the workers say it, and wait for it
+                    show()
                 time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         stopped = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # from here to the end: what they ask for is being done
         stop_all(running)
-    show()
+    patiently(show)
     return stopped
 
 

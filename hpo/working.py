@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from hpo import record
 from hpo.apart import Apart, Crashed, StoodStill
 from hpo.leases import Lost
+from hpo.patience import patiently, storage_errors
 from hpo.repeats import StopSignals, record_crash, run_job
 from hpo.stopping import Watch, watch_of
 from hpo.study import Trainer, load_study
@@ -22,9 +22,6 @@ from scaling.cli import say
 
 if TYPE_CHECKING:
     from hpo.search import Job, Search
-
-T = TypeVar("T")
-PATIENCE_SECONDS = 600.0  # with a storage that does not answer
 
 
 def work(files: StudyFiles, *, uri: str | None = None, storage: str | None = None, apart: bool = True) -> int:
@@ -99,30 +96,6 @@ def count_crash(search: Search, job: Job, trainer: Trainer, files: StudyFiles, s
     say(f"trial {job.number} crashed: {why}; {'it counts as diverged' if given_up else 'it will be tried once more'}")
     if given_up:
         record_crash(job, trainer, files, store, why)
-
-
-def patiently(do: Callable[[], T], stop: StopSignals) -> T:
-    """Do it again while the storage is away, for PATIENCE_SECONDS at most, or until this process is told to stop."""
-    began, wait = time.monotonic(), 0.5
-    while True:
-        try:
-            return do()
-        except storage_errors() as error:
-            if stop.requested or time.monotonic() - began > PATIENCE_SECONDS:
-                raise
-            say(f"the storage does not answer, trying again in {wait:g} s: {type(error).__name__}")
-            time.sleep(wait)
-            wait = min(2 * wait, 15.0)
-
-
-def storage_errors() -> tuple[type[Exception], ...]:
-    """What Optuna's storages and our locks raise when a server, or the disk's space, has gone for a while."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import DBAPIError
-
-    errors: tuple[type[Exception], ...] = (StorageInternalError, DBAPIError, OSError)
-    grpc = sys.modules.get("grpc")  # loaded by a storage that needs it
-    return errors if grpc is None else (*errors, grpc.RpcError)
 
 
 @dataclass

@@ -1,0 +1,207 @@
+"""Many workers on one study in every storage that processes share: nothing decided twice, nobody idle, a server killed and back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from benchmarks.many_workers import Server, crowd, faults, free_port, opened, postgresql, search
+from hpo import locks
+from hpo.leases import Sightings
+from hpo.locks import Tickets, lock_of
+from tests.test_hpo.test_leases import Clock
+from tests.test_hpo.test_workers import Study
+
+POSTGRESQL = bool(shutil.which("postgres") or [*Path("/usr/lib/postgresql").glob("*/bin/postgres")])
+needs_postgresql = pytest.mark.skipif(not POSTGRESQL, reason="needs PostgreSQL's programs")
+
+
+@pytest.mark.slow
+def test_32_workers_and_500_trials_nothing_twice_and_nobody_idle(tmp_path: Path) -> None:
+    """Trial times differ by a factor of ten, about a second in the middle; asynchronous."""
+    seen = crowd(str(tmp_path / "study.journal"), 32, 500, 1.0)
+    assert seen.trials >= 500
+    assert not seen.faults
+    assert seen.busy > 0.9, seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [pytest.param("postgresql", marks=needs_postgresql), "grpc+journal"])
+def test_workers_on_a_server_decide_nothing_twice(kind: str) -> None:
+    with opened(kind) as storage:
+        seen = crowd(storage, 4, 40, 0.0)
+    assert seen.trials >= 40
+    assert not seen.faults
+
+
+def test_faults_are_found() -> None:
+    """The check itself: a promotion written twice, a rung overfull."""
+    study = search("sqlite://", iterations=1, worker="here")
+    for _ in range(40):
+        job = study.ask()
+        if job is None:
+            break
+        study.tell(job, job.params["lr"])
+    trials = study.study.get_trials()
+    assert not faults(study, trials)
+    (risen, *_) = (t for t in trials if t.user_attrs["continues"] is not None)
+    assert any("evaluated twice" in f for f in faults(study, [*trials, risen]))
+    (begun, *_) = (t for t in trials if t.user_attrs["continues"] is None)
+    more = []
+    for number in range(1000, 1100):
+        extra = FrozenTrial(**{k.lstrip("_"): v for k, v in vars(begun).items() if k.lstrip("_") in FIELDS})
+        extra.number, extra.user_attrs = number, begun.user_attrs | {"config": number}
+        more.append(extra)
+    assert any("more than" in f for f in faults(study, [*trials, *more]))
+
+
+FIELDS = [
+    "number",
+    "state",
+    "value",
+    "datetime_start",
+    "datetime_complete",
+    "params",
+    "distributions",
+    "user_attrs",
+    "system_attrs",
+    "intermediate_values",
+    "trial_id",
+]
+
+
+class PostgresStudy(Study):
+    """A study that is kept in PostgreSQL."""
+
+    def __init__(self, folder: Path, url: str, pause: float) -> None:
+        super().__init__(folder, pause)
+        self.env["MUSCALE_STORAGE"] = self.url = url
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        return optuna.load_study(study_name="toy", storage=self.url).trials
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with Server(tmp_path, free_port()) as server:
+        yield server
+
+
+@pytest.mark.slow
+@needs_postgresql
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_postgresql_is_waited_for(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    study = PostgresStudy(tmp_path / "work", server.url, pause=0.1)
+    launcher = study.start("launch", "toy")
+    study.wait_until(lambda: study.trained().total() > 20, launcher)
+    server.kill()
+    time.sleep(3)
+    server.start()
+    _, err = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, err
+    assert "the storage does not answer" in err
+    study.check_whole()
+    assert set(study.trained().values()) == {1}, "each training went on meanwhile"
+    study.env.pop("MUSCALE_STORAGE")
+    assert "was launched in postgresql" in study.run("status", "toy", code=2)
+    folder = study.folder / "studies" / "toy"
+    assert not (folder / "study.journal").exists()
+    study.run("worker", "toy", "--storage", server.url)
+
+
+def test_tickets_let_one_in_at_a_time_in_the_order_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.002)
+    storage = optuna.storages.InMemoryStorage()
+    inside, most, order = 0, 0, list[int]()
+
+    def come(who: int) -> None:
+        nonlocal inside, most
+        lock = Tickets(storage, "study")
+        for _ in range(5):
+            with lock:
+                inside += 1
+                most = max(most, inside)
+                order.append(who)
+                time.sleep(0.002)
+                inside -= 1
+
+    threads = [threading.Thread(target=come, args=(who,)) for who in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert sorted(order) == sorted([*range(6)] * 5)
+
+
+def test_a_ticket_of_the_dead_or_of_one_who_stands_still_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.002)
+    storage = optuna.storages.InMemoryStorage()
+    dead, still, mine = (Tickets(storage, "study") for _ in range(3))
+    dead._owner = f"{mine._owner.rsplit('/', 2)[0]}/99999999/1.0"
+    dead.__enter__()
+    with mine:
+        pass
+    with pytest.raises(RuntimeError, match="was taken from this process"):
+        dead.__exit__(None, None, None)
+    clock = Clock()
+    mine._seen = Sightings(30.0, clock)
+    monkeypatch.setattr(locks.time, "sleep", lambda _: setattr(clock, "now", clock.now + 16))
+    still.__enter__()
+    still._stop.set()  # no more beats
+    with mine:
+        assert clock.now > 30
+    with pytest.raises(RuntimeError, match="was taken from this process"):
+        still.__exit__(None, None, None)
+
+
+def test_locks_go_by_what_a_storage_is(tmp_path: Path) -> None:
+    memory = optuna.storages.InMemoryStorage()
+    assert lock_of(memory, memory, "s") is lock_of(memory, memory, "t")
+
+    class Foreign(optuna.storages.InMemoryStorage):
+        pass
+
+    assert lock_of(Foreign(), memory, "s") is not None
+    with pytest.raises(ValueError, match=r"needed grpc://HOST:PORT, got 'grpc://nowhere'"):
+        search("grpc://nowhere")
+
+
+@needs_postgresql
+@pytest.mark.slow
+def test_an_advisory_lock_is_given_up_with_its_holder(tmp_path: Path) -> None:
+    import multiprocessing
+    import signal
+
+    with postgresql(tmp_path) as url:
+        context = multiprocessing.get_context("spawn")
+        held = context.Event()
+        holder = context.Process(target=hold, args=(url, held))
+        holder.start()
+        assert held.wait(60)
+        os.kill(holder.pid or 0, signal.SIGKILL)
+        holder.join()
+        began = time.monotonic()
+        job = search(url, worker="here").ask()
+        assert job is not None
+        assert time.monotonic() - began < 20
+        assert [t.state for t in search(url, worker="there").study.trials] == [TrialState.RUNNING]
+
+
+def hold(url: str, held: Any) -> None:
+    mine = search(url, worker="holder")
+    with mine._lock:
+        held.set()
+        time.sleep(600)

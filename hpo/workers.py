@@ -27,6 +27,7 @@ from hpo.study import StudyConfig, StudyError, Trainer, Workers, load_study
 from scaling import spool, tracking
 from scaling.cli import say, sigterm_as_interrupt
 from scaling.compute import Fidelity
+from scaling.secrets import without_passwords
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -171,7 +172,7 @@ def refuse_existing(files: StudyFiles, *, uri: str | None) -> MlflowClient:
     client = tracking.connect(uri)
     if client.get_experiment_by_name(files.name) is not None:
         raise ValueError(
-            f"MLflow at {client.tracking_uri} has a study {files.name!r} whose {files.journal} is gone: {afresh}"
+            f"MLflow at {without_passwords(client.tracking_uri)} has a study {files.name!r} whose {files.journal} is gone: {afresh}"
         )
     return client
 

@@ -28,6 +28,7 @@ import psutil
 
 from scaling import tracking
 from scaling.runs import Measurement
+from scaling.secrets import without_passwords
 
 NAME = re.compile(r"\{(\w+)\}")
 DEFAULTS = {
@@ -236,7 +237,7 @@ class _Program:
         ) as error:  # MLflow may be away while the program goes on; what it logged is asked for again at the end
             if last:
                 raise RuntimeError(
-                    self._said(f"printed no point, and MLflow cannot be asked for its own: {error}")
+                    self._said(f"printed no point, and MLflow cannot be asked for its own: {without_passwords(error)}")
                 ) from error
             return []
         points = [(tokens, loss, False) for tokens, loss in zip(*curve, strict=True) if tokens > seen]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from proxies import mup
-from proxies.checkpoints import FORMAT, copy_to_cpu, take
+from proxies.checkpoints import FORMAT, copy_to_cpu, reading, take
 from proxies.config import ProxyConfig
 from proxies.mixture import Reader
 from proxies.model import Transformer, build, loss_of
@@ -196,6 +196,10 @@ class Run:
 
     def restore(self, saved: Mapping[str, Any], path: Path) -> None:
         """Go on from a run that `read_run` has read; ValueError if it is another one or already past this one's trunk."""
+        with reading(path):
+            self._restore(saved, path)
+
+    def _restore(self, saved: Mapping[str, Any], path: Path) -> None:
         ours = self.config.model_dump()
         theirs = ProxyConfig.model_validate(
             saved["config"]
@@ -220,7 +224,7 @@ class Run:
             warnings.warn(
                 f"schedule {self.config.schedule!r} has a horizon: a run of {self.cut.tokens:,} tokens starts afresh, it "
                 f"cannot go on from {path}, which is {saved['phase']} for {saved['tokens']:,}",
-                stacklevel=3,
+                stacklevel=4,
             )
         like = self.layout()
         self.trunk = take(saved, "trunk", path, like) if same_cooldown else None

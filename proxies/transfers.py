@@ -280,7 +280,7 @@ class _Store:
         row = {"loss": loss if math.isfinite(loss) else None, "tokens": self.tokens, "data_sha256": self.data}
         line = json.dumps(row | {"config": config.model_dump()}, allow_nan=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:  # one write: lines of two processes do not mix
             os.write(handle, line.encode())
         finally:

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaling.cli import Json, Uri, refusing, say
+from scaling.cli import Commands, Json, Uri, refusing, say
 from scaling.counts import read_count
 from scaling.runs import is_file
+from scaling.secrets import without_passwords
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from scaling.report import TargetCurve
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
+)
 
 Source = Annotated[
     str, typer.Argument(help="a study's name (MLflow experiment), or a .csv, .parquet, .jsonl or .json file")
@@ -221,7 +224,7 @@ def report(
         if "interval" not in name:  # said above, with the interval
             typer.echo(f"{name}: {value}")
     typer.echo(f"\nreport     {path}")
-    typer.echo(f"runs       mlflow ui --backend-store-uri {client.tracking_uri}")
+    typer.echo(f"runs       mlflow ui --backend-store-uri {without_passwords(client.tracking_uri)}")
     journal = Path("studies") / source / "study.journal"
     if journal.exists():
         typer.echo(f"trials     optuna-dashboard {journal}")

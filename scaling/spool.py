@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from scaling import tracking
 from scaling.cli import say
 from scaling.runs import Measurement
+from scaling.secrets import without_passwords
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,7 +62,7 @@ class Recorder:
         self._sender = _Sender(self.uri)
         self._lock = _lock_of(self.path)
         self._lock.acquire()
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         self._kept: list[bytes] = []  # what the disk has not taken yet
         self._full = ""  # why
         self._written = self._arrived = 0
@@ -293,7 +294,7 @@ class _Sender:
                 aside = path.with_name(path.name.removesuffix(ENDING) + ASIDE)
                 say(f"MLflow REFUSES a record, kept in {aside}: {_first_line(error)}")
                 with aside.open("a") as file:
-                    file.write(json.dumps(records[0] | {"refused": str(error)}) + "\n")
+                    file.write(json.dumps(records[0] | {"refused": without_passwords(error)}) + "\n")
                 return
             for record in records:
                 self._put(run, [record], path)
@@ -399,4 +400,4 @@ def _release(lock: FileLock, path: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return (without_passwords(error).splitlines() or [type(error).__name__])[0][:300]

@@ -193,6 +193,7 @@ def confirm(
         files = workers.StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
         search = workers.open_existing(files, config, trainer)
+        show_example(config, trainer)
         plan = rematch.make_plan(search, rematch.files_of(files), seeds, against)
         cost = rematch.estimate(plan, rematch.files_of(files), config, trainer)
     say(f"{files.name}: {plan.answer} against {plan.rival}, {seeds} fresh seeds each at {plan.at}")
@@ -241,6 +242,7 @@ def go_on(study: str, max_tokens: int | None, dry_run: bool, tracking_uri: str |
         files = workers.StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
         search = workers.open_existing(files, config, trainer)
+        show_example(config, trainer)
         if max_tokens is not None:
             problems = trainer.problems(config.distributions, (config.search.tokens.min, max_tokens))
             if problems:

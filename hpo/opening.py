@@ -18,11 +18,11 @@ import optuna
 import psutil
 from filelock import FileLock
 from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, get_storage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage, get_storage
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.hyperband import VARIANTS
+from hpo.journal import open_journal
 from scaling.compute import Fidelity
 
 SCHEDULERS = ("incremental-hyperband",)
@@ -160,7 +160,8 @@ def open_storage(
 ) -> tuple[BaseStorage, AbstractContextManager[Any]]:
     """The storage, and the lock under which decisions are taken in it.
 
-    A path that ends in .journal (its folder is made), a URL, an Optuna storage, or None for memory. The lock is a file:
+    A path that ends in .journal (its folder is made), a URL, an Optuna storage, or None for memory. ValueError when a
+    journal is damaged. The lock is a file:
     at `lock`, else beside the journal or the SQLite file; for all other storages it holds between threads only.
     """
     beside: str | None = None
@@ -171,7 +172,7 @@ def open_storage(
     elif str(storage).endswith(".journal") and "://" not in str(storage):
         path = Path(storage).absolute()  # its lock is a symbolic link, which must not hang on the working folder
         path.parent.mkdir(parents=True, exist_ok=True)
-        opened, beside = JournalStorage(JournalFileBackend(str(path))), f"{path}.ask.lock"
+        opened, beside = open_journal(path), f"{path}.ask.lock"
     elif "://" in str(storage):
         database_storage = RDBStorage(str(storage))
         database = database_storage.engine.url

@@ -40,8 +40,10 @@ from hpo.samplers import MODELS
 from hpo.tables import Dimension, LawTable, Table, Tokens, TrainerTable, meant
 from hpo.tables import SearchTable as SearchTable
 from hpo.tables import Workers as Workers
+from scaling.cli import say
 from scaling.compute import Fidelity
 from scaling.runs import Measurement
+from scaling.secrets import secrets_in
 
 
 class StudyError(ValueError):
@@ -159,12 +161,15 @@ def study_path(name_or_path: str) -> Path:
 
 
 def load_study(path: Path) -> tuple[StudyConfig, Trainer]:
-    """Read and check a study file and what it names. StudyError with all mistakes; nothing is written."""
+    """Read and check a study file and what it names. StudyError with all mistakes; nothing is written.
+
+    The file is data. The one thing that is run is the import of its trainer, which is said first when it is not one of ours.
+    """
     try:
-        table = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise StudyError(str(path), [f"not TOML: {error}"]) from error
-    problems: list[str] = []
+    problems = secrets_in(table)
     study: StudyConfig | None = None
     try:
         study = StudyConfig.model_validate(table)
@@ -185,9 +190,11 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
         named = TrainerTable.model_validate(raw)
     except ValidationError:
         return None  # named already
+    if not named.use.startswith("proxies"):
+        say(f"importing the trainer {named.use}")
     try:
         make = named.find()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever that module raises
         problems.append(
             f"trainer.use: cannot import {named.use!r} ({error}); the built-in one is 'proxies:ProxyFamily'"
         )

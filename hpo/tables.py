@@ -189,14 +189,14 @@ class TrainerTable(BaseModel):
     """Which trainer, and its settings (all other keys)."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    use: str = Field(default="proxies:ProxyFamily", pattern=r"^[\w.]+:\w+$")
+    use: str = Field(default="proxies:ProxyFamily", pattern=r"^\w+(\.\w+)*:\w+$")
 
     @property
     def settings(self) -> dict[str, Any]:
         return self.model_extra or {}
 
     def find(self) -> Any:
-        """What `use` names. ImportError or AttributeError when it is not there."""
+        """What `use` names, imported: which runs that module. ImportError or AttributeError when it is not there."""
         module, _, name = self.use.partition(":")
         return getattr(import_module(module), name)
 

@@ -284,6 +284,14 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
+def config_of(saved: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ProxyConfig:
+    """The configuration of a run. TypeError when these weights, or their shapes, are not its model's: it is built from it."""
+    config = ProxyConfig.model_validate(saved["config"])
+    if (found := sum(tensor.numel() for tensor in weights.values())) != config.counts.total:
+        raise TypeError(f"{found:,} weights, its configuration has {config.counts.total:,}")
+    return config
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
@@ -298,7 +306,7 @@ def load_model(path: Path, which: Literal["annealed", "trunk"] = "annealed") -> 
             f"needed a run that has ended, got {path} in its {saved.get('phase')}: ask for 'trunk', or finish it"
         )
     with reading(path):
-        config = ProxyConfig.model_validate(saved["config"])
+        config = config_of(saved, saved[which]["model"])
         model = build(config)
         load_weights(model, stored(saved, path, which, "model"))
     return config, model

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from proxies.checkpoints import check_place, reading, write_run
+from proxies.checkpoints import check_place, config_of, reading, write_run
 from proxies.config import ProxyConfig
 from proxies.lazy import open_run
 from proxies.lineage import Method, differences
@@ -53,7 +53,8 @@ def open_trained(path: Path, which: Which = "annealed") -> Trained:
             f"needed a run that has ended, got {path} in its {saved.get('phase')}: ask for 'trunk', or finish it"
         )
     with reading(path):
-        config, kept = ProxyConfig.model_validate(saved["config"]), saved[which]
+        kept = saved[which]
+        config = config_of(saved, kept["model"])
         weights = run.tensors({name: (which, "model", name) for name in kept["model"]})
         moments = None
         if which == "trunk" and config.optimizer == "adamw" and kept["optimizer"]["state"]:
@@ -112,7 +113,7 @@ def read_grown(path: Path, config: ProxyConfig) -> Start:
     run = open_run(path, FORMAT)
     state = run.saved
     with reading(path):
-        theirs = ProxyConfig.model_validate(state["config"])
+        theirs = config_of(state, state["model"])
     wrong = [
         f"{name}: {getattr(theirs, name)} to {getattr(config, name)}"
         for name in ("d_model", "n_layers")

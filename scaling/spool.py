@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -230,14 +230,19 @@ class _Sender:
                 return
             position = self.positions.get(path) or _position(path)
             if path not in self.runs:
-                self.runs[path] = self._find_or_make(json.loads(head), path.parent, reopen=not position)
+                told = _read(head, _is_head)
+                if told is None:
+                    say(f"{path}: its first line names no run; kept as {_aside(path)}")
+                    path.rename(_aside(path))
+                    return
+                self.runs[path] = self._find_or_make(told, path.parent, reopen=not position)
             _, run = self.runs[path]
             if not position:
                 position = len(head)
                 self._note(path, position)
                 yield 1
             file.seek(position)
-            while records := _batch(file, self.batch):
+            while records := _batch(file, self.batch, path):
                 self.batch = max(1, self.batch // 2)
                 self._put(run, records, path)
                 self.batch = min(BATCH, 4 * self.batch)
@@ -291,10 +296,8 @@ class _Sender:
             if not tracking.refused(error):
                 raise
             if len(records) == 1:
-                aside = path.with_name(path.name.removesuffix(ENDING) + ASIDE)
-                say(f"MLflow REFUSES a record, kept in {aside}: {_first_line(error)}")
-                with aside.open("a") as file:
-                    file.write(json.dumps(records[0] | {"refused": without_passwords(error)}) + "\n")
+                say(f"MLflow REFUSES a record, kept in {_aside(path)}: {_first_line(error)}")
+                _set_aside(path, records[0] | {"refused": without_passwords(error)})
                 return
             for record in records:
                 self._put(run, [record], path)
@@ -315,13 +318,15 @@ def _send_left(sender: _Sender, path: Path, *, before: str | None = None) -> Non
     except Timeout as held:
         with path.open("rb") as file:
             head = file.readline()
-        if before is not None and head.endswith(b"\n") and json.loads(head)["name"] == before:
+        if before is not None and head.endswith(b"\n") and (_read(head, _is_head) or {}).get("name") == before:
             raise RuntimeError(f"earlier records of {before} are in the hands of another process, {path}") from held
         return
     try:
         if path.exists():
             for _ in sender.send(path):
                 pass
+            if not path.exists():
+                return
             if _position(path) < path.stat().st_size:
                 say(f"{path}: its last line was cut off when its writer was killed, and is left out")
             sender.end(path)
@@ -345,8 +350,44 @@ def _spooled(folder: Path) -> list[Path]:
     return sorted(folder.glob("*" + ENDING))
 
 
-def _batch(file: BinaryIO, size: int) -> list[dict[str, Any]]:
-    """The next `size` records of whole lines, at most; the file then stands behind them."""
+def _read(line: bytes, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+    """A line as a head or a record; None when it is none: a damaged disk, not a killed writer, leaves such lines."""
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return said if isinstance(said, dict) and wanted(said) else None
+
+
+def _is_head(said: dict[str, Any]) -> bool:
+    kinds = {"study": str, "name": str, "role": str, "params": dict, "commit": str, "at": int}
+    good = said.keys() == kinds.keys() and all(isinstance(said[key], kind) for key, kind in kinds.items())
+    return good and all(isinstance(value, str) for value in said["params"].values())
+
+
+def _is_record(said: dict[str, Any]) -> bool:
+    metrics, tags, status = said.get("metrics", {}), said.get("tags", {}), said.get("status", "FINISHED")
+    if not (isinstance(metrics, dict) and isinstance(tags, dict) and status in ("FINISHED", "FAILED", "KILLED")):
+        return False
+    numbers = [said.get("at"), *([said.get("step")] if metrics else [])]
+    return (
+        all(isinstance(value, int) for value in numbers)
+        and all(isinstance(value, int | float) for value in metrics.values())
+        and all(isinstance(value, str) for value in tags.values())
+    )
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(ENDING) + ASIDE)
+
+
+def _set_aside(path: Path, record: Mapping[str, Any]) -> None:
+    with _aside(path).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _batch(file: BinaryIO, size: int, path: Path) -> list[dict[str, Any]]:
+    """The next `size` records of whole lines, at most; the file then stands behind them. Lines that are none are set aside."""
     records: list[dict[str, Any]] = []
     names: set[str] = set()
     while len(records) < size and len(names) < MAX_TAGS - 1:
@@ -355,8 +396,13 @@ def _batch(file: BinaryIO, size: int) -> list[dict[str, Any]]:
         if not line.endswith(b"\n"):
             file.seek(end)
             break
-        records.append(json.loads(line))
-        names |= records[-1].get("tags", {}).keys()
+        record = _read(line, _is_record)
+        if record is None:
+            say(f"{path}: a line that is no record, kept in {_aside(path)}")
+            _set_aside(path, {"refused": "no record", "line": line.decode(errors="replace")})
+            continue
+        records.append(record)
+        names |= record.get("tags", {}).keys()
     return records
 
 
@@ -370,9 +416,9 @@ def _left(path: Path) -> int:
 def _position(path: Path) -> int:
     """Bytes of a file that have arrived."""
     try:
-        return int(_note_of(path).read_text())
-    except FileNotFoundError:
-        return 0
+        return max(0, int(_note_of(path).read_text()))
+    except (FileNotFoundError, ValueError):
+        return 0  # what is sent twice does no harm
 
 
 def _write_position(path: Path, position: int) -> None:

@@ -16,7 +16,6 @@ from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from hpo.hyperband import Ladder
-from hpo.record import Stopped
 
 Index = Annotated[int, Field(ge=0)]
 
@@ -106,6 +105,16 @@ class _Settings(BaseModel):
     raises: list[list[int]] = Field(default_factory=list)
 
 
+class _Stopped(BaseModel):
+    """hpo.record.Stopped as it is written."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    tokens: PositiveInt
+    loss: float
+    mean: float
+    sd: float
+
+
 class _Attributes(BaseModel):
     """Of a trial of a search; see hpo.trials."""
 
@@ -123,7 +132,7 @@ class _Attributes(BaseModel):
     losses: list[float | None] | None = None
     goal: Index | None = None
     diverged: bool = False
-    stopped: Stopped | None = None
+    stopped: _Stopped | None = None
 
 
 def _check_search(storage: JournalStorage, name: str, stored: Any, path: Path) -> None:

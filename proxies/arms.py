@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from proxies.external import run_command
 from proxies.launch import Arm, LaunchPlan, write_plan
 from proxies.watching import TAG, Excursion, Watch, expected_of, in_words, score
@@ -45,8 +47,12 @@ class Ended:
         path = cls.path(folder, arm)
         if not path.is_file():
             return None
-        said = json.loads(path.read_text())
-        return cls(**said | {"left": Excursion(**said["left"]) if said["left"] else None})
+        try:
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise ValueError(
+                f"needed how an arm ended, got something else in {path}: restore it, or remove it to train that arm again"
+            ) from error
 
     def write(self, folder: Path, arm: Arm) -> None:
         beside = folder / f".{arm}.json.tmp"

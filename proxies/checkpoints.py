@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from proxies.config import ProxyConfig
@@ -238,9 +237,9 @@ def _read(path: Path, form: str) -> dict[str, Any]:
         if broken:
             raise zipfile.BadZipFile(f"wrong checksum of {broken}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # zipfile, torch and its unpickler raise all kinds
+        if isinstance(error, OSError) and error.filename:
+            raise
         raise ValueError(
             f"needed a run saved by `train`, got {path}, which is cut short, damaged or something else "
             f"({_first_line(error)}): name another checkpoint, or train it again"
@@ -269,18 +268,12 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        ArithmeticError,
-        RuntimeError,
-        ValidationError,
-    ) as error:
+    except (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError, ValueError) as error:
+        if str(path) in str(error):
+            raise
         raise ValueError(
             f"needed a run saved by `train`, got {path}, in which something is missing or of another kind "
-            f"({type(error).__name__}: {_first_line(error)}): name another checkpoint"
+            f"({type(error).__name__}: {error}): name another checkpoint"
         ) from error
 
 

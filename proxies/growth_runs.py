@@ -207,11 +207,13 @@ def run_name(trainer: GrowthFamily, params: Mapping[str, Any], repeat: int) -> s
 def read_rows(path: Path) -> dict[tuple[str, int], Row]:
     """Losses that are known, by run and tokens. ValueError names a line that is none."""
     rows = {}
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             row = json.loads(line)
+            if not isinstance(row["loss"], float | int | None):
+                raise TypeError(f"loss {row['loss']!r}")
             rows[row["run"], row["tokens"]] = row
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"needed one run per line, got something else in line {number} of {path}: remove it"
             ) from error

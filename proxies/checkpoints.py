@@ -256,7 +256,7 @@ def _header(path: Path) -> dict[str, Any]:
     header = _read(path / HEADER, FOLDER)
     data, files, run = (header.get(key) for key in ("data", "files", "run"))
     names = [data, *files] if isinstance(files, dict) and isinstance(run, dict) else [None]
-    if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
+    if not all(isinstance(name, str) and name not in ("", "..") and Path(name).name == name for name in names):
         raise ValueError(f"needed a saved run, got {path}, whose header is damaged: name another checkpoint")
     return header
 

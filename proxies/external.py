@@ -58,10 +58,10 @@ def resolved(command: str, values: Mapping[str, Any]) -> list[str]:
     if not words:
         raise ValueError("command: needed a program and its arguments, got nothing")
     values = DEFAULTS | dict(values)
-    if missing := [name for name in names_in(command) if name not in values]:
+    if missing := [name for name in names_in(" ".join(words)) if name not in values]:
         known = ", ".join(sorted(values))
         raise ValueError(f"command: needed a value for {{{'}, {'.join(missing)}}}, got values for {known}")
-    if parts := [part[0] for part in PART.finditer(command) if part[2] != ":" or part[1] in values]:
+    if parts := [part[0] for part in PART.finditer(" ".join(words)) if part[2] != ":" or part[1] in values]:
         raise ValueError(f"command: needed a {{name}} and no more between braces, got {', '.join(parts)}")
     return [NAME.sub(lambda name: as_text(values[name[1]]), word) for word in words]
 

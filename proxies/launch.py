@@ -182,7 +182,7 @@ def read_plan(path: Path) -> LaunchPlan:
     if not path.is_file():
         raise ValueError(f"no plan {path}")
     try:
-        return LaunchPlan.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        plan = LaunchPlan.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} is no JSON: {error}: make the plan again with `proxies launch STUDY --dry-run`"
@@ -190,6 +190,11 @@ def read_plan(path: Path) -> LaunchPlan:
     except ValidationError as error:
         said = [f"{'.'.join(str(part) for part in e['loc'])}: {_reason(e)}".removeprefix(": ") for e in error.errors()]
         raise ValueError(f"{path} is no plan that can be launched:\n  " + "\n  ".join(said)) from error
+    try:
+        str(plan)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # of what it takes from notes, as they are
+        raise ValueError(f"{path} is no plan that can be launched: its reasons cannot be read ({error!r})") from error
+    return plan
 
 
 def write_plan(plan: LaunchPlan, path: Path) -> None:

@@ -190,6 +190,8 @@ def report(
             path.write_text(render(Path(source).stem, runs))
             typer.echo(f"report: {path}")
             return
+        if out is None and Path(source).name != source:  # MLflow knows names that would lead elsewhere
+            raise ValueError(f"{source!r} is no name of a folder in studies/: say --out")
         client = tracking.connect(tracking_uri)
         parent = tracking.find_study_run(client, source)
         note = tracking.read_note(client, parent, "recommendation")

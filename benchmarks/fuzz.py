@@ -35,6 +35,9 @@ SECONDS = 20.0  # for one input
 MEMORY = 4 << 30  # bytes, beyond what the libraries take
 BATCH = 1000  # inputs of one process
 KEPT = 2  # inputs of one crash
+SHM = Path(
+    "/dev/shm"
+)  # in memory, where there is one: journals and checkpoints are synchronized to disk, which takes most of the time
 NAMES = ("study", "runs", "journal", "checkpoint")
 WORDS = (
     b"nan", b"inf", b"-inf", b"-1", b"0", b"1e400", b"9" * 400, b"null", b"true", b"{}", b"[]", b"[" * 3000, b"{" * 50, b"''", b'""', b'"""', b"\\u0000",
@@ -268,7 +271,7 @@ def fuzz(target: str, inputs: int, seed: int, engine: str, out: Path, answer: Pa
             from benchmarks.fuzz_targets import targets
     else:
         from benchmarks.fuzz_targets import targets
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None) as folder:
         whole = Path(folder) / "whole"
         whole.mkdir()
         kinds = targets(target, whole)

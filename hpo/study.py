@@ -207,7 +207,10 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
         problems.append("search.seeds: this trainer cannot take another random seed (a command needs {seed} for that)")
     tokens = study.search.tokens if study else _readable_tokens(table)
     space = study.distributions if study else _readable_space(table)
-    problems += trainer.problems(space, (tokens.min, tokens.max) if tokens else None)
+    try:
+        problems += trainer.problems(space, (tokens.min, tokens.max) if tokens else None)
+    except OSError as error:  # a path that no file can have, say
+        problems.append(f"trainer: {error}")
     if isinstance(table.get("target"), dict):
         try:
             trainer.target(**table["target"])

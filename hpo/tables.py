@@ -41,8 +41,8 @@ class Table(BaseModel):
 class Tokens(Table):
     """The smallest and largest run of the search, in training tokens."""
 
-    min: PositiveInt
-    max: PositiveInt
+    min: int = Field(gt=0, le=10**18)
+    max: int = Field(gt=0, le=10**18)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

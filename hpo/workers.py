@@ -223,7 +223,10 @@ def check_same_settings(files: StudyFiles, study: StudyConfig) -> None:
     if not files.journal.exists():
         raise ValueError(f"study {files.name!r} has not been launched: `hpo launch {files.toml}` starts it")
     # read by the model, so that a study launched before a setting existed has its default
-    then = StudyConfig.model_validate_json(files.settings.read_text()).model_dump(mode="json")
+    try:
+        then = StudyConfig.model_validate_json(files.settings.read_bytes()).model_dump(mode="json")
+    except ValueError as error:
+        raise ValueError(f"{files.settings} is not what `hpo launch` wrote: restore it ({error})") from error
     now = study.model_dump(mode="json")
     problems = [
         f"{where}: launched with {json.dumps(old)}, the file now says {json.dumps(new)}"

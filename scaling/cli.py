@@ -24,10 +24,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="say what it would cost,
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Bad input (ValueError) ends with its message and exit code 2."""
+    """Bad input (ValueError, a file that is not there or closed to us) ends with its message and exit code 2."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         say(f"error: {error}")
         raise typer.Exit(2) from error
 

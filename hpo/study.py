@@ -46,6 +46,9 @@ from scaling.runs import Measurement
 from scaling.secrets import secrets_in
 
 
+REFUSALS = (ValueError, TypeError, ArithmeticError, OSError)  # of a trainer, of what the file says
+
+
 class StudyError(ValueError):
     """Everything that is wrong with a study file, one sentence each."""
 
@@ -209,7 +212,7 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
     space = study.distributions if study else _readable_space(table)
     try:
         problems += trainer.problems(space, (tokens.min, tokens.max) if tokens else None)
-    except OSError as error:  # a path that no file can have, say
+    except REFUSALS as error:  # a path that no file can have, say
         problems.append(f"trainer: {error}")
     if isinstance(table.get("target"), dict):
         try:
@@ -217,7 +220,7 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
         except ValidationError as error:
             # a trainer may say which keys its [target] knows, for the hint
             problems += [f"target.{p}" for p in explain(error, getattr(trainer, "target_table", None))]
-        except (ValueError, TypeError) as error:
+        except REFUSALS as error:
             problems.append(f"target: {error}")
     return trainer
 
@@ -241,12 +244,12 @@ def _make(make: Any, settings: dict[str, Any], problems: list[str]) -> Trainer |
     except ValidationError as error:
         problems += [f"trainer.{p}" for p in explain(error, make)]
         wrong = {item["loc"][0] for item in error.errors() if item["loc"]}
-    except (ValueError, TypeError) as error:
+    except REFUSALS as error:
         problems.append(f"trainer: {error}")
         return None
     try:
         return cast(Trainer, make(**{k: v for k, v in settings.items() if k not in wrong}))
-    except (ValueError, TypeError):
+    except REFUSALS:
         return None  # its mistakes are named already, or follow from those
 
 

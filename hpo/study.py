@@ -45,7 +45,6 @@ from scaling.compute import Fidelity
 from scaling.runs import Measurement
 from scaling.secrets import secrets_in
 
-
 REFUSALS = (ValueError, TypeError, ArithmeticError, OSError)  # of a trainer, of what the file says
 
 

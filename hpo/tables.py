@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    FiniteFloat,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -127,10 +128,10 @@ class Dimension(Table):
     """One searched parameter: a range, or choices."""
 
     type: Literal["float", "int"] = "float"
-    low: float | None = None
-    high: float | None = None
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
     log: bool = False
-    step: float | None = None
+    step: Annotated[FiniteFloat, Field(gt=0)] | None = None
     choices: tuple[str | float | int | bool, ...] | None = None
 
     @model_validator(mode="after")
@@ -153,6 +154,8 @@ class Dimension(Table):
             raise ValueError("a log range has no step: remove one of them")
         if self.type == "int" and (self.low != int(self.low) or self.high != int(self.high)):
             raise ValueError(f"an int range needs whole low and high, got {self.low:g} and {self.high:g}")
+        if self.type == "int" and self.step is not None and self.step != int(self.step):
+            raise ValueError(f"an int range needs a whole step, got {self.step:g}")
         return self
 
     def distribution(self) -> BaseDistribution:

@@ -43,6 +43,11 @@ FREE_TO_DIFFER = (
     "micro_seqs",
     "recompute",
 )
+FLAGS = (
+    "differentiable",
+    "maximize",
+    "capturable",
+)  # of torch's optimizers: how steps are taken is not the file's to say
 
 
 class Run:
@@ -252,7 +257,10 @@ class Run:
         """Go back, or on, to a snapshot."""
         self.model.load_state_dict(state["model"])
         # A copy: the optimizer takes tensors of the right kind as they are, and this one's trunk must stay as it is.
+        own = [{flag: group[flag] for flag in FLAGS if flag in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(copy_to_cpu(state["optimizer"]))
+        for group, flags in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(flags)
         self.loss_sum = state["loss_sum"].to(self.device, copy=True)
         self.loss_windows, self.step = state["loss_windows"], state["step"]
         look_sum, self.look_windows, self.lost_looks = state.get("look", (0.0, 0, 0))  # files before there were looks

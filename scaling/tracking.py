@@ -62,6 +62,7 @@ def connect(uri: str | None = None) -> MlflowClient:
         path = Path(uri.removeprefix("sqlite:///")).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
+            path.touch()  # SQLite itself would let no group write to it, whatever the umask says
             client = MlflowClient(f"sqlite:///{path}")
             client.search_experiments(max_results=1)
             return client

@@ -335,9 +335,7 @@ def test_what_is_written_has_the_rights_that_the_umask_leaves(umask: int, tmp_pa
     by_others = {name for name, mode in rights.items() if mode & umask}
     assert not by_others
     kept = {name: oct(mode) for name, mode in rights.items() if mode | 0o111 != (0o777 & ~umask) | 0o111}
-    assert kept == {
-        name: mode for name, mode in kept.items() if name.endswith((".db", ".lock"))
-    }  # SQLite's and filelock's own
+    assert kept == ({"optuna.db": "0o644"} if umask == 0o002 else {})  # made by SQLite, through Optuna
 
 
 # --- what is run ------------------------------------------------------------------------------------------------------
@@ -513,3 +511,32 @@ def test_a_header_names_nothing_outside_its_folder(change: dict[str, Any], tmp_p
     write_state(torch.load(path / HEADER, weights_only=True) | change, path / HEADER)
     with pytest.raises(ValueError, match=f"{path}, whose header is damaged"):
         load_state(path)
+
+
+# --- names and paths --------------------------------------------------------------------------------------------------
+
+
+@mlflow_warns
+@pytest.mark.parametrize("name", ["/tmp/elsewhere", "../elsewhere", "a/b"])
+def test_a_study_of_mlflow_whose_name_is_a_path_is_not_written_to_that_path(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Databricks calls experiments so; anyone who can write to a shared store can."""
+    from scaling.__main__ import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("scaling.runs.load_runs", lambda *_, **__: None)
+    told = CliRunner().invoke(app, ["report", name, "--tracking-uri", f"sqlite:///{tmp_path}/x.db"])
+    assert told.exit_code == 2
+    assert "is no name of a folder in studies/: say --out" in told.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_opened_is_bad_input(tmp_path: Path) -> None:
+    from hpo.__main__ import app
+
+    (tmp_path / "x.toml").mkdir()
+    (tmp_path / "y.toml").write_bytes(b"\xff")
+    for name, said in (("x.toml", "no study file"), ("y.toml", "not TOML")):
+        told = CliRunner().invoke(app, ["validate", str(tmp_path / name)])
+        assert (told.exit_code, said in told.output, str(tmp_path / name) in told.output) == (2, True, True)

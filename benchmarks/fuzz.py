@@ -221,9 +221,14 @@ def by_coverage(kinds: Sequence[Kind], inputs: int, seed: int, scratch: Path, ta
 
     def change(data: bytes, longest: int, drawn_seed: int) -> bytes:
         draw = random.Random(drawn_seed)
-        if draw.random() < 0.5 or not data:
-            return bytes(atheris.Mutate(data, longest))
-        return (data[:1] + mutated(draw, data[1:], others))[:longest]
+        match draw.randrange(4):
+            case 0 if data:
+                return bytes(atheris.Mutate(data, longest))
+            case 1 if data:
+                return (data[:1] + mutated(draw, data[1:], others))[:longest]
+            case _:  # what is interesting soon is mostly what fails early: half of the inputs are near a whole file
+                i = draw.randrange(len(kinds))
+                return (bytes([i]) + mutated(draw, draw.choice(kinds[i].seeds), others))[:longest]
 
     options = [
         f"-runs={inputs}",
@@ -231,6 +236,7 @@ def by_coverage(kinds: Sequence[Kind], inputs: int, seed: int, scratch: Path, ta
         "-max_len=65536",
         "-timeout=60",
         "-rss_limit_mb=0",
+        "-mutate_depth=1",
         "-print_final_stats=0",
     ]
     atheris.Setup(["fuzz", *options, f"-artifact_prefix={tally.out}/", str(corpus)], one, custom_mutator=change)
@@ -267,7 +273,7 @@ def fuzz(target: str, inputs: int, seed: int, engine: str, out: Path, answer: Pa
     if engine == "atheris":
         import atheris
 
-        with atheris.instrument_imports(include=["scaling", "hpo", "proxies"]):
+        with atheris.instrument_imports(include=["scaling", "hpo", "proxies", "tomllib"]):
             from benchmarks.fuzz_targets import targets
     else:
         from benchmarks.fuzz_targets import targets

@@ -257,14 +257,21 @@ class Run:
         """Go back, or on, to a snapshot."""
         self.model.load_state_dict(state["model"])
         # A copy: the optimizer takes tensors of the right kind as they are, and this one's trunk must stay as it is.
-        own = [{flag: group[flag] for flag in FLAGS if flag in group} for group in self.optimizer.param_groups]
+        own = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(copy_to_cpu(state["optimizer"]))
-        for group, flags in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(flags)
+        for group, mine in zip(self.optimizer.param_groups, own, strict=True):
+            if wrong := [key for key in mine if key not in group or _kind(group[key]) != _kind(mine[key])]:
+                raise TypeError(f"the optimizer's {', '.join(wrong)}")
+            group.update({flag: mine[flag] for flag in FLAGS if flag in mine})
         self.loss_sum = state["loss_sum"].to(self.device, copy=True)
         self.loss_windows, self.step = state["loss_windows"], state["step"]
         look_sum, self.look_windows, self.lost_looks = state.get("look", (0.0, 0, 0))  # files before there were looks
         self.look_sum.fill_(look_sum)
+
+
+def _kind(value: Any) -> Any:
+    """Numbers are alike: some optimizers begin with None or 0 and go on with tensors."""
+    return float if value is None or isinstance(value, int | float | Tensor) else type(value)
 
 
 def _compile(model: Transformer, ranks: Ranks) -> None:

@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -27,6 +27,7 @@ from scaling import tracking
 from scaling.cli import say
 from scaling.runs import Measurement
 from scaling.secrets import without_passwords
+from scaling.spool_lines import is_head, is_record, read_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -230,7 +231,7 @@ class _Sender:
                 return
             position = self.positions.get(path) or _position(path)
             if path not in self.runs:
-                told = _read(head, _is_head)
+                told = read_line(head, is_head)
                 if told is None:
                     say(f"{path}: its first line names no run; kept as {_aside(path)}")
                     path.rename(_aside(path))
@@ -318,7 +319,7 @@ def _send_left(sender: _Sender, path: Path, *, before: str | None = None) -> Non
     except Timeout as held:
         with path.open("rb") as file:
             head = file.readline()
-        if before is not None and head.endswith(b"\n") and (_read(head, _is_head) or {}).get("name") == before:
+        if before is not None and head.endswith(b"\n") and (read_line(head, is_head) or {}).get("name") == before:
             raise RuntimeError(f"earlier records of {before} are in the hands of another process, {path}") from held
         return
     try:
@@ -350,33 +351,6 @@ def _spooled(folder: Path) -> list[Path]:
     return sorted(folder.glob("*" + ENDING))
 
 
-def _read(line: bytes, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-    """A line as a head or a record; None when it is none: a damaged disk, not a killed writer, leaves such lines."""
-    try:
-        said = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return said if isinstance(said, dict) and wanted(said) else None
-
-
-def _is_head(said: dict[str, Any]) -> bool:
-    kinds = {"study": str, "name": str, "role": str, "params": dict, "commit": str, "at": int}
-    good = said.keys() == kinds.keys() and all(isinstance(said[key], kind) for key, kind in kinds.items())
-    return good and all(isinstance(value, str) for value in said["params"].values())
-
-
-def _is_record(said: dict[str, Any]) -> bool:
-    metrics, tags, status = said.get("metrics", {}), said.get("tags", {}), said.get("status", "FINISHED")
-    if not (isinstance(metrics, dict) and isinstance(tags, dict) and status in ("FINISHED", "FAILED", "KILLED")):
-        return False
-    numbers = [said.get("at"), *([said.get("step")] if metrics else [])]
-    return (
-        all(isinstance(value, int) for value in numbers)
-        and all(isinstance(value, int | float) for value in metrics.values())
-        and all(isinstance(value, str) for value in tags.values())
-    )
-
-
 def _aside(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(ENDING) + ASIDE)
 
@@ -396,7 +370,7 @@ def _batch(file: BinaryIO, size: int, path: Path) -> list[dict[str, Any]]:
         if not line.endswith(b"\n"):
             file.seek(end)
             break
-        record = _read(line, _is_record)
+        record = read_line(line, is_record)
         if record is None:
             say(f"{path}: a line that is no record, kept in {_aside(path)}")
             _set_aside(path, {"refused": "no record", "line": line.decode(errors="replace")})

@@ -247,7 +247,7 @@ def fuzz(target: str, inputs: int, seed: int, engine: str, out: Path, answer: Pa
     """One target; with `answer` atheris, in this process, which it ends."""
     tally = Tally(out / target)
     if engine == "atheris" and answer is None:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None) as folder:
             file = Path(folder) / "answer.json"
             words = [
                 sys.executable,
@@ -277,7 +277,8 @@ def fuzz(target: str, inputs: int, seed: int, engine: str, out: Path, answer: Pa
             from benchmarks.fuzz_targets import targets
     else:
         from benchmarks.fuzz_targets import targets
-    with tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None) as folder:
+    place = answer.parent if answer else SHM if SHM.is_dir() else None  # atheris leaves its folder to who started it
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         whole = Path(folder) / "whole"
         whole.mkdir()
         kinds = targets(target, whole)

@@ -263,10 +263,22 @@ class Run:
             if wrong := [key for key in mine if key not in group or _kind(group[key]) != _kind(mine[key])]:
                 raise TypeError(f"the optimizer's {', '.join(wrong)}")
             group.update({flag: mine[flag] for flag in FLAGS if flag in mine})
+        for part in self.optimizer.parts if isinstance(self.optimizer, Joined) else (self.optimizer,):
+            _check_fused(part)
         self.loss_sum = state["loss_sum"].to(self.device, copy=True)
         self.loss_windows, self.step = state["loss_windows"], state["step"]
         look_sum, self.look_windows, self.lost_looks = state.get("look", (0.0, 0, 0))  # files before there were looks
         self.look_sum.fill_(look_sum)
+
+
+def _check_fused(optimizer: torch.optim.Optimizer) -> None:
+    """TypeError when a state is not of its parameter's shape: torch's fused steps take that for granted, and write beside it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            for name, value in optimizer.state.get(parameter, {}).items():
+                shape = () if name == "step" else tuple(parameter.shape)
+                if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+                    raise TypeError(f"the optimizer's {name}: needed a tensor of shape {shape}")
 
 
 def _kind(value: Any) -> Any:

@@ -540,3 +540,40 @@ def test_a_file_that_cannot_be_opened_is_bad_input(tmp_path: Path) -> None:
     for name, said in (("x.toml", "no study file"), ("y.toml", "not TOML")):
         told = CliRunner().invoke(app, ["validate", str(tmp_path / name)])
         assert (told.exit_code, said in told.output, str(tmp_path / name) in told.output) == (2, True, True)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "shape"), [("exp_avg", (0, 4)), ("exp_avg_sq", (2, 4)), ("step", (0,))])
+def test_moments_of_another_shape_are_refused_before_torch_writes_beside_them(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """torch's fused Adam does not look: on CPU it ends in a segmentation fault, or in memory that is not its own."""
+    import torch
+
+    from proxies.checkpoints import load_state, write_state
+    from proxies.config import ProxyConfig
+    from proxies.training import train
+
+    (tmp_path / "corpus.txt").write_text("a few words " * 4000)
+    small: dict[str, Any] = {
+        "d_model": 4,
+        "n_layers": 1,
+        "d_head": 4,
+        "base_width": 4,
+        "seq_len": 8,
+        "eval_windows": 2,
+        "batch_seqs": 2,
+        "warmup_tokens": 8,
+    }
+    config, path = ProxyConfig(corpus=str(tmp_path / "corpus.txt"), **small), tmp_path / "run.pt"
+    for _ in train(config, 160, save=path):
+        pass
+    state = load_state(path)
+    moments = state["trunk"]["optimizer"]["state"]
+    which = next(i for i in moments if moments[i]["exp_avg"].shape == (4, 4))
+    moments[which][name] = torch.zeros(shape)
+    write_state(state, path)
+    with pytest.raises(ValueError, match=rf"{path}, in which .*the optimizer's {name}: needed a tensor of shape"):
+        next(train(config, 240, resume=path))

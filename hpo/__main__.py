@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaling.cli import DryRun, Json, Uri, refusing, say
+from scaling.cli import Commands, DryRun, Json, Uri, refusing, say
 
 if TYPE_CHECKING:
     from hpo.workers import Estimate
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
+)
 
 Study = Annotated[str, typer.Argument(metavar="STUDY.toml | NAME", help="a study file, or the name of one in studies/")]
 Storage = Annotated[
@@ -212,6 +214,7 @@ def confirm(
         files = workers.StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
         search = workers.open_existing(files, config, trainer, storage=storage)
+        show_example(config, trainer)
         plan = rematch.make_plan(search, rematch.files_of(files), seeds, against)
         cost = rematch.estimate(plan, rematch.files_of(files), config, trainer)
     say(f"{files.name}: {plan.answer} against {plan.rival}, {seeds} fresh seeds each at {plan.at}")
@@ -268,6 +271,7 @@ def go_on(
         config, trainer = load_study(files.toml)
         config = config.with_workers(count)
         search = workers.open_existing(files, config, trainer, storage=storage)
+        show_example(config, trainer)
         if max_tokens is not None:
             problems = trainer.problems(config.distributions, (config.search.tokens.min, max_tokens))
             if problems:

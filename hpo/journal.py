@@ -1,100 +1,172 @@
-"""Optuna's journal file, made to survive a writer that dies or finds the disk full in the middle of a line.
-
-As it is, what follows a broken line is glued to it, and the study cannot be read again; and a lock whose holder was killed stalls
-the others for half a minute. Files are the same as Optuna's, which can read them.
-"""
+"""A search's journal, which is Optuna's: refused by file and line where it is damaged, and mended where a writer was killed."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import threading
+import warnings
+from collections.abc import Generator
+from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from optuna.distributions import json_to_distribution
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-LOOK_BACK = 1 << 16  # bytes; a line is shorter, or is looked for in steps of this
+from hpo.hyperband import Ladder
+from hpo.locks import Flock
 
-
-class Flock:
-    """A lock between processes and threads that the system gives up with its holder, however that ends; waits in its queue."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._path = str(Path(path).absolute())
-        self._thread = threading.RLock()  # the same file may be locked again by whoever has it
-        self._depth = 0
-        self._file = -1
-
-    def acquire(self) -> bool:
-        self._thread.acquire()
-        try:
-            if self._depth == 0:
-                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                try:
-                    fcntl.flock(self._file, fcntl.LOCK_EX)
-                except BaseException:
-                    os.close(self._file)
-                    raise
-            self._depth += 1
-        except BaseException:
-            self._thread.release()
-            raise
-        return True
-
-    def release(self) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            os.close(self._file)  # and with it the lock
-        self._thread.release()
-
-    def __enter__(self) -> Flock:
-        self.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+Index = Annotated[int, Field(ge=0)]
 
 
 class Journal(JournalFileBackend):
-    """The backend of a JournalStorage, at this path."""
+    """Optuna's file of one JSON record per line.
 
-    def __init__(self, path: str | Path) -> None:
-        # Not Optuna's own .lock, a symbolic link that a killed holder leaves behind. A writer without this backend (someone who enqueues
-        # a trial) is not excluded, and need not be: it appends in one write, too.
-        self._whole = Flock(f"{path}.flock")
-        super().__init__(str(path), lock_obj=self._whole)  # type: ignore[arg-type]  # acquire and release are all that is asked
+    Optuna passes over a last line without its end, which a killed writer or a full disk leaves, but appends the next record to it: from
+    then on the file cannot be read. Here such a line goes before anything is appended. And of Optuna's lock, a symbolic link, a
+    killed holder leaves the others waiting for half a minute. Who writes without this backend (to enqueue a trial, say) is not
+    excluded, and need not be: Optuna appends in one write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, Flock(f"{path}.flock")
+        super().__init__(str(path), self.lock)  # type: ignore[arg-type]  # acquire and release are all that is asked
+        self.line = 0  # of the record read last, from 1
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """All lines or none. OSError where the disk is full, after which the file is as it was."""
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        with self._whole:
-            file = os.open(self._file_path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        with self.lock, self.path.open("a+b", buffering=0) as file:
+            end = _end_of_last_line(file)
+            if end < os.fstat(file.fileno()).st_size:
+                file.truncate(end)
             try:
-                end = whole_lines(file)
-                if end < os.fstat(file).st_size:
-                    os.ftruncate(
-                        file, end
-                    )  # what a writer that was killed had begun: nobody was told that it was written
-                try:
-                    if os.write(file, lines) < len(lines):
-                        raise OSError(f"no space left for a whole line of {self._file_path}")
-                    os.fsync(file)
-                except OSError:
-                    os.ftruncate(file, end)
-                    raise
-            finally:
-                os.close(file)
+                if (file.write(lines) or 0) < len(lines):
+                    raise OSError(f"no space left for a whole line of {self.path}")
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        self.line = log_number_from
+        try:
+            for log in super().read_logs(log_number_from):
+                self.line += 1
+                yield log
+        except (ValueError, RecursionError) as error:
+            self.line += 1
+            raise self.refused(f"no JSON ({error})") from error
+
+    def refused(self, why: str) -> ValueError:
+        return ValueError(
+            f"{self.path}, line {self.line}: needed a record of Optuna's journal, got {why}: restore the file, or remove that line"
+        )
 
 
-def whole_lines(file: int) -> int:
-    """Bytes of an open file up to the end of its last whole line."""
-    end = os.fstat(file).st_size
+def _end_of_last_line(file: RawIOBase) -> int:
+    """Bytes up to and with the last line's end."""
+    end = file.seek(0, os.SEEK_END)
     while end:
-        begin = max(0, end - LOOK_BACK)
-        found = os.pread(file, end - begin, begin).rfind(b"\n")
+        begin = max(0, end - 4096)
+        file.seek(begin)
+        found = (file.read(end - begin) or b"").rfind(b"\n")
         if found >= 0:
             return begin + found + 1
         end = begin
     return 0
+
+
+def open_journal(path: Path) -> JournalStorage:
+    """The storage in this file, made when there is none. ValueError that names the line, or the trial, which cannot be read."""
+    journal = Journal(path)
+    try:
+        storage = JournalStorage(journal)
+    except Exception as error:  # Optuna replays what it finds, and raises whatever comes of it
+        if isinstance(error, OSError) or str(path) in str(error):
+            raise
+        raise journal.refused(f"{type(error).__name__} ({error})") from error
+    for study in storage.get_all_studies():
+        if "muscale" in study.user_attrs:
+            _check_search(storage, study.study_name, study.user_attrs["muscale"], path)
+    return storage
+
+
+class _Settings(BaseModel):
+    """Of a search, on its study; see hpo.opening.checked_settings."""
+
+    model_config = ConfigDict(strict=True)
+    space: dict[str, str]
+    tokens: list[PositiveInt] = Field(min_length=2, max_length=2)
+    max_tokens: PositiveInt
+    eta: int = Field(ge=2)
+    sizes: list[PositiveFloat] = Field(min_length=1)
+    variant: str
+    iterations: PositiveInt | None
+    scheduler: str
+    resumable: bool
+    raises: list[list[int]] = Field(default_factory=list)
+
+
+class _Stopped(BaseModel):
+    """hpo.record.Stopped as it is written."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    tokens: PositiveInt
+    loss: float
+    mean: float
+    sd: float
+
+
+class _Attributes(BaseModel):
+    """Of a trial of a search; see hpo.trials."""
+
+    model_config = ConfigDict(strict=True)
+    tokens: PositiveInt
+    N: PositiveFloat
+    rung: Index
+    bracket: list[Index] = Field(min_length=3, max_length=3)
+    config: Index | None = None
+    continues: Index | None = None
+    resumed_tokens: Index | None = 0
+    seeds: PositiveInt = 1
+    resumed_seeds: Index = 0
+    worker: str | None = ""
+    losses: list[float | None] | None = None
+    goal: Index | None = None
+    diverged: bool = False
+    stopped: _Stopped | None = None
+
+
+def _check_search(storage: JournalStorage, name: str, stored: Any, path: Path) -> None:
+    """What is read of a search, trial by trial: of the right kinds, and of what is there."""
+    where = f"settings of study {name!r}"
+    try:
+        settings = _Settings.model_validate(stored)
+        for text in settings.space.values():
+            json_to_distribution(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a single rung: said when the search is made
+            ladder = Ladder.make(settings.tokens[0], settings.tokens[1], settings.eta).raised(settings.max_tokens)
+        trials = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
+        for trial in trials:
+            where = f"trial {trial.number} of study {name!r}"
+            if "bracket" not in trial.user_attrs:
+                continue
+            attrs = _Attributes.model_validate(trial.user_attrs)
+            _, size, start = attrs.bracket
+            if not (start <= attrs.rung <= ladder.top and size < len(settings.sizes)):
+                raise ValueError(f"rung {attrs.rung} of bracket {attrs.bracket}")
+            for other in (attrs.config, attrs.continues):
+                if other is not None and (other >= len(trials) or "bracket" not in trials[other].user_attrs):
+                    raise ValueError(f"no trial {other}")
+            whole = isinstance(trial.value, int | float) and settings.space.keys() <= trial.params.keys()
+            if trial.state == TrialState.COMPLETE and not whole:
+                raise ValueError(f"value {trial.value!r}, parameters {trial.params}")
+    except Exception as error:  # what another program, or a damaged disk, has written can be anything
+        raise ValueError(
+            f"{path}, {where}: needed what a search writes, got something else ({error}): restore the file"
+        ) from error

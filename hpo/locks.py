@@ -6,11 +6,14 @@ held it; for any other storage that processes share (MySQL, Optuna's gRPC proxy)
 
 from __future__ import annotations
 
+import fcntl
+import os
 import threading
 import time
 import weakref
 from contextlib import AbstractContextManager
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -26,6 +29,45 @@ EXPIRY_SECONDS = 30.0
 
 _threads: weakref.WeakKeyDictionary[BaseStorage, threading.RLock] = weakref.WeakKeyDictionary()
 _guard = threading.Lock()
+
+
+class Flock:
+    """A lock between processes and threads that the system gives up with its holder, however that ends; waits in its queue."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = str(Path(path).absolute())
+        self._thread = threading.RLock()  # the same file may be locked again by whoever has it
+        self._depth = 0
+        self._file = -1
+
+    def acquire(self) -> bool:
+        self._thread.acquire()
+        try:
+            if self._depth == 0:
+                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:
+                    fcntl.flock(self._file, fcntl.LOCK_EX)
+                except BaseException:
+                    os.close(self._file)
+                    raise
+            self._depth += 1
+        except BaseException:
+            self._thread.release()
+            raise
+        return True
+
+    def release(self) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            os.close(self._file)  # and with it the lock
+        self._thread.release()
+
+    def __enter__(self) -> Flock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 def lock_of(storage: BaseStorage, opened: BaseStorage, study: str) -> AbstractContextManager[Any]:

@@ -16,12 +16,12 @@ from typing import Any, Literal, get_args
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, get_storage
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage, get_storage
 from optuna.trial import TrialState
 
 from hpo.hyperband import VARIANTS
-from hpo.journal import Flock, Journal
-from hpo.locks import lock_of
+from hpo.journal import open_journal
+from hpo.locks import Flock, lock_of
 from scaling.compute import Fidelity
 
 SCHEDULERS = ("incremental-hyperband",)
@@ -156,7 +156,7 @@ def open_storage(
     """The storage, and the lock under which decisions on this study are taken in it.
 
     A path that ends in .journal (its folder is made), a URL (a database's, or grpc://HOST:PORT of Optuna's proxy), an Optuna
-    storage, or None for memory. The lock: the file `lock`, else one beside the journal or the SQLite file, else hpo.locks says.
+    storage, or None for memory. ValueError when a journal is damaged. The lock: the file `lock`, else one beside the journal or the SQLite file, else hpo.locks says.
     """
     beside: str | None = None
     made: BaseStorage
@@ -168,7 +168,7 @@ def open_storage(
     elif str(storage).endswith(".journal") and "://" not in str(storage):
         path = Path(storage).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = opened = JournalStorage(Journal(path))
+        made = opened = open_journal(path)
         beside = f"{path}.ask.lock"
     elif str(storage).startswith("grpc://"):
         made = opened = _proxy(str(storage))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from hpo import workers
 from hpo.confirm import Confirmation, Contender, at, confirmation, contenders, largest
@@ -91,6 +91,15 @@ class RematchFiles:
         return [(c, r) for c, r in plan.runs if not self.run(plan, c, r).exists()]
 
 
+def read_plan(place: RematchFiles) -> Rematch:
+    try:
+        return Rematch.model_validate_json(place.plan.read_bytes())
+    except ValidationError as error:
+        raise ValueError(
+            f"{place.plan} is not what `hpo confirm` wrote: remove it, and it is planned anew ({error})"
+        ) from error
+
+
 def files_of(files: workers.StudyFiles) -> RematchFiles:
     return RematchFiles(files.folder / "confirm")
 
@@ -104,7 +113,7 @@ def make_plan(search: Search, place: RematchFiles, seeds: int, against: int | No
         raise ValueError(f"a confirmation needs at least 2 seeds for an interval, got {seeds}: 5 is a good number")
     top, target, done = largest(search), (search.target.N, search.target.D), search.progress.done
     if place.plan.exists():
-        old = Rematch.model_validate_json(place.plan.read_text())
+        old = read_plan(place)
         if (old.target, old.evaluations, old.N, old.D, old.against) == (target, done, top.N, int(top.D), against):
             return old.model_copy(update={"seeds": seeds})
     answer, rival = contenders(search, search.best(), against)
@@ -144,7 +153,7 @@ def work(files: workers.StudyFiles, *, uri: str | None = None) -> int:
     study, trainer = load_study(files.toml)
     workers.check_same_settings(files, study)
     place = files_of(files)
-    plan = Rematch.model_validate_json(place.plan.read_text())
+    plan = read_plan(place)
     store = uri or tracking.default_uri()
     with StopSignals() as stop:
         for contender, repeat in plan.runs:

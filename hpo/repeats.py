@@ -175,8 +175,11 @@ def write_result(path: Path, loss: float) -> None:
 
 
 def read_result(path: Path) -> float:
-    loss = json.loads(path.read_text())["loss"]
-    return math.nan if loss is None else float(loss)
+    try:
+        loss = json.loads(path.read_bytes())["loss"]
+        return math.nan if loss is None else float(loss)
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} holds no loss: remove it, and that training is made again") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -40,8 +40,12 @@ from hpo.samplers import MODELS
 from hpo.tables import Dimension, LawTable, Table, Tokens, TrainerTable, meant
 from hpo.tables import SearchTable as SearchTable
 from hpo.tables import Workers as Workers
+from scaling.cli import say
 from scaling.compute import Fidelity
 from scaling.runs import Measurement
+from scaling.secrets import secrets_in
+
+REFUSALS = (ValueError, TypeError, ArithmeticError, OSError)  # of a trainer, of what the file says
 
 
 class StudyError(ValueError):
@@ -167,12 +171,15 @@ def study_path(name_or_path: str) -> Path:
 
 
 def load_study(path: Path) -> tuple[StudyConfig, Trainer]:
-    """Read and check a study file and what it names. StudyError with all mistakes; nothing is written."""
+    """Read and check a study file and what it names. StudyError with all mistakes; nothing is written.
+
+    The file is data. The one thing that is run is the import of its trainer, which is said first when it is not one of ours.
+    """
     try:
-        table = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise StudyError(str(path), [f"not TOML: {error}"]) from error
-    problems: list[str] = []
+    problems = secrets_in(table)
     study: StudyConfig | None = None
     try:
         study = StudyConfig.model_validate(table)
@@ -193,9 +200,11 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
         named = TrainerTable.model_validate(raw)
     except ValidationError:
         return None  # named already
+    if not named.use.startswith("proxies"):
+        say(f"importing the trainer {named.use}")
     try:
         make = named.find()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever that module raises
         problems.append(
             f"trainer.use: cannot import {named.use!r} ({error}); the built-in one is 'proxies:ProxyFamily'"
         )
@@ -208,14 +217,17 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
         problems.append("search.seeds: this trainer cannot take another random seed (a command needs {seed} for that)")
     tokens = study.search.tokens if study else _readable_tokens(table)
     space = study.distributions if study else _readable_space(table)
-    problems += trainer.problems(space, (tokens.min, tokens.max) if tokens else None)
+    try:
+        problems += trainer.problems(space, (tokens.min, tokens.max) if tokens else None)
+    except REFUSALS as error:  # a path that no file can have, say
+        problems.append(f"trainer: {error}")
     if isinstance(table.get("target"), dict):
         try:
             trainer.target(**table["target"])
         except ValidationError as error:
             # a trainer may say which keys its [target] knows, for the hint
             problems += [f"target.{p}" for p in explain(error, getattr(trainer, "target_table", None))]
-        except (ValueError, TypeError) as error:
+        except REFUSALS as error:
             problems.append(f"target: {error}")
     return trainer
 
@@ -239,12 +251,12 @@ def _make(make: Any, settings: dict[str, Any], problems: list[str]) -> Trainer |
     except ValidationError as error:
         problems += [f"trainer.{p}" for p in explain(error, make)]
         wrong = {item["loc"][0] for item in error.errors() if item["loc"]}
-    except (ValueError, TypeError) as error:
+    except REFUSALS as error:
         problems.append(f"trainer: {error}")
         return None
     try:
         return cast(Trainer, make(**{k: v for k, v in settings.items() if k not in wrong}))
-    except (ValueError, TypeError):
+    except REFUSALS:
         return None  # its mistakes are named already, or follow from those
 
 

@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    FiniteFloat,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -41,8 +42,8 @@ class Table(BaseModel):
 class Tokens(Table):
     """The smallest and largest run of the search, in training tokens."""
 
-    min: PositiveInt
-    max: PositiveInt
+    min: int = Field(gt=0, le=10**18)
+    max: int = Field(gt=0, le=10**18)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -127,10 +128,10 @@ class Dimension(Table):
     """One searched parameter: a range, or choices."""
 
     type: Literal["float", "int"] = "float"
-    low: float | None = None
-    high: float | None = None
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
     log: bool = False
-    step: float | None = None
+    step: Annotated[FiniteFloat, Field(gt=0)] | None = None
     choices: tuple[str | float | int | bool, ...] | None = None
 
     @model_validator(mode="after")
@@ -153,6 +154,8 @@ class Dimension(Table):
             raise ValueError("a log range has no step: remove one of them")
         if self.type == "int" and (self.low != int(self.low) or self.high != int(self.high)):
             raise ValueError(f"an int range needs whole low and high, got {self.low:g} and {self.high:g}")
+        if self.type == "int" and self.step is not None and self.step != int(self.step):
+            raise ValueError(f"an int range needs a whole step, got {self.step:g}")
         return self
 
     def distribution(self) -> BaseDistribution:
@@ -189,14 +192,14 @@ class TrainerTable(BaseModel):
     """Which trainer, and its settings (all other keys)."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    use: str = Field(default="proxies:ProxyFamily", pattern=r"^[\w.]+:\w+$")
+    use: str = Field(default="proxies:ProxyFamily", pattern=r"^\w+(\.\w+)*:\w+$")
 
     @property
     def settings(self) -> dict[str, Any]:
         return self.model_extra or {}
 
     def find(self) -> Any:
-        """What `use` names. ImportError or AttributeError when it is not there."""
+        """What `use` names, imported: which runs that module. ImportError or AttributeError when it is not there."""
         module, _, name = self.use.partition(":")
         return getattr(import_module(module), name)
 

@@ -196,7 +196,7 @@ def refuse_existing(files: StudyFiles, *, uri: str | None) -> MlflowClient:
     client = tracking.connect(uri)
     if client.get_experiment_by_name(files.name) is not None:
         raise ValueError(
-            f"MLflow at {client.tracking_uri} has a study {files.name!r} whose {files.folder} is gone: {afresh}"
+            f"MLflow at {without_passwords(client.tracking_uri)} has a study {files.name!r} whose {files.folder} is gone: {afresh}"
         )
     return client
 
@@ -259,7 +259,10 @@ def check_same_settings(files: StudyFiles, study: StudyConfig) -> None:
     if not files.settings.exists():
         raise ValueError(f"study {files.name!r} has not been launched: `hpo launch {files.toml}` starts it")
     # read by the model, so that a study launched before a setting existed has its default
-    then = StudyConfig.model_validate_json(files.settings.read_text()).model_dump(mode="json")
+    try:
+        then = StudyConfig.model_validate_json(files.settings.read_bytes()).model_dump(mode="json")
+    except ValueError as error:
+        raise ValueError(f"{files.settings} is not what `hpo launch` wrote: restore it ({error})") from error
     now = study.model_dump(mode="json")
     problems = [
         f"{where}: launched with {json.dumps(old)}, the file now says {json.dumps(new)}"

@@ -12,9 +12,11 @@ import typer
 
 from proxies import grow_command, launch_command
 from proxies.commands import Study, configured, interrupted, numbers, read_family
-from scaling.cli import DryRun, Json, interrupted_code, refusing, sigterm_as_interrupt
+from scaling.cli import Commands, DryRun, Json, interrupted_code, refusing, sigterm_as_interrupt
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
+)
 
 
 @app.command()

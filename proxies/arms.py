@@ -15,12 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from proxies.external import run_command
 from proxies.launch import Arm, LaunchPlan, write_plan
 from proxies.watching import TAG, Excursion, Watch, expected_of, in_words, score
 from scaling import spool, tracking
 from scaling.cli import say
 from scaling.runs import Measurement
+from scaling.secrets import without_passwords
 
 REPORT_SECONDS = 5.0
 FOLDER = "records"  # of what MLflow has not yet, beside the plan
@@ -44,8 +47,12 @@ class Ended:
         path = cls.path(folder, arm)
         if not path.is_file():
             return None
-        said = json.loads(path.read_text())
-        return cls(**said | {"left": Excursion(**said["left"]) if said["left"] else None})
+        try:
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise ValueError(
+                f"needed how an arm ended, got something else in {path}: restore it, or remove it to train that arm again"
+            ) from error
 
     def write(self, folder: Path, arm: Arm) -> None:
         beside = folder / f".{arm}.json.tmp"
@@ -171,8 +178,12 @@ def name_of(plan: LaunchPlan, arm: Arm) -> str:
 
 
 def commands(plan: LaunchPlan, path: Path, arm: Arm, *, uri: str | None = None) -> list[list[str]]:
-    """What trains one arm of the plan in this file: one command for each node, the same on all of them."""
-    words = ["-m", "proxies", "launch", str(path), "--only", arm, *(["--tracking-uri", uri] if uri else [])]
+    """What trains one arm of the plan in this file: one command for each node, the same on all of them.
+
+    A URI with a password is left to the environment: what is on a command line, every user of the machine can read.
+    """
+    words = ["-m", "proxies", "launch", str(path), "--only", arm]
+    words += ["--tracking-uri", uri] if uri and without_passwords(uri) == uri else []
     if plan.world == 1 and plan.engine == "plain":
         return [[sys.executable, *words]]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(plan.ranks)]
@@ -191,6 +202,10 @@ def shown(plan: LaunchPlan, path: Path, arms: Sequence[Arm], *, uri: str | None 
     for arm in arms:
         for node, words in enumerate(commands(plan, path.absolute(), arm, uri=uri)):
             lines += [f"# {arm}, node {node} of {plan.nodes}", shlex.join(words)]
+    if uri and without_passwords(uri) != uri:
+        lines.insert(
+            0, f"# first, on each node, with its password: export MLFLOW_TRACKING_URI={without_passwords(uri)}"
+        )
     if plan.nodes > 1:
         lines.insert(
             0,

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
 import shutil
 import time
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,7 +105,7 @@ def _sweep(path: Path, unnamed: Path) -> None:
         path.rmdir()
     if path.exists():
         check_place(path)
-        named = _read(path / HEADER, FOLDER)["data"]
+        named = _header(path)["data"]
         for other in path.iterdir():
             if other.name not in (HEADER, named):
                 shutil.rmtree(other) if other.is_dir() else other.unlink()
@@ -122,7 +121,7 @@ def check_place(path: Path) -> None:
                 f"needed a file at {path}, got a folder: remove it, or name a path that does not end in {SUFFIX}"
             )
     elif (path / HEADER).is_file():
-        _read(path / HEADER, FOLDER)
+        _header(path)
     elif path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"needed a new path or a run's folder, got {path}, which is something else: name another")
 
@@ -164,7 +163,7 @@ def read_run(path: Path, ranks: Ranks = ALONE, form: str = FORMAT) -> dict[str, 
         return _read(path, form)
     if not (path / HEADER).is_file():
         raise ValueError(f"needed a saved run, got the folder {path}, which is something else: name another checkpoint")
-    header = _read(path / HEADER, FOLDER)
+    header = _header(path)
     data = path / header["data"]
     mine = sorted(header["files"])[ranks.rank :: ranks.world]
     wrong = [name for name in mine if not (data / name).is_file() or sums([data / name])[name] != header["files"][name]]
@@ -223,29 +222,71 @@ def load_state(path: Path, form: str = FORMAT) -> dict[str, Any]:
     if not path.is_dir():
         return _read(path, form)
     saved = read_run(path)
-    return {key: take(saved, key, path) for key in saved if key != "data"}
+    with reading(path):
+        return {key: take(saved, key, path) for key in saved if key != "data"}
 
 
 def _read(path: Path, form: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"needed a saved run, got {path}: no such file")
     try:
-        # torch does not look at the checksums that it has written.
+        # torch does not look at the checksums that it has written, and packs nothing: a packed part could fill the memory.
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+            packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+            broken = packed[0] if packed else archive.testzip()
         if broken:
             raise zipfile.BadZipFile(f"wrong checksum of {broken}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # zipfile, torch and its unpickler raise all kinds
+        if isinstance(error, OSError) and error.filename:
+            raise
         raise ValueError(
             f"needed a run saved by `train`, got {path}, which is cut short, damaged or something else "
-            f"({(str(error) or type(error).__name__).splitlines()[0]}): name another checkpoint, or train it again"
+            f"({_first_line(error)}): name another checkpoint, or train it again"
         ) from error
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if found != form:
         raise ValueError(f"needed a run saved as {form}, got {path} with format {found!r}")
     whole: dict[str, Any] = state
     return whole
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """A folder's header. ValueError when it is damaged, or names something outside the folder."""
+    header = _read(path / HEADER, FOLDER)
+    data, files, run = (header.get(key) for key in ("data", "files", "run"))
+    names = [data, *files] if isinstance(files, dict) and isinstance(run, dict) else [None]
+    if not all(isinstance(name, str) and name not in ("", "..") and Path(name).name == name for name in names):
+        raise ValueError(f"needed a saved run, got {path}, whose header is damaged: name another checkpoint")
+    return header
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A file can be whole and yet not hold what a run has: then a ValueError that names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError, ValueError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(
+            f"needed a run saved by `train`, got {path}, in which something is missing or of another kind "
+            f"({type(error).__name__}: {error}): name another checkpoint"
+        ) from error
+
+
+def config_of(saved: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ProxyConfig:
+    """The configuration of a run. TypeError when these weights, or their shapes, are not its model's: it is built from it."""
+    config = ProxyConfig.model_validate(saved["config"])
+    if (found := sum(tensor.numel() for tensor in weights.values())) != config.counts.total:
+        raise TypeError(f"{found:,} weights, its configuration has {config.counts.total:,}")
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def load_model(path: Path, which: Literal["annealed", "trunk"] = "annealed") -> tuple[ProxyConfig, Transformer]:
@@ -255,11 +296,12 @@ def load_model(path: Path, which: Literal["annealed", "trunk"] = "annealed") -> 
         raise ValueError(f"needed which = 'annealed' or 'trunk', got {which!r}")
     if which not in saved:
         raise ValueError(
-            f"needed a run that has ended, got {path} in its {saved['phase']}: ask for 'trunk', or finish it"
+            f"needed a run that has ended, got {path} in its {saved.get('phase')}: ask for 'trunk', or finish it"
         )
-    config = ProxyConfig.model_validate(saved["config"])
-    model = build(config)
-    load_weights(model, stored(saved, path, which, "model"))
+    with reading(path):
+        config = config_of(saved, saved[which]["model"])
+        model = build(config)
+        load_weights(model, stored(saved, path, which, "model"))
     return config, model
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
-from proxies.external import DEFAULTS, names_in, resolved, run_command
+from proxies.external import DEFAULTS, in_shell, names_in, resolved, run_command
 from scaling.cli import say
 from scaling.compute import Fidelity
 from scaling.runs import Measurement
@@ -196,7 +195,9 @@ class CommandFamily:
 
     def example(self, params: Mapping[str, Any], fidelity: Fidelity) -> str:
         """The command of one run, as a shell would take it; files that are named when it runs are left empty."""
-        return shlex.join(resolved(self.table.command, self.values(params, fidelity)))
+        return in_shell(
+            resolved(self.table.command, self.values(params, fidelity)), self.table.cwd, self.table.environment
+        )
 
     def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity], *, threads: int) -> list[float]:
         """From the stated speed; or from one short run of each size, as its start and its tokens per second after that."""

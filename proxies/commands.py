@@ -18,8 +18,6 @@ Study = Annotated[str, typer.Argument(metavar="STUDY.toml | NAME", help="a study
 
 def read_family(study: str) -> tuple[ProxyFamily, Path]:
     """The [trainer] table of a study file, by path or name, as a family of proxies."""
-    import tomllib
-
     from pydantic import ValidationError
 
     from proxies.family import ProxyFamily
@@ -27,11 +25,21 @@ def read_family(study: str) -> tuple[ProxyFamily, Path]:
     path = Path(study) if study.endswith(".toml") else Path("studies") / f"{study}.toml"
     if not path.is_file():
         raise ValueError(f"no study file {path}")
-    table = tomllib.loads(path.read_text()).get("trainer", {})
+    table = read_toml(path).get("trainer", {})
     try:
         return ProxyFamily.model_validate({k: v for k, v in table.items() if k != "use"}), path
     except ValidationError as error:
         raise ValueError(f"{path}, table [trainer]: {error}; `hpo validate {path}` says more") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A file's tables. ValueError that names it when it is no TOML."""
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
 
 
 def interrupted(stop: KeyboardInterrupt, keep: Path | None) -> typer.Exit:

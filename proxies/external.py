@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -28,8 +28,10 @@ import psutil
 
 from scaling import tracking
 from scaling.runs import Measurement
+from scaling.secrets import without_passwords
 
 NAME = re.compile(r"\{(\w+)\}")
+PART = re.compile(r"\{(\w+)([.\[!:])[^{}]*\}")  # of a value, as Python's format would have it
 DEFAULTS = {
     "seed": 0,
     "save": "",
@@ -56,10 +58,19 @@ def resolved(command: str, values: Mapping[str, Any]) -> list[str]:
     if not words:
         raise ValueError("command: needed a program and its arguments, got nothing")
     values = DEFAULTS | dict(values)
-    if missing := [name for name in names_in(command) if name not in values]:
+    if missing := [name for name in names_in(" ".join(words)) if name not in values]:
         known = ", ".join(sorted(values))
         raise ValueError(f"command: needed a value for {{{'}, {'.join(missing)}}}, got values for {known}")
+    if parts := [part[0] for part in PART.finditer(" ".join(words)) if part[2] != ":" or part[1] in values]:
+        raise ValueError(f"command: needed a {{name}} and no more between braces, got {', '.join(parts)}")
     return [NAME.sub(lambda name: as_text(values[name[1]]), word) for word in words]
+
+
+def in_shell(words: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> str:
+    """All that is run, as a shell would take it: the folder and the variables, too."""
+    variables = ["env", *(f"{name}={value}" for name, value in environment.items())] if environment else []
+    folder = f"cd {shlex.quote(str(cwd))} && " if cwd != Path() else ""
+    return folder + shlex.join([*variables, *words])
 
 
 def as_text(value: Any) -> str:
@@ -236,7 +247,7 @@ class _Program:
         ) as error:  # MLflow may be away while the program goes on; what it logged is asked for again at the end
             if last:
                 raise RuntimeError(
-                    self._said(f"printed no point, and MLflow cannot be asked for its own: {error}")
+                    self._said(f"printed no point, and MLflow cannot be asked for its own: {without_passwords(error)}")
                 ) from error
             return []
         points = [(tokens, loss, False) for tokens, loss in zip(*curve, strict=True) if tokens > seen]

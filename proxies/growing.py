@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from proxies.checkpoints import check_place, write_run
+from proxies.checkpoints import check_place, config_of, reading, write_run
 from proxies.config import ProxyConfig
 from proxies.lazy import open_run
 from proxies.lineage import Method, differences
@@ -50,15 +50,17 @@ def open_trained(path: Path, which: Which = "annealed") -> Trained:
     saved = run.saved
     if which not in saved:
         raise ValueError(
-            f"needed a run that has ended, got {path} in its {saved['phase']}: ask for 'trunk', or finish it"
+            f"needed a run that has ended, got {path} in its {saved.get('phase')}: ask for 'trunk', or finish it"
         )
-    config, kept = ProxyConfig.model_validate(saved["config"]), saved[which]
-    weights = run.tensors({name: (which, "model", name) for name in kept["model"]})
-    moments = None
-    if which == "trunk" and config.optimizer == "adamw" and kept["optimizer"]["state"]:
-        moments = run.tensors({name: (which, "optimizer", *key) for name, key in places(config).items()})
-    tokens = saved["tokens"] if which == "annealed" else kept["windows"] * config.seq_len
-    return Trained(path, which, config, weights, moments, saved["data_sha256"], tokens)
+    with reading(path):
+        kept = saved[which]
+        config = config_of(saved, kept["model"])
+        weights = run.tensors({name: (which, "model", name) for name in kept["model"]})
+        moments = None
+        if which == "trunk" and config.optimizer == "adamw" and kept["optimizer"]["state"]:
+            moments = run.tensors({name: (which, "optimizer", *key) for name, key in places(config).items()})
+        tokens = saved["tokens"] if which == "annealed" else kept["windows"] * config.seq_len
+        return Trained(path, which, config, weights, moments, saved["data_sha256"], tokens)
 
 
 def write_grown(
@@ -110,7 +112,8 @@ def read_grown(path: Path, config: ProxyConfig) -> Start:
     """What `write_grown` wrote, for a training of `config`. ValueError that names all differences when it is for another model."""
     run = open_run(path, FORMAT)
     state = run.saved
-    theirs = ProxyConfig.model_validate(state["config"])
+    with reading(path):
+        theirs = config_of(state, state["model"])
     wrong = [
         f"{name}: {getattr(theirs, name)} to {getattr(config, name)}"
         for name in ("d_model", "n_layers")
@@ -120,10 +123,11 @@ def read_grown(path: Path, config: ProxyConfig) -> Start:
         wrong.append(f"optimizer, whose moments it holds: {theirs.optimizer} to {config.optimizer}")
     if wrong:
         raise ValueError(f"needed a model grown for this configuration, got {path}; these differ: {'; '.join(wrong)}")
-    weights = run.tensors({name: ("model", name) for name in state["model"]})
-    check_shapes(weights, shapes(config))
-    moments = None
-    if "moments" in state:
-        moments = run.tensors({name: ("moments", name) for name in state["moments"]})
-        check_shapes(moments, expected_shapes(config))
-    return Start(weights, moments)
+    with reading(path):
+        weights = run.tensors({name: ("model", name) for name in state["model"]})
+        check_shapes(weights, shapes(config))
+        moments = None
+        if "moments" in state:
+            moments = run.tensors({name: ("moments", name) for name in state["moments"]})
+            check_shapes(moments, expected_shapes(config))
+        return Start(weights, moments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
+from proxies.commands import read_toml
 from proxies.family import ProxyFamily, Target
 from proxies.growth_family import GrowthFamily, Start
 from scaling.compute import Fidelity
@@ -153,7 +153,7 @@ def make_question(
     pair to train; default: see `stand_in`. at: the length asked about; default: the target's, without one the longest of `horizons`.
     base: tokens per parameter of the base; default: those of the study's longest proxy run at that width, else 20.
     """
-    table = tomllib.loads(toml.read_text())
+    table = read_toml(toml)
     target = Target.model_validate(table["target"]) if "target" in table else None
     if real is None:
         if target is None:

@@ -162,7 +162,7 @@ def search(question: Question, start: Start, *, workers: int, uri: str | None) -
         return settings
     write_whole(toml, study_text(question, start) + f"\n[workers]\ncount = {workers}\n")
     there = (toml.with_suffix("") / "study.journal").exists()
-    hpo("resume" if there else "launch", toml, *(["--tracking-uri", uri] if uri else []))
+    hpo("resume" if there else "launch", toml, uri=uri)
     text = hpo("best", toml, "--json")
     settings = json.loads(text)
     write_whole(found, text)
@@ -170,10 +170,14 @@ def search(question: Question, start: Start, *, workers: int, uri: str | None) -
     return settings
 
 
-def hpo(command: str, toml: Path, *options: str) -> str:
-    """Another command of the toolkit; its output. What it says on the way is seen. RuntimeError when it fails."""
+def hpo(command: str, toml: Path, *options: str, uri: str | None = None) -> str:
+    """Another command of the toolkit; its output. What it says on the way is seen. RuntimeError when it fails.
+
+    uri: of MLflow. It goes by the environment: what is on a command line, every user of the machine can read.
+    """
     words = [sys.executable, "-m", "hpo", command, str(toml), *options]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | ({"MLFLOW_TRACKING_URI": uri} if uri else {})
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         out, _ = process.communicate()
     except KeyboardInterrupt:
@@ -203,11 +207,13 @@ def run_name(trainer: GrowthFamily, params: Mapping[str, Any], repeat: int) -> s
 def read_rows(path: Path) -> dict[tuple[str, int], Row]:
     """Losses that are known, by run and tokens. ValueError names a line that is none."""
     rows = {}
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             row = json.loads(line)
+            if not isinstance(row["loss"], float | int | None):
+                raise TypeError(f"loss {row['loss']!r}")
             rows[row["run"], row["tokens"]] = row
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"needed one run per line, got something else in line {number} of {path}: remove it"
             ) from error
@@ -296,7 +302,7 @@ def climb(trainer: GrowthFamily, params: Mapping[str, Any], tokens: Sequence[int
 
 def add_row(path: Path, row: Row) -> None:
     """One write, so that lines of two processes do not mix."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         os.write(handle, (json.dumps(row, allow_nan=False) + "\n").encode())
     finally:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from proxies.config import ProxyConfig
-from proxies.external import resolved
+from proxies.external import in_shell, resolved
 from proxies.lineage import Method
 from proxies.schedules import SCHEDULES
 from scaling.ahead import Band
+from scaling.secrets import secrets_in
 
 Arm = Literal["warm", "scratch"]
 ARMS: tuple[Arm, ...] = ("warm", "scratch")
@@ -83,6 +83,8 @@ class LaunchPlan(BaseModel):
             )
         if self.config is not None and self.rates and self.rates != rates_of(self.config):
             raise ValueError("rates: they follow from config.lr and the shape; change config.lr, and remove rates")
+        if found := secrets_in({"command": self.command, "values": self.values, "environment": self.environment}):
+            raise ValueError("; ".join(found))
         if self.command is not None:
             _ = self.words  # ValueError where a {name} has no value
             if self.values.get("tokens") != self.tokens:
@@ -128,7 +130,7 @@ class LaunchPlan(BaseModel):
         if self.config is not None:
             lines += _said_of(self.config)
         else:
-            lines.append(f"  in {self.cwd}: {shlex.join(self.words)}")
+            lines.append(f"  {in_shell(self.words, self.cwd, self.environment)}")
         if self.lr != because["lr"]:
             lines.append(
                 f"  NOT AS RECOMMENDED: lr {self.lr:.4g}, recommended {because['lr']:.4g}; the prediction is for that one"
@@ -180,14 +182,19 @@ def read_plan(path: Path) -> LaunchPlan:
     if not path.is_file():
         raise ValueError(f"no plan {path}")
     try:
-        return LaunchPlan.model_validate(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        plan = LaunchPlan.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} is no JSON: {error}: make the plan again with `proxies launch STUDY --dry-run`"
         ) from error
     except ValidationError as error:
         said = [f"{'.'.join(str(part) for part in e['loc'])}: {_reason(e)}".removeprefix(": ") for e in error.errors()]
         raise ValueError(f"{path} is no plan that can be launched:\n  " + "\n  ".join(said)) from error
+    try:
+        str(plan)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # of what it takes from notes, as they are
+        raise ValueError(f"{path} is no plan that can be launched: its reasons cannot be read ({error!r})") from error
+    return plan
 
 
 def write_plan(plan: LaunchPlan, path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from proxies.checkpoints import FORMAT, read_run
+from proxies.checkpoints import FORMAT, read_run, reading
 from proxies.sharded import Key, Stored, name_of
 
 
@@ -42,14 +42,17 @@ class File:
         weakref.finalize(self, self.stream.close)
 
     def read(self, shape: Tensor) -> Tensor:
-        storage = shape.untyped_storage()
-        data = bytearray(storage.nbytes())
-        place = storage._checkpoint_offset
-        assert place is not None  # torch sets it under FakeTensorMode
-        self.stream.seek(place)
-        if self.stream.readinto(data) < len(data):
-            raise ValueError(f"{self.stream.name} was cut short while it was read: name another checkpoint")
-        return torch.frombuffer(data, dtype=shape.dtype).as_strided(shape.shape, shape.stride(), shape.storage_offset())
+        with reading(Path(self.stream.name)):
+            storage = shape.untyped_storage()
+            place = storage._checkpoint_offset
+            assert place is not None  # torch sets it under FakeTensorMode, of what is in a file
+            if place + storage.nbytes() > os.fstat(self.stream.fileno()).st_size:
+                raise ValueError(f"{self.stream.name} was cut short while it was read: name another checkpoint")
+            data = bytearray(storage.nbytes())
+            self.stream.seek(place)
+            self.stream.readinto(data)
+            flat = torch.frombuffer(data, dtype=shape.dtype) if data else torch.empty(0, dtype=shape.dtype)
+            return flat.as_strided(shape.shape, shape.stride(), shape.storage_offset())
 
 
 @dataclass(frozen=True)

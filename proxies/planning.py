@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxies.command_family import SEQUENCES, CommandFamily
+from proxies.commands import read_toml
 from proxies.config import ProxyConfig
 from proxies.family import ProxyFamily, Target, measure_speed
 from proxies.launch import LaunchPlan, WarmStart, rates_of
@@ -29,7 +29,7 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
     from scaling import tracking
     from scaling.runs import load_runs
 
-    table, study = tomllib.loads(toml.read_text()), toml.stem
+    table, study = read_toml(toml), toml.stem
     if "target" not in table:
         raise ValueError(f"{toml} has no [target]: add d_model and tokens of the run that the study is for")
     family = _family(table.get("trainer", {}), toml)

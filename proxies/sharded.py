@@ -7,14 +7,15 @@ for this are imported when first needed: that takes a second, which a run in one
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata
 
 TABLE = ".metadata"  # torch's own, in a folder that it writes
 Key = tuple[Any, ...]  # where a tensor is in nested dicts, lists and tuples
@@ -114,37 +116,83 @@ def _cause(error: CheckpointException) -> str:
 def open_tensors(folder: Path) -> FileSystemReader:
     """A reader that has looked at the folder's table once and runs no code that is in it. ValueError when it is damaged."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import Metadata
 
     try:
-        table = _Table(io.BytesIO((folder / TABLE).read_bytes())).load()
-        if not isinstance(table, Metadata):
-            raise pickle.UnpicklingError(f"a {type(table).__name__}")
-    except (pickle.UnpicklingError, OSError, EOFError, AttributeError, ImportError) as error:
-        raise ValueError(f"needed the tensors of a run, got {folder}, whose table is damaged ({error})") from error
+        table = _checked(_Table(io.BytesIO((folder / TABLE).read_bytes())).load())
+    except Exception as error:  # a pickle can raise anything
+        said = str(error) or type(error).__name__
+        raise ValueError(f"needed the tensors of a run, got {folder}, whose table is damaged ({said})") from error
 
     class Reader(FileSystemReader):
         def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-            return cast(Metadata, table)
+            return table
 
     return Reader(folder)
 
 
-RECORDS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "pathlib")
-PLAIN = (("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"))
+# Not BytesStorageMetadata: torch reads such an entry with pickle, in place of the tensor that was asked for.
+RECORDS = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+}
+OPCODES = (
+    b"\x80\x95.\x8cX\x94\x93cq(N\x88\x89KMJ\x8aG])a}sut\x85\x86\x87ehrj\x81Rb"  # what torch writes, in any protocol
+)
 
 
-class _Table(pickle.Unpickler):
-    """Reads torch's table of a folder, made of its own records, sizes and dtypes, and nothing else."""
+class _Table(pickle._Unpickler):
+    """Reads torch's table of a folder, made of its own records, sizes and dtypes, and nothing else.
+
+    Python's own unpickler, because the one in C takes as much memory as a damaged table says, and writes to classes.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {code: pickle._Unpickler.dispatch[code] for code in OPCODES}
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in PLAIN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if name in RECORDS.get(module, ()):
             return super().find_class(module, name)
-        if module in RECORDS and "." not in name:  # with dots, anything that these modules have imported
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return lambda layout: torch.serialization._get_layout(layout)  # type: ignore[no-untyped-call]
+        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
+            return PurePosixPath
         raise pickle.UnpicklingError(f"a name that does not belong there: {module}.{name}")
+
+    def load_build(self) -> None:
+        if type(self.stack[-2]).__module__ not in RECORDS:  # type: ignore[attr-defined]
+            raise pickle.UnpicklingError("a state for what has none")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def _checked(table: Any) -> Metadata:
+    """The table, when it says of every tensor where all of it lies, in files of its own folder. ValueError otherwise."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+    if not isinstance(table, Metadata):
+        raise ValueError(f"a {type(table).__name__}")
+    for name, tensor in table.state_dict_metadata.items():
+        if not isinstance(tensor, TensorStorageMetadata):
+            raise ValueError(f"{name}: no tensor")
+        if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) < math.prod(tensor.size):
+            raise ValueError(f"{name}: a part is missing")
+    for place_ in table.storage_data.values():
+        if not isinstance(place_, _StorageInfo) or Path(place_.relative_path).name != place_.relative_path:
+            raise ValueError("a place outside the folder")
+    return table
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from proxies import mup
-from proxies.checkpoints import FORMAT, copy_to_cpu, take
+from proxies.checkpoints import FORMAT, copy_to_cpu, reading, take
 from proxies.config import ProxyConfig
 from proxies.mixture import Reader
 from proxies.model import Transformer, build, loss_of
@@ -43,6 +43,11 @@ FREE_TO_DIFFER = (
     "micro_seqs",
     "recompute",
 )
+FLAGS = (
+    "differentiable",
+    "maximize",
+    "capturable",
+)  # of torch's optimizers: how steps are taken is not the file's to say
 
 
 class Run:
@@ -196,6 +201,10 @@ class Run:
 
     def restore(self, saved: Mapping[str, Any], path: Path) -> None:
         """Go on from a run that `read_run` has read; ValueError if it is another one or already past this one's trunk."""
+        with reading(path):
+            self._restore(saved, path)
+
+    def _restore(self, saved: Mapping[str, Any], path: Path) -> None:
         ours = self.config.model_dump()
         theirs = ProxyConfig.model_validate(
             saved["config"]
@@ -220,7 +229,7 @@ class Run:
             warnings.warn(
                 f"schedule {self.config.schedule!r} has a horizon: a run of {self.cut.tokens:,} tokens starts afresh, it "
                 f"cannot go on from {path}, which is {saved['phase']} for {saved['tokens']:,}",
-                stacklevel=3,
+                stacklevel=4,
             )
         like = self.layout()
         self.trunk = take(saved, "trunk", path, like) if same_cooldown else None
@@ -248,11 +257,33 @@ class Run:
         """Go back, or on, to a snapshot."""
         self.model.load_state_dict(state["model"])
         # A copy: the optimizer takes tensors of the right kind as they are, and this one's trunk must stay as it is.
+        own = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(copy_to_cpu(state["optimizer"]))
+        for group, mine in zip(self.optimizer.param_groups, own, strict=True):
+            if wrong := [key for key in mine if key not in group or _kind(group[key]) != _kind(mine[key])]:
+                raise TypeError(f"the optimizer's {', '.join(wrong)}")
+            group.update({flag: mine[flag] for flag in FLAGS if flag in mine})
+        for part in self.optimizer.parts if isinstance(self.optimizer, Joined) else (self.optimizer,):
+            _check_fused(part)
         self.loss_sum = state["loss_sum"].to(self.device, copy=True)
         self.loss_windows, self.step = state["loss_windows"], state["step"]
         look_sum, self.look_windows, self.lost_looks = state.get("look", (0.0, 0, 0))  # files before there were looks
         self.look_sum.fill_(look_sum)
+
+
+def _check_fused(optimizer: torch.optim.Optimizer) -> None:
+    """TypeError when a state is not of its parameter's shape: torch's fused steps take that for granted, and write beside it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            for name, value in optimizer.state.get(parameter, {}).items():
+                shape = () if name == "step" else tuple(parameter.shape)
+                if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+                    raise TypeError(f"the optimizer's {name}: needed a tensor of shape {shape}")
+
+
+def _kind(value: Any) -> Any:
+    """Numbers are alike: some optimizers begin with None or 0 and go on with tensors."""
+    return float if value is None or isinstance(value, int | float | Tensor) else type(value)
 
 
 def _compile(model: Transformer, ranks: Ranks) -> None:

@@ -67,6 +67,8 @@ def point_steps(config: ProxyConfig, trunk_steps: int) -> frozenset[int]:
     octaves = math.log2(max(trunk_steps * config.batch_tokens / first, 0.5))
     tokens = [first * 2 ** (j / 2) for j in range(math.ceil(2 * octaves) + 2)]
     if config.early_points:
-        tokens += [soonest * 2**j for j in range(math.ceil(math.log2(first / soonest) - 0.5))]  # the last not close to first
+        tokens += [
+            soonest * 2**j for j in range(math.ceil(math.log2(first / soonest) - 0.5))
+        ]  # the last not close to first
     points = (math.ceil(t / config.batch_tokens) for t in tokens)
     return frozenset(p for p in points if p <= trunk_steps)

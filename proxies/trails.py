@@ -5,8 +5,8 @@ The steps are those of an engine (plain, compiled, DDP, FSDP2); what is looked a
 
 from __future__ import annotations
 
+import json
 import math
-import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,15 +100,18 @@ def follow(watches: Sequence[Watch], engine: Engine = "plain", ranks: int = 2) -
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "trails"
         spawned(_of_ranks, ranks, engine, list(watches), out)
-        trails: list[Trail] = pickle.loads(out.read_bytes())
-    return trails
+        found = json.loads(out.read_text())
+    return [
+        Trail(tuple({k: (at, change) for k, (at, change) in step.items()} for step in seen), tuple(losses))
+        for seen, losses in found
+    ]
 
 
 def _of_ranks(ranks: Ranks, watches: Sequence[Watch], out: Path) -> None:
     """What one process of several does; the first writes what it saw."""
     trails = [_follow(watch, ranks) for watch in watches]
     if ranks.rank == 0:
-        out.write_bytes(pickle.dumps(trails))
+        out.write_text(json.dumps([(trail.seen, trail.losses) for trail in trails]))
 
 
 @torch.no_grad()

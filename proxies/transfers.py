@@ -257,7 +257,7 @@ class _Store:
         self.known: dict[str, float] = {}
         if path is None or not path.is_file():
             return
-        for number, line in enumerate(path.read_text().split("\n"), 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
             if not line:
                 continue
             try:
@@ -265,7 +265,7 @@ class _Store:
                 settings = ProxyConfig.model_validate(row["config"])  # settings younger than the file: their defaults
                 loss = math.inf if row["loss"] is None else float(row["loss"])
                 self.known[self._key(settings, row["tokens"], row["data_sha256"])] = loss
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"needed one run per line, got something else in line {number} of {path} ({error}): remove that line"
                 ) from error
@@ -280,7 +280,7 @@ class _Store:
         row = {"loss": loss if math.isfinite(loss) else None, "tokens": self.tokens, "data_sha256": self.data}
         line = json.dumps(row | {"config": config.model_dump()}, allow_nan=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:  # one write: lines of two processes do not mix
             os.write(handle, line.encode())
         finally:

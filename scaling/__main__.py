@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaling.cli import Json, Uri, refusing, say
+from scaling.cli import Commands, Json, Uri, refusing, say
 from scaling.counts import read_count
 from scaling.runs import is_file
+from scaling.secrets import without_passwords
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from scaling.report import TargetCurve
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
+)
 
 Source = Annotated[
     str, typer.Argument(help="a study's name (MLflow experiment), or a .csv, .parquet, .jsonl or .json file")
@@ -187,6 +190,8 @@ def report(
             path.write_text(render(Path(source).stem, runs))
             typer.echo(f"report: {path}")
             return
+        if out is None and Path(source).name != source:  # MLflow knows names that would lead elsewhere
+            raise ValueError(f"{source!r} is no name of a folder in studies/: say --out")
         client = tracking.connect(tracking_uri)
         parent = tracking.find_study_run(client, source)
         note = tracking.read_note(client, parent, "recommendation")
@@ -221,7 +226,7 @@ def report(
         if "interval" not in name:  # said above, with the interval
             typer.echo(f"{name}: {value}")
     typer.echo(f"\nreport     {path}")
-    typer.echo(f"runs       mlflow ui --backend-store-uri {client.tracking_uri}")
+    typer.echo(f"runs       mlflow ui --backend-store-uri {without_passwords(client.tracking_uri)}")
     journal = Path("studies") / source / "study.journal"
     if journal.exists():
         typer.echo(f"trials     optuna-dashboard {journal}")

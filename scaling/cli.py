@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+from scaling.secrets import without_passwords
 
 Uri = Annotated[
     str | None, typer.Option("--tracking-uri", help="MLflow store; default $MLFLOW_TRACKING_URI or ./mlflow.db")
@@ -20,12 +24,26 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="say what it would cost,
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Bad input (ValueError) ends with its message and exit code 2."""
+    """Bad input (ValueError, a file that is not there or closed to us) ends with its message and exit code 2."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         say(f"error: {error}")
         raise typer.Exit(2) from error
+
+
+class Commands(TyperGroup):
+    """A command whose tracebacks, too, are without passwords: those of databases and servers quote their URLs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            text = "".join(traceback.format_exception(error))
+            if without_passwords(text) == text:
+                raise
+            say(text.rstrip())
+            raise SystemExit(1) from None
 
 
 class Terminated(KeyboardInterrupt):
@@ -52,5 +70,5 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Progress and errors go to stderr; stdout is for data."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress and errors go to stderr, without passwords; stdout is for data."""
+    print(without_passwords(text), file=sys.stderr, flush=True)

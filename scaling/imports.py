@@ -93,7 +93,7 @@ def read_mapping(path: Path) -> tuple[dict[str, str], dict[str, float | str]]:
     """(mapping, constants) from the tables [map] and [set] of a TOML file."""
     try:
         text = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a mapping: {error}") from error
     unknown = sorted(set(text) - {"map", "set"})
     problems = [f"unknown table or name {name!r}: needed [map] and [set]" for name in unknown]

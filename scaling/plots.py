@@ -38,6 +38,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.titlesize": 9,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name is text, whatever is in it
     "svg.hashsalt": "scaling",  # the same table, the same file
     "axes.grid": True,
     "grid.alpha": 0.25,

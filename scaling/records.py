@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scaling import tracking
+from scaling.secrets import without_passwords
 
 PAGE = 1000  # runs; the most that every tracking server gives at once
 LARGEST = 1.7976931348623157e308  # what MLflow's database stores write for an infinite metric
@@ -58,7 +59,7 @@ def read_records(
     uri = uri or tracking.default_uri()
     if uri.startswith("sqlite:///") and "?" not in uri and not Path(uri.removeprefix("sqlite:///")).exists():
         raise ValueError(  # the client would make one
-            f"no study {experiment!r}: there is no MLflow store at {uri}; launch a study first, or give the store's URI"
+            f"no study {experiment!r}: there is no MLflow store at {without_passwords(uri)}; launch a study first, or give the store's URI"
         )
     found = _from_sqlite(uri, experiment, kind, metric)
     return _from_client(uri, experiment, kind, metric) if found is None else found

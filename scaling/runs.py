@@ -250,7 +250,7 @@ def _number(cell: Any) -> float | None:
     if empty(cell):
         return math.nan
     if isinstance(cell, str):
-        return float(cell) if PLAIN.fullmatch(cell.strip()) else None
+        return float(cell.strip()) if PLAIN.fullmatch(cell.strip()) else None
     if isinstance(cell, bool) or not isinstance(cell, Real | Decimal):
         return None
     try:

@@ -8,9 +8,10 @@ from typing import Any
 from urllib.parse import unquote_plus
 
 HIDDEN = "***"
-# scheme://user:password@, where people write into a password what should be quoted: @, / and ?. A port is none.
+# scheme://user:password@. People write into a password what should be quoted (@, /, ?), SQLAlchemy a space; a port is none.
 USER = re.compile(
-    r"([a-z][\w+.-]*://)(?:([^\s/:?#'\"]*):(?:[^\s?'\"]*@|(?!\d+(?:[/?#]|$))[^\s@]*@)|([^\s/:@?#'\"]*)@)", re.IGNORECASE
+    r"([a-z][\w+.-]*://)(?:([^\s/:?#'\"]*):(?:[^\s?'\"]*@|(?!\d+(?:[/?#]|$))(?:[^\s@]*|[^@/\n]*)@)|([^\s/:@?#'\"]*)@)",
+    re.IGNORECASE,
 )
 VALUE = re.compile(r"([\w.%+-]+)(=)('[^']*'|\"[^\"]*\"|[^&;,\s'\"]+)")  # of a query, of libpq's key=value
 NAME = re.compile(
@@ -65,4 +66,3 @@ def _secrets(where: str, value: Any) -> Iterator[tuple[str, str]]:
             yield where, "is a credential by its name"
         elif without_passwords(value) != value:
             yield where, "holds a password"
-

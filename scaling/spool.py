@@ -26,6 +26,8 @@ from filelock import FileLock, Timeout
 from scaling import tracking
 from scaling.cli import say
 from scaling.runs import Measurement
+from scaling.secrets import without_passwords
+from scaling.spool_lines import is_head, is_record, read_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,7 +63,7 @@ class Recorder:
         self._sender = _Sender(self.uri)
         self._lock = _lock_of(self.path)
         self._lock.acquire()
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         self._kept: list[bytes] = []  # what the disk has not taken yet
         self._full = ""  # why
         self._written = self._arrived = 0
@@ -229,14 +231,19 @@ class _Sender:
                 return
             position = self.positions.get(path) or _position(path)
             if path not in self.runs:
-                self.runs[path] = self._find_or_make(json.loads(head), path.parent, reopen=not position)
+                told = read_line(head, is_head)
+                if told is None:
+                    say(f"{path}: its first line names no run; kept as {_aside(path)}")
+                    path.rename(_aside(path))
+                    return
+                self.runs[path] = self._find_or_make(told, path.parent, reopen=not position)
             _, run = self.runs[path]
             if not position:
                 position = len(head)
                 self._note(path, position)
                 yield 1
             file.seek(position)
-            while records := _batch(file, self.batch):
+            while records := _batch(file, self.batch, path):
                 self.batch = max(1, self.batch // 2)
                 self._put(run, records, path)
                 self.batch = min(BATCH, 4 * self.batch)
@@ -290,10 +297,8 @@ class _Sender:
             if not tracking.refused(error):
                 raise
             if len(records) == 1:
-                aside = path.with_name(path.name.removesuffix(ENDING) + ASIDE)
-                say(f"MLflow REFUSES a record, kept in {aside}: {_first_line(error)}")
-                with aside.open("a") as file:
-                    file.write(json.dumps(records[0] | {"refused": str(error)}) + "\n")
+                say(f"MLflow REFUSES a record, kept in {_aside(path)}: {_first_line(error)}")
+                _set_aside(path, records[0] | {"refused": without_passwords(error)})
                 return
             for record in records:
                 self._put(run, [record], path)
@@ -314,13 +319,15 @@ def _send_left(sender: _Sender, path: Path, *, before: str | None = None) -> Non
     except Timeout as held:
         with path.open("rb") as file:
             head = file.readline()
-        if before is not None and head.endswith(b"\n") and json.loads(head)["name"] == before:
+        if before is not None and head.endswith(b"\n") and (read_line(head, is_head) or {}).get("name") == before:
             raise RuntimeError(f"earlier records of {before} are in the hands of another process, {path}") from held
         return
     try:
         if path.exists():
             for _ in sender.send(path):
                 pass
+            if not path.exists():
+                return
             if _position(path) < path.stat().st_size:
                 say(f"{path}: its last line was cut off when its writer was killed, and is left out")
             sender.end(path)
@@ -344,8 +351,17 @@ def _spooled(folder: Path) -> list[Path]:
     return sorted(folder.glob("*" + ENDING))
 
 
-def _batch(file: BinaryIO, size: int) -> list[dict[str, Any]]:
-    """The next `size` records of whole lines, at most; the file then stands behind them."""
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(ENDING) + ASIDE)
+
+
+def _set_aside(path: Path, record: Mapping[str, Any]) -> None:
+    with _aside(path).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _batch(file: BinaryIO, size: int, path: Path) -> list[dict[str, Any]]:
+    """The next `size` records of whole lines, at most; the file then stands behind them. Lines that are none are set aside."""
     records: list[dict[str, Any]] = []
     names: set[str] = set()
     while len(records) < size and len(names) < MAX_TAGS - 1:
@@ -354,8 +370,13 @@ def _batch(file: BinaryIO, size: int) -> list[dict[str, Any]]:
         if not line.endswith(b"\n"):
             file.seek(end)
             break
-        records.append(json.loads(line))
-        names |= records[-1].get("tags", {}).keys()
+        record = read_line(line, is_record)
+        if record is None:
+            say(f"{path}: a line that is no record, kept in {_aside(path)}")
+            _set_aside(path, {"refused": "no record", "line": line.decode(errors="replace")})
+            continue
+        records.append(record)
+        names |= record.get("tags", {}).keys()
     return records
 
 
@@ -369,9 +390,9 @@ def _left(path: Path) -> int:
 def _position(path: Path) -> int:
     """Bytes of a file that have arrived."""
     try:
-        return int(_note_of(path).read_text())
-    except FileNotFoundError:
-        return 0
+        return max(0, int(_note_of(path).read_text()))
+    except (FileNotFoundError, ValueError):
+        return 0  # what is sent twice does no harm
 
 
 def _write_position(path: Path, position: int) -> None:
@@ -399,4 +420,4 @@ def _release(lock: FileLock, path: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return (without_passwords(error).splitlines() or [type(error).__name__])[0][:300]

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 from filelock import FileLock
 
 from scaling.runs import Measurement
+from scaling.secrets import without_passwords
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +62,7 @@ def connect(uri: str | None = None) -> MlflowClient:
         path = Path(uri.removeprefix("sqlite:///")).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
+            path.touch()  # SQLite itself would let no group write to it, whatever the umask says
             client = MlflowClient(f"sqlite:///{path}")
             client.search_experiments(max_results=1)
             return client
@@ -78,7 +80,8 @@ def away(uri: str | None = None) -> str | None:
         with impatient():
             connect(uri).search_experiments(max_results=1)
     except Exception as error:  # MLflow's, requests', SQLAlchemy's, the file system's: all of them mean the same here
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no reason given'}"
+        said = without_passwords(error).splitlines()
+        return f"{type(error).__name__}: {said[0][:200] if said else 'no reason given'}"
     return None
 
 
@@ -89,7 +92,7 @@ def experiment_id(client: MlflowClient, study: str) -> str:
         names = [e.name for e in client.search_experiments() if e.name != "Default"]
         near = difflib.get_close_matches(study, names, n=3, cutoff=0.3) or sorted(names)[:5]
         known = f"known studies: {', '.join(near)}" if near else "the store is empty: launch a study first"
-        raise ValueError(f"no study {study!r} in MLflow at {client.tracking_uri}; {known}")
+        raise ValueError(f"no study {study!r} in MLflow at {without_passwords(client.tracking_uri)}; {known}")
     return cast(str, found.experiment_id)
 
 

@@ -1,137 +1,134 @@
-"""The journal: lines are written whole or not at all, whoever is killed, however full the disk is."""
+"""The journal when things go wrong: a writer killed in a line, a damaged line, a trial that says what cannot be."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import resource
-import signal
-import subprocess
-import sys
-import threading
-import time
+import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from hpo.journal import Flock, Journal
+from hpo.search import Search
 
 
-def lines(path: Path, backend: Any = Journal) -> list[dict[str, Any]]:
-    return list(backend(str(path)).read_logs(0))
-
-
-def test_a_broken_last_line_is_neither_read_nor_in_the_way(tmp_path: Path) -> None:
-    path = tmp_path / "a.journal"
-    first, second = ({"op": n, "text": "x" * n} for n in (5, 100_000))
-    Journal(path).append_logs([first, second])
-    whole = path.read_bytes()
-    for cut in (1, 2, len(whole) // 2, len(whole) - 3):
-        path.write_bytes(whole[:-cut])
-        kept = [first] if cut < len(whole) - 20 else []
-        assert lines(path) == kept
-        Journal(path).append_logs([{"op": 3}])
-        assert lines(path) == [*kept, {"op": 3}]
-        assert lines(path, JournalFileBackend) == [*kept, {"op": 3}], "as Optuna's own reader sees it"
-
-
-def test_without_this_optuna_cannot_read_on(tmp_path: Path) -> None:
-    """Why there is a backend of our own; when this fails, it may go."""
-    path = tmp_path / "a.journal"
-    Journal(path).append_logs([{"op": 1}])
-    path.write_bytes(path.read_bytes() + b'{"op": ')
-    for op in (2, 3):
-        JournalFileBackend(str(path)).append_logs([{"op": op}])
-    with pytest.raises(ValueError, match=r"Invalid|Expecting"):
-        lines(path, JournalFileBackend)
-
-
-def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "a.journal"
-    backend = Journal(path)
-    backend.append_logs([{"op": 1}])
-    before = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"no space left|File too large"):
-            backend.append_logs([{"op": 2, "text": "x" * 100}])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert path.read_bytes() == before
-    backend.append_logs([{"op": 3}])
-    assert lines(path) == [{"op": 1}, {"op": 3}]
-
-
-def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    code = f"from hpo.journal import Flock; import time; Flock({str(path)!r}).acquire(); print('held', flush=True); time.sleep(60)"
-    root = Path(__file__).parents[2]
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(root)}
+def search(path: Path, worker: str = "me") -> Search:
+    return Search(
+        {"lr": FloatDistribution(1e-3, 1.0, log=True)},
+        tokens=(100, 900),
+        iterations=1,
+        sampler="random",
+        storage=path,
+        worker=worker,
     )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    got = threading.Event()
-
-    def wait() -> None:
-        with Flock(path):
-            got.set()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    assert not got.wait(0.2)
-    holder.kill()
-    assert got.wait(5)
-    thread.join()
-    holder.communicate()
 
 
-def test_a_lock_is_entered_again_by_its_thread_and_by_no_other(tmp_path: Path) -> None:
-    lock, order = Flock(tmp_path / "lock"), list[str]()
-
-    def other() -> None:
-        with lock:
-            order.append("other")
-
-    with lock:
-        with lock:
-            thread = threading.Thread(target=other)
-            thread.start()
-        time.sleep(0.05)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "other"]
+def played(path: Path, count: int) -> Search:
+    made, draw = search(path), random.Random(0)
+    for _ in range(count):
+        job = made.ask()
+        assert job is not None
+        made.tell(job, draw.random())
+    return made
 
 
-def append(path: str, who: int, count: int) -> None:
-    backend = Journal(path)
-    for n in range(count):
-        backend.append_logs([{"who": who, "n": n, "text": "x" * (17 * who)}])
+def results(path: Path) -> list[tuple[int, float | None]]:
+    return [(t.number, t.value) for t in search(path, "reader").study.trials]
 
 
-def test_many_writers_lose_and_mix_nothing(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=append, args=(str(tmp_path / "a.journal"), who, 40)) for who in range(4)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    found = lines(tmp_path / "a.journal")
-    assert [[row["n"] for row in found if row["who"] == who] for who in range(4)] == [list(range(40))] * 4
-
-
-def test_a_study_goes_on_after_a_writer_was_cut_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [1, 10, 60])
+def test_a_line_cut_by_a_kill_loses_itself_alone_and_stops_nobody(left: int, tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
-    study = optuna.create_study(storage=JournalStorage(Journal(path)), study_name="a")
-    study.tell(study.ask(), 1.0)
-    path.write_bytes(path.read_bytes() + path.read_bytes()[:25])
-    again = optuna.load_study(storage=JournalStorage(Journal(path)), study_name="a")
-    again.tell(again.ask(), 2.0)
-    assert [t.value for t in study.trials] == [1.0, 2.0]
+    played(path, 3)
+    before, lines = results(path), path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines) + lines[-1][:left])
+    assert results(path) == before
+    more = search(path)
+    job = more.ask()
+    assert job is not None
+    more.tell(job, 0.5)
+    assert results(path) == [*before, (3, 0.5)]
+    assert all(json.loads(line) for line in path.read_bytes().splitlines())
+    assert path.read_bytes().startswith(b"".join(lines))
+
+
+def test_optuna_alone_appends_to_such_a_line_and_then_reads_no_more(tmp_path: Path) -> None:
+    """Why hpo.journal is there; when this fails, Optuna has learnt it."""
+    path = str(tmp_path / "x.journal")
+    study = optuna.create_study(storage=JournalStorage(JournalFileBackend(path)))
+    with open(path, "ab") as file:
+        file.write(b'{"op_code":')
+    study.set_user_attr("a", 1)
+    with pytest.raises(ValueError, match="Expecting"):
+        study.set_user_attr("b", 2)
+    with pytest.raises(ValueError, match="Expecting"):
+        JournalStorage(JournalFileBackend(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"\xff\xfe\x00", "no JSON"),
+        (b'{"op_code": 4, "worker', "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+        (b"[1, 2]", "TypeError"),
+        (b'{"op_code": 99}', "AssertionError"),
+        (b'{"op_code": 4, "worker_id": "x", "study_id": 0}', "KeyError"),
+    ],
+)
+def test_a_damaged_line_is_refused_by_file_and_number(line: bytes, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    played(path, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:4], line + b"\n", *lines[4:]]))
+    with pytest.raises(ValueError, match=rf"{path}, line 5: needed a record of Optuna's journal, got {why}"):
+        search(path)
+    path.write_bytes(b"".join(lines))
+    assert len(results(path)) == 3
+
+
+def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The journal with one change to the first record that is a trial of ours."""
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    change(next(row for row in rows if row["op_code"] == 4))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        {"rung": 7},
+        {"rung": "0"},
+        {"bracket": [0, 5, 0]},
+        {"bracket": None},
+        {"tokens": -1},
+        {"N": "many"},
+        {"config": 99},
+        {"continues": 99},
+        {"seeds": 0},
+        {"stopped": {"tokens": 5}},
+    ],
+    ids=str,
+)
+def test_a_trial_that_says_what_cannot_be_is_refused_by_number(attrs: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    played(path, 3)
+    changed(path, lambda row: row["user_attrs"].update(attrs))
+    with pytest.raises(ValueError, match=rf"{path}, trial 0 of study 'search': needed what a search writes"):
+        search(path)
+
+
+def test_trials_of_others_in_a_journal_are_let_alone(tmp_path: Path) -> None:
+    """A study of plain Optuna beside ours, with attributes that mean nothing here."""
+    path = tmp_path / "study.journal"
+    played(path, 2)
+    theirs = optuna.create_study(storage=JournalStorage(JournalFileBackend(str(path))), study_name="theirs")
+    trial = theirs.ask()
+    trial.set_user_attr("rung", "first")
+    theirs.tell(trial, 1.0)
+    assert len(results(path)) == 2

@@ -403,7 +403,7 @@ def test_the_study_files_are_valid_studies_of_the_right_trainer(toml: Path) -> N
 
 
 def fake_hpo(calls: list[str]) -> Callable[..., str]:
-    def hpo(command: str, toml: Path, *options: str) -> str:
+    def hpo(command: str, toml: Path, *options: str, uri: str | None = None) -> str:
         calls.append(command)
         (toml.with_suffix("")).mkdir(exist_ok=True)
         (toml.with_suffix("") / "study.journal").touch()

@@ -119,7 +119,9 @@ def test_early_points_begin_with_the_end_of_the_warm_up_and_leave_the_others_whe
     assert usual < more
     assert point_steps(early, 7) == {2, 4}
     soon = {"warmup_tokens": 40_000, "early_points": True}  # nothing lies before its usual points
-    assert point_steps(ProxyConfig(**soon), 90) == point_steps(ProxyConfig(**soon | {"early_points": False}), 90) != set()
+    assert (
+        point_steps(ProxyConfig(**soon), 90) == point_steps(ProxyConfig(**soon | {"early_points": False}), 90) != set()
+    )
 
 
 def test_early_points_change_what_is_seen_and_nothing_else(tmp_path: Path) -> None:

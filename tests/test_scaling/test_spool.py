@@ -467,3 +467,34 @@ def test_a_process_killed_while_it_sends_loses_nothing_that_it_recorded(uri: str
     assert rows(uri, "killed") == Counter(("run", "loss", 1000 * i, 3.0) for i in range(1, 1001))
     assert send(copy, uri) == 0
     assert rows(uri, "killed") == Counter(("run", "loss", 1000 * i, 3.0) for i in range(1, 1001))
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\x00 {", b"[1]", b'{"at": "late"}', b'{"at": 1, "metrics": {"loss": "low"}, "step": 1}']
+)
+def test_a_damaged_line_is_set_aside_and_holds_nothing_up(
+    line: bytes, uri: str, away: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = f"damaged {line!r}".replace("'", "")
+    record(away, study, tmp_path, 20).close()
+    (path,) = tmp_path.glob("*.spool.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:10], line + b"\n", *lines[10:]]))
+    assert send(tmp_path, uri) == 0
+    assert "a line that is no record, kept in" in capfd.readouterr().err
+    (aside,) = tmp_path.glob("*.refused.jsonl")
+    assert json.loads(aside.read_text())["line"].strip() == line.decode(errors="replace")
+    (run,) = read_records(study, uri=uri, kind="run")
+    assert run.metrics["loss"] == pytest.approx(4.0 - 20 / 1000)
+
+
+def test_a_file_of_records_without_a_head_is_put_aside_whole(uri: str, away: str, tmp_path: Path) -> None:
+    record(away, "headless", tmp_path, 20).close()
+    (path,) = tmp_path.glob("*.spool.jsonl")
+    before = path.read_bytes()[1:]
+    path.write_bytes(before)
+    record(away, "with a head", tmp_path, 20, name="other").close()
+    assert send(tmp_path, uri) == 0
+    (aside,) = tmp_path.glob("*.refused.jsonl")
+    assert aside.read_bytes() == before
+    assert len(read_records("with a head", uri=uri, kind="run")) == 1

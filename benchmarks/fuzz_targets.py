@@ -1,0 +1,343 @@
+"""What is fuzzed: every reader of files that others may have written, each with a few whole files to start from.
+
+A reader gets bytes and an empty folder. It may read them, or refuse them: a ValueError or OSError whose message names the file.
+Whatever else it raises is a mistake of ours.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+Reader = Callable[[bytes, Path], None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One reader, and whole files for it."""
+
+    name: str
+    seeds: tuple[bytes, ...]
+    read: Reader
+
+
+def targets(name: str, folder: Path) -> list[Kind]:
+    """The kinds of one target; what they need beside their inputs is made in `folder`."""
+    return {"study": study, "runs": runs, "journal": journal, "checkpoint": checkpoint}[name](folder)
+
+
+NAMES = ("study", "runs", "journal", "checkpoint")
+
+
+def written(data: bytes, path: Path) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+# --- study files ------------------------------------------------------------------------------------------------------
+
+OURS = """seed = 0
+[search]
+tokens = { min = 8192, max = 73_728 }
+eta = 3
+seeds = [1, 1, 2]
+[space]
+lr = { low = 5e-4, high = 0.25, log = true }
+batch_seqs = { low = 1, high = 16, log = true, type = "int" }
+beta2 = { choices = [0.9, 0.95] }
+[belief.lr]
+value = 0.01
+at = { N = 1e4, D = 1e5 }
+exponent_D = -0.1
+[trainer]
+use = "proxies:ProxyFamily"
+widths = [16, 32]
+n_layers = 1
+d_head = 16
+base_width = 16
+seq_len = 32
+warmup_tokens = 1024
+corpus = "CORPUS"
+[target]
+d_model = 64
+tokens = 147_456
+[workers]
+count = 2
+"""
+COMMAND = """[search]
+tokens = { min = 100, max = 900 }
+budget = 4.5
+sampler = "random"
+[space]
+lr = { low = 1e-4, high = 0.1, log = true }
+batch = { low = 2, high = 32, type = "int", step = 2.0 }
+[trainer]
+use = "proxies:CommandFamily"
+command = "{python} train.py --lr {lr} --tokens {tokens} --width {width} --batch {batch} --seed {seed} '{not}'"
+seq_len = 64
+sizes = [{ width = 16, N = 6_144 }, { width = 32, N = 16_384 }]
+fixed = { not = "x" }
+environment = { A = "b" }
+tokens_per_second = [1e4, 5e3]
+[target]
+width = 128
+N = 163_840
+tokens = 393_216
+"""
+
+
+def study(folder: Path) -> list[Kind]:
+    import hpo.study
+    from hpo.study import load_study
+    from hpo.tables import TrainerTable
+
+    find = TrainerTable.find
+
+    def ours_only(table: Any) -> Any:  # a mutated name must not run whatever has that name
+        if table.use not in ("proxies:ProxyFamily", "proxies:CommandFamily"):
+            raise ImportError("another module")
+        return find(table)
+
+    hpo.study.say = _
+    TrainerTable.find = ours_only  # type: ignore[method-assign]
+    corpus = written(b"some text of a few words. " * 4000, folder / "corpus.txt")
+    seeds = (OURS.replace("CORPUS", str(corpus)).encode(), COMMAND.encode())
+    return [Kind("study", seeds, lambda data, here: _(load_study(written(data, here / "x.toml"))))]
+
+
+def _(*_: object) -> None:
+    """For a reader whose answer is of no interest."""
+
+
+# --- run tables -------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"N": 1e6 * (1 + i % 3), "D": 2e7 * (1 + i % 2), "loss": 3.0 - 0.01 * i, "lr": 2.0 ** -(6 + i % 4), "batch_tokens": 4096, "run_id": f"r{i}"}
+    for i in range(12)
+]  # fmt: skip
+WANDB = {"N": "params", "D": "tokens:millions", "loss": "val_loss", "batch_tokens": "bs:sequences", "seq_len": "seq"}
+
+
+def runs(folder: Path) -> list[Kind]:
+    import pandas as pd
+
+    from scaling.imports import import_runs, read_mapping
+    from scaling.runs import load_runs
+
+    def reader(suffix: str, mapping: Mapping[str, str] | None) -> Reader:
+        def read(data: bytes, here: Path) -> None:
+            path = written(data, here / f"x{suffix}")
+            import_runs(path, mapping=mapping) if mapping else load_runs(path)
+
+        return read
+
+    def wandb(row: dict[str, Any], i: int) -> dict[str, Any]:
+        config = {"params": row["N"], "bs": {"value": 16}, "seq": 256, "lr": row["lr"]}
+        return {"Name": f"run {i}", "State": "finished" if i else "crashed", "config": config, "summary": {"val_loss": row["loss"], "tokens": 20 + i}}  # fmt: skip
+
+    exported = [wandb(row, i) for i, row in enumerate(ROWS)]
+    table, parquet = pd.DataFrame(ROWS), io.BytesIO()
+    table.to_parquet(parquet)
+    printed = pd.DataFrame([{k: str(v) for k, v in row.items()} for row in exported]).to_csv(index=False).encode()
+    lines = "\n".join(json.dumps(row) for row in exported).encode()
+    mapping = b"[map]\nN = 'params'\nD = \"tokens:millions\"\n[set]\nseq_len = 256\nlr = 1e-3\n"
+    return [
+        Kind("csv", (table.to_csv(index=False).encode(),), reader(".csv", None)),
+        Kind("csv of W&B", (printed,), reader(".csv", WANDB)),
+        Kind("jsonl of W&B", (lines,), reader(".jsonl", WANDB)),
+        Kind("json", (json.dumps(exported).encode(),), reader(".json", WANDB)),
+        Kind("jsonl", ("\n".join(json.dumps(row) for row in ROWS).encode(),), reader(".jsonl", None)),
+        Kind("parquet", (parquet.getvalue(),), reader(".parquet", None)),
+        Kind("mapping", (mapping,), lambda data, here: _(read_mapping(written(data, here / "x.toml")))),
+    ]
+
+
+# --- journals, and what else of a study is read line by line ----------------------------------------------------------
+
+
+def journal(folder: Path) -> list[Kind]:
+    import optuna
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    from hpo.record import Stopped
+    from hpo.search import Search
+    from proxies.arms import Ended
+    from proxies.growth_runs import read_rows
+    from proxies.launch import read_plan
+    from scaling import spool
+
+    space: dict[str, Any] = {"lr": FloatDistribution(1e-4, 1e-1, log=True), "kind": CategoricalDistribution(["a", "b"])}
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def opened(path: Path, worker: str) -> Search:
+        return Search(space, tokens=(100, 900), sizes=(10.0, 20.0), iterations=1, sampler="random", storage=path, worker=worker)  # fmt: skip
+
+    def read_search(data: bytes, here: Path) -> None:
+        search = opened(written(data, here / "study.journal"), "other")
+        search.plan()
+        _(search.progress, search.finished)
+        if job := search.ask():
+            search.tell(job, 1.0)
+
+    draw, search = random.Random(0), opened(folder / "study.journal", "me")
+    for i in range(30):
+        job = search.ask()
+        if job is None:
+            break
+        if i % 9 == 4:
+            search.stop(job, Stopped(50, 3.0, 2.9, 0.1))
+        elif i % 9 != 8:
+            search.tell(job, float("nan") if i % 7 == 6 else draw.random())
+    search.extend(2700)
+    whole = (folder / "study.journal").read_bytes()
+
+    row = {"run": "abc", "tokens": 100, "loss": 2.5, "seconds": 1.0, "start": "scratch", "at": 20.0, "repeat": 0}
+    head = {"study": "s", "name": "config-0001", "role": "proxy", "params": {"lr": "0.1"}, "commit": "abc", "at": 17}
+    records = [
+        {"at": 18, "step": 100, "metrics": {"loss": 2.5}},
+        {"at": 19, "tags": {"rung_0/checkpoint": "x.pt"}},
+        {"at": 20, "status": "FINISHED"},
+    ]
+
+    def read_records(data: bytes, here: Path) -> None:
+        """Nothing may hold up what comes after it, so this reader never refuses."""
+        path = written(data, here / f"1{spool.ENDING}")
+        if left := spool.send(here, "nowhere"):
+            raise AssertionError(f"{left} records of {path.name} cannot be sent")
+
+    spool.tracking = _mlflow()  # type: ignore[assignment]
+    spool.say = _
+    plan = {
+        "study": "s", "command": "train --lr {lr} --tokens {tokens}", "values": {"lr": 0.1, "tokens": 100, "N": 1e6}, "tokens": 100,
+        "because": {"N": 1e6, "D": 100, "lr": 0.1, "loss": 2.0, "loss_interval": [1.9, 2.1], "mass": 0.9},
+    }  # fmt: skip
+    ended = {"loss": 2.0, "tokens": 100, "seconds": 3.0, "left": None}
+
+    def read_ended(data: bytes, here: Path) -> None:
+        written(data, here / "scratch.json")
+        Ended.read(here, "scratch")
+
+    def lines(*rows: dict[str, Any]) -> bytes:
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+    return [
+        Kind("journal", (whole, whole[: len(whole) // 2]), read_search),
+        Kind("ladders", (lines(row, row | {"tokens": 200, "loss": None}),), lambda data, here: _(read_rows(written(data, here / "ladders.jsonl")))),
+        Kind("records", (lines(head, *records),), read_records),
+        Kind("plan", (json.dumps(plan).encode(),), lambda data, here: _(str(read_plan(written(data, here / "plan.json"))))),
+        Kind("ended", (json.dumps(ended).encode(),), read_ended),
+    ]  # fmt: skip
+
+
+def _mlflow() -> Any:
+    """One that takes everything of the right kind, in place of scaling.tracking."""
+
+    @contextmanager
+    def impatient(_: float = 0.0) -> Iterator[None]:
+        yield
+
+    def log_records(_: Any, __: str, records: Any, tags: Mapping[str, str]) -> None:
+        assert all(isinstance(v, int | float) for values, step, at in records for v in (step, at, *values.values()))
+        assert all(isinstance(v, str) for v in tags.values())
+
+    none = lambda *_, **__: "x"  # noqa: E731
+    return SimpleNamespace(
+        impatient=impatient, log_records=log_records, refused=lambda _: False, load=none, connect=none, study_run=none,
+        child_run=none, finish=none, drop_twins=none,
+    )  # fmt: skip
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def checkpoint(folder: Path) -> list[Kind]:
+    import torch
+
+    from proxies.checkpoints import HEADER, load_model, load_state, write_run, write_state
+    from proxies.config import ProxyConfig
+    from proxies.growing import open_trained, read_grown, write_grown
+    from proxies.sharded import TABLE, sums
+    from proxies.training import train
+
+    shape: dict[str, Any] = {"n_layers": 1, "d_head": 4, "base_width": 4, "vocab": 256, "seq_len": 8, "ff_mult": 1, "eval_windows": 2, "batch_seqs": 2, "warmup_tokens": 8}  # fmt: skip
+    config = ProxyConfig(d_model=4, corpus=str(written(b"a few words " * 4000, folder / "corpus.txt")), **shape)
+    for _point in train(config, 160, save=folder / "run.pt"):
+        pass
+    write_run(load_state(folder / "run.pt"), folder / "run")
+    large = config.model_copy(update={"d_model": 8})
+    write_grown(open_trained(folder / "run.pt"), large, folder / "grown.pt")
+
+    def read(path: Path) -> None:
+        """By all the ways that there are; the first that refuses is as good as any."""
+        load_state(path)
+        load_model(path)
+        for which in ("annealed", "trunk"):
+            trained = open_trained(path, which)  # type: ignore[arg-type]
+            _([t.sum() for t in trained.weights.values()], [t.sum() for t in (trained.moments or {}).values()])
+        points = train(config, 240, resume=path)
+        next(points)
+        points.close()
+
+    def read_file(data: bytes, here: Path) -> None:
+        read(written(data, here / "x.pt"))
+
+    def pickled(path: Path) -> bytes:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+
+    def packed(data: bytes, like: Path, path: Path) -> Path:
+        """The file `like` with this pickle in it, all checksums right."""
+        writer = torch._C.PyTorchFileWriter(str(path))  # where torch looks for tensors follows from how it writes
+        with zipfile.ZipFile(like) as archive:
+            for name in archive.namelist():
+                record, part = name.partition("/")[2], data if name.endswith("data.pkl") else archive.read(name)
+                if record not in ("version", ".data/serialization_id"):
+                    writer.write_record(record, part, len(part))
+        writer.write_end_of_file()
+        return path
+
+    def read_grown_file(data: bytes, here: Path) -> None:
+        start = read_grown(packed(data, folder / "grown.pt", here / "x.pt"), large)
+        _([t.sum() for t in (start.weights or {}).values()])
+
+    header = torch.load(folder / "run" / HEADER, weights_only=True)
+    table = folder / "run" / header["data"] / TABLE
+    tensors = next(path for path in table.parent.iterdir() if path != table)
+
+    def in_folder(part: Path) -> Reader:
+        """One part of a folder, all checksums right."""
+
+        def read_part(data: bytes, here: Path) -> None:
+            path = here / "x"
+            shutil.copytree(folder / "run", path)
+            if part.name == HEADER:
+                packed(data, folder / "run" / HEADER, path / HEADER)
+            else:
+                changed = written(data, path / header["data"] / part.name)
+                write_state(header | {"files": header["files"] | sums([changed])}, path / HEADER)
+            read(path)
+
+        return read_part
+
+    return [
+        Kind("file", ((folder / "run.pt").read_bytes(),), read_file),
+        Kind("pickle of a file", (pickled(folder / "run.pt"),), lambda data, here: read(packed(data, folder / "run.pt", here / "x.pt"))),
+        Kind("pickle of a grown file", (pickled(folder / "grown.pt"),), read_grown_file),
+        Kind("header of a folder", (pickled(folder / "run" / HEADER),), in_folder(folder / "run" / HEADER)),
+        Kind("table of a folder", (table.read_bytes(),), in_folder(table)),
+        Kind("tensors of a folder", (tensors.read_bytes(),), in_folder(tensors)),
+    ]  # fmt: skip
+
+
+warnings.simplefilter("ignore")

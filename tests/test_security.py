@@ -1,0 +1,579 @@
+"""What docs/security.md promises: no password is shown or recorded, no name is markup, no file runs or gives away more than it should."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import html
+import io
+import json
+import os
+import pickle
+import shlex
+import sqlite3
+import stat
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import closing
+from html.parser import HTMLParser
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy.engine import URL
+from typer.testing import CliRunner
+
+from scaling.secrets import secrets_in, without_passwords
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("scaling", "hpo", "proxies", "studies", "benchmarks")
+HUSH = "hush%40x"  # the password of every URL here
+mlflow_warns = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
+
+
+# --- passwords --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+        ("http://127.0.0.1:5000/#/experiments?a=b", "http://127.0.0.1:5000/#/experiments?a=b"),
+        ("postgresql://me@h/d", "postgresql://me@h/d"),
+        ("postgresql+psycopg2://me:p@h:5432/d?sslmode=require", "postgresql+psycopg2://me:***@h:5432/d?sslmode=require"),
+        ("postgresql://me:p@s/w:rd@h/d", "postgresql://me:***@h/d"),
+        ("postgresql://me@host:p@h/d", "postgresql://me@host:***@h/d"),
+        ("mysql://:p@h/d", "mysql://:***@h/d"),
+        ("postgresql://h/d?user=me&password=p&sslpassword=q", "postgresql://h/d?user=me&password=***&sslpassword=***"),
+        ("postgresql://h/d?pass%77ord=p", "postgresql://h/d?pass%77ord=***"),
+        ("https://ghp_1@github.com/a/b.git", "https://***@github.com/a/b.git"),
+        ("http://me:p@h:1/api?token=t&page=2", "http://***@h:1/api?token=***&page=2"),
+        ("host=h password='a b' user=me", "host=h password=*** user=me"),
+        ("fetch a://u:p@h and b://u:q@h, please", "fetch a://u:***@h and b://u:***@h, please"),
+        ("tokens=5 key=7 --eos-token=x", "tokens=5 key=7 --eos-token=x"),
+    ],
+)  # fmt: skip
+def test_a_url_is_shown_without_what_opens_it(text: str, shown: str) -> None:
+    assert without_passwords(text) == shown
+    assert without_passwords(shown) == shown
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["postgresql+psycopg2", "mysql", "mssql+pyodbc"]),
+    st.text("abcXYZ0_", min_size=1),
+    st.text(min_size=1).filter(lambda p: p != "***" and not any(0xD800 <= ord(c) < 0xE000 for c in p)),
+    st.sampled_from([None, 1, 5432]),
+)
+def test_a_password_of_any_characters_is_hidden_as_sqlalchemy_hides_it(
+    driver: str, user: str, password: str, port: int | None
+) -> None:
+    url = URL.create(driver, user, password, "db.example.org", port, "runs", {"sslmode": "require"})
+    assert without_passwords(url.render_as_string(hide_password=False)) == url.render_as_string(hide_password=True)
+
+
+def test_settings_that_are_credentials_are_named_and_no_others() -> None:
+    table = {
+        "trainer": {"tokenizer": "bpe", "environment": {"HF_TOKEN": "x", "TOKENIZERS_PARALLELISM": "0", "STORE": f"s3://a:{HUSH}@h"}},
+        "list": [{"api_key": "y"}, {"eos_token": "</s>", "password": ""}],
+        "tokens": {"min": 1},
+    }  # fmt: skip
+    assert [line.split(":")[0] for line in secrets_in(table)] == [
+        "trainer.environment.HF_TOKEN",
+        "trainer.environment.STORE",
+        "list.0.api_key",
+    ]
+
+
+def test_a_study_or_plan_with_a_credential_is_refused_before_it_is_recorded(tmp_path: Path) -> None:
+    from hpo.study import StudyError, load_study
+    from proxies.launch import read_plan
+
+    text = (ROOT / "studies" / "external.toml").read_text()
+    (tmp_path / "x.toml").write_text(
+        text.replace("[target]", "[trainer.environment]\nWANDB_API_KEY = 'hush'\n[target]")
+    )
+    with pytest.raises(StudyError, match=r"trainer\.environment\.WANDB_API_KEY: is a credential") as refused:
+        load_study(tmp_path / "x.toml")
+    assert "hush" not in str(refused.value)
+    plan = PLAN | {"environment": {"STORE": f"postgresql://me:{HUSH}@h/d"}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match=r"environment\.STORE: holds a password"):
+        read_plan(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"environment": {}}))
+    assert read_plan(tmp_path / "plan.json").command
+
+
+PLAN: dict[str, Any] = {
+    "study": "s", "command": "train --lr {lr} --tokens {tokens}", "values": {"lr": 0.1, "tokens": 100, "N": 1e6}, "tokens": 100,
+    "because": {"N": 1e6, "D": 100, "lr": 0.1, "loss": 2.0, "loss_interval": [1.9, 2.1], "mass": 0.9},
+}  # fmt: skip
+
+
+@mlflow_warns
+@pytest.mark.parametrize("uri", [f"http://me:{HUSH}@127.0.0.1:1", f"foo://me:{HUSH}@127.0.0.1:1/d"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("hpo", "launch", "studies/external.toml"),
+        ("scaling", "fit", "external"),
+        ("scaling", "recommend", "external", "--target"),
+        ("scaling", "report", "external"),
+        ("proxies", "launch", "studies/external.toml"),
+    ],
+    ids=" ".join,
+)
+def test_no_command_shows_the_password_of_a_store_that_fails(
+    words: tuple[str, ...], uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """MLflow quotes such an address whole."""
+    (tmp_path / "studies").mkdir()
+    for name in ("external.toml", "external.py"):
+        (tmp_path / "studies" / name).write_text((ROOT / "studies" / name).read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    app = __import__(f"{words[0]}.__main__", fromlist=["app"]).app
+    told = CliRunner().invoke(app, [*words[1:], "--tracking-uri", uri])
+    assert told.exit_code in (1, 2)
+    assert "127.0.0.1:1" in told.output
+    assert "hush" not in told.output + "".join(traceback.format_exception(told.exception))
+    assert "hush" not in "".join(p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_optuna_does_not_quote_the_password_of_a_storage() -> None:
+    from hpo.opening import open_storage
+
+    for url in (
+        f"foo://me:{HUSH}@h/d",
+        f"postgresql://me:{HUSH}@127.0.0.1:1/d",
+        f"postgresql://me:{HUSH}@h:port/d",
+    ):
+        with pytest.raises(Exception) as failed:  # noqa: PT011 - of three libraries, none of which says a word of it
+            open_storage(url, None)
+        assert "hush" not in without_passwords("".join(traceback.format_exception(failed.value))), url
+
+
+@mlflow_warns
+def test_the_records_hold_neither_addresses_nor_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not in the database, nor in what waits for it, in a repository whose remote has a token."""
+    from scaling import spool, tracking
+
+    monkeypatch.chdir(tmp_path)
+    for words in ("init -q", f"remote add origin https://{HUSH}@example.org/x.git"):
+        subprocess.run(["git", *shlex.split(words)], check=True)
+    monkeypatch.setenv("HF_TOKEN", HUSH)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    for uri, folder in ((store, "sent"), (f"http://me:{HUSH}@127.0.0.1:1", "waiting")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with spool.Recorder(None, "s", "run", role="proxy", params={"lr": 0.1}, folder=tmp_path / folder) as run:
+            run.tag("note", "x")
+            run.finish()
+    assert "127.0.0.1" in (said := capfd.readouterr().err)
+    assert "hush" not in said
+    assert spool.send(tmp_path / "waiting", store) == 0
+    tracking.connect(store)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as db:
+        assert "run" in (dumped := "\n".join(db.iterdump()))
+    assert "hush" not in dumped
+    assert not list((tmp_path / "waiting").glob("*.jsonl"))
+
+
+def test_a_password_is_on_no_command_line(tmp_path: Path) -> None:
+    """Every user of a machine can read those of all processes."""
+    from proxies.arms import commands, shown
+    from proxies.launch import LaunchPlan
+
+    plan, uri = LaunchPlan.model_validate(PLAN), f"postgresql://me:{HUSH}@h/d"
+    (words,) = commands(plan, tmp_path / "plan.json", "scratch", uri=uri)
+    assert "hush" not in shlex.join(words)
+    text = shown(plan, tmp_path / "plan.json", ["scratch"], uri=uri)
+    assert (
+        text.splitlines()[0]
+        == "# first, on each node, with its password: export MLFLOW_TRACKING_URI=postgresql://me:***@h/d"
+    )
+    assert "hush" not in text
+
+
+# --- markup -----------------------------------------------------------------------------------------------------------
+
+
+class Elements(HTMLParser):
+    """The kinds of elements of a page, each with the names of its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.kinds: dict[str, set[str]] = {}
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.kinds.setdefault(tag, set()).update(name for name, _ in attrs)
+
+
+NAMES = (
+    "</text></svg><script>x</script>",
+    "\"><img src=x onerror='y'>",
+    "a & b &lt;b&gt; <!--",
+    "$\\frac{<b>$ {{ 7 * 7 }}",
+)
+
+
+def test_no_name_becomes_an_element_of_a_report() -> None:
+    """Whatever runs, studies, notes and arms are called, the page has the elements and attributes of a tame one."""
+    tame, wild = page_of(["name"] * len(NAMES)), page_of(NAMES)
+    assert Elements(wild).kinds == Elements(tame).kinds
+    assert not {"script", "img", "iframe", "object", "link", "a", "b"} & Elements(wild).kinds.keys()
+    assert len(wild.split("<svg")) == len(tame.split("<svg"))
+    assert all(name in html.unescape(wild) for name in NAMES)
+
+
+def page_of(names: Sequence[str]) -> str:
+    """A report in which everything that can have a name has one of these."""
+    from scaling.flags import Flag
+    from scaling.halfway import RunCurve
+    from scaling.recommendation import recommend
+    from scaling.report import TargetCurve, render
+    from tests.test_scaling.test_report import curves, planted
+
+    runs = planted((1e4, 1e5), parametrization="mup", config="1", rung=0, checkpoint="x.pt")
+    answer = recommend(runs, N=6e5, D=3e6)
+    turns = cycle(names)
+    for column in ("run_id", "name", "config", "checkpoint", "arm"):
+        runs[column] = list(islice(turns, len(runs)))
+        next(turns)
+    runs.loc[:3, "excluded"] = names
+    a, b, c, d = names
+    flags = (*answer.flags, *(Flag(name, name, name == a) for name in names))
+    more = {a: [b, {c: d}], b: a, c: {d: [a]}}
+    answer = dataclasses.replace(answer, flags=flags, provenance=answer.provenance | more, next_run=more)
+    lines = [
+        RunCurve(f"{i} {name}", c.N, c.tokens, c.loss)
+        for (i, c), name in zip(enumerate(curves()), cycle(names), strict=False)
+    ]
+    targets = [TargetCurve(name, [1e5, 1e6], [3.0, 2.5], 3e6, 2.0) for name in names]
+    return render(a, runs, recommendation=answer, targets=targets, warm_start=more, curves=lines)
+
+
+# --- rights -----------------------------------------------------------------------------------------------------------
+
+MADE = """
+import sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+from optuna.distributions import FloatDistribution
+from hpo.search import Search
+from hpo.repeats import write_result
+from proxies.arms import Ended
+from proxies.checkpoints import FORMAT, write_run
+from proxies.growth_runs import add_row
+from proxies.launch import LaunchPlan, write_plan
+from proxies.tokens import kept_file
+from scaling import spool, tracking
+import json, torch
+
+here, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
+store = f"sqlite:///{here}/mlflow.db"
+search = Search({"lr": FloatDistribution(1e-3, 1.0)}, tokens=(100, 900), sampler="random", storage=here / "study" / "study.journal")
+search.tell(search.ask(), 1.0)
+Search({"lr": FloatDistribution(1e-3, 1.0)}, tokens=(100, 900), sampler="random", storage=f"sqlite:///{here}/optuna.db").ask()
+write_run({"format": FORMAT, "weights": {"a": torch.ones(3)}}, here / "run.pt")
+write_run({"format": FORMAT, "weights": {"a": torch.ones(3)}}, here / "run")
+write_plan(LaunchPlan.model_validate(plan), here / "target" / "plan.json")
+Ended(2.0, 100, 1.0, None).write(here / "target", "scratch")
+write_result(here / "result.json", 1.0)
+add_row(here / "ladders.jsonl", {})
+kept_file("key", ".txt", lambda: "text")
+run = spool.Recorder("http://127.0.0.1:1", "s", "run", role="proxy", params={}, folder=here / "records")
+run.finish()
+run.close()
+client = tracking.connect(store)
+parent = tracking.study_run(client, "s", artifacts=here / "artifacts")
+tracking.log_file(client, parent, here / "result.json")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+def test_what_is_written_has_the_rights_that_the_umask_leaves(umask: int, tmp_path: Path) -> None:
+    """A private study stays private, and in a folder that a group shares each of it can write what others of it made."""
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MUSCALE_CACHE": str(tmp_path / "cache"),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
+    words = [sys.executable, "-c", MADE, str(tmp_path), json.dumps(PLAN)]
+    done = subprocess.run(words, env=env, umask=umask, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = [p for p in tmp_path.rglob("*") if not p.is_symlink()]
+    names = {p.name for p in made}
+    assert {
+        "study.journal",
+        "optuna.db",
+        "mlflow.db",
+        "run.pt",
+        "header",
+        ".metadata",
+        "plan.json",
+        "scratch.json",
+        "ladders.jsonl",
+        "key.txt",
+    } <= names
+    assert any(name.endswith(".spool.jsonl") for name in names)
+    assert any("artifacts" in p.parts and p.name == "result.json" for p in made)
+    rights = {str(p.relative_to(tmp_path)): stat.S_IMODE(p.stat().st_mode) for p in made}
+    by_others = {name for name, mode in rights.items() if mode & umask}
+    assert not by_others
+    kept = {name: oct(mode) for name, mode in rights.items() if mode | 0o111 != (0o777 & ~umask) | 0o111}
+    assert kept == ({"optuna.db": "0o644"} if umask == 0o002 else {})  # made by SQLite, through Optuna
+
+
+# --- what is run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_is_said_before_its_module_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hpo.study import StudyError, load_study
+
+    (tmp_path / "loud_trainer.py").write_text(
+        "import sys\nprint('imported', file=sys.stderr)\nraise RuntimeError('at import')\n"
+    )
+    text = (
+        (ROOT / "studies" / "quickstart.toml")
+        .read_text()
+        .replace("[trainer]", '[trainer]\nuse = "loud_trainer:Trainer"')
+    )
+    (tmp_path / "x.toml").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(StudyError, match=r"trainer\.use: cannot import 'loud_trainer:Trainer' \(at import\)"):
+        load_study(tmp_path / "x.toml")
+    assert capsys.readouterr().err == "importing the trainer loud_trainer:Trainer\nimported\n"
+
+
+def test_a_command_is_said_whole_with_its_folder_and_variables(tmp_path: Path) -> None:
+    from proxies.command_family import CommandFamily
+    from scaling.compute import Fidelity
+
+    family = CommandFamily(
+        command="train --lr {lr} {tokens}", sizes=[{"N": 10}], cwd=tmp_path, environment={"LD_PRELOAD": "a b.so"}
+    )
+    said = family.example({"lr": "1; rm x"}, Fidelity(10, 100))
+    assert said == f"cd {tmp_path} && env 'LD_PRELOAD=a b.so' train --lr '1; rm x' 100"
+
+
+@pytest.mark.parametrize("field", ["{lr.__class__}", "{lr.__init__.__globals__}", "{lr[0]}", "{lr!r}", "{lr:>30}"])
+def test_a_name_in_a_command_is_a_name_and_no_more(field: str) -> None:
+    from proxies.external import resolved
+
+    with pytest.raises(ValueError, match=r"a \{name\} and no more between braces"):
+        resolved(f"train {field}", {"lr": 0.1})
+    assert resolved("train '{\"a\": {lr}}' {a: 1}", {"lr": 0.1}) == ["train", '{"a": 0.1}', "{a:", "1}"]
+
+
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
+    """Every call of a file, with the name that is called as it is written."""
+    tree = ast.parse(path.read_text())
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def test_nothing_is_unpickled_but_by_the_readers_that_allow_it() -> None:
+    wrong = []
+    for path in (p for package in PACKAGES for p in (ROOT / package).rglob("*.py")):
+        for name, call in calls(path):
+            said = {k.arg: ast.unparse(k.value) for k in call.keywords}
+            end = name.split(".")[-1]
+            bad = (
+                (name in ("torch.load", "load_state_dict_from_url") and said.get("weights_only") != "True")
+                or (name in ("np.load", "numpy.load") and said.get("allow_pickle", "False") != "False")
+                or (
+                    name.startswith(("pickle.", "marshal.", "joblib.", "dill.", "shelve."))
+                    and end in ("load", "loads", "open", "Unpickler")
+                )
+                or name in ("eval", "exec", "pd.read_pickle", "yaml.load", "os.system", "os.popen")
+                or said.get("shell", "False") != "False"
+            )
+            if bad:
+                wrong.append(f"{path.relative_to(ROOT)}:{call.lineno} {name}")
+    assert wrong == []
+    text = {
+        str(p.relative_to(ROOT))
+        for package in PACKAGES
+        for p in (ROOT / package).rglob("*.py")
+        if "Unpickler" in p.read_text()
+    }
+    assert text == {"proxies/sharded.py"}
+
+
+# --- folders of a run made by someone who knows the checksums ---------------------------------------------------------
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def text(word: str) -> bytes:
+    return b"\x8c" + bytes([len(word)]) + word.encode()
+
+
+METADATA = text("torch.distributed.checkpoint.metadata") + text("Metadata") + b"\x93"
+TRAPS = {
+    "os.mkdir": text("posix") + text("mkdir") + b"\x93" + text("ran") + b"\x85R.",
+    "builtins.eval": text("builtins") + text("eval") + b"\x93" + text("1") + b"\x85R.",
+    "what torch has imported": text("torch.distributed.checkpoint.filesystem") + text("os.mkdir") + b"\x93" + text("ran") + b"\x85R.",
+    "torch's own loader": text("torch") + text("load") + b"\x93" + text("x.pt") + b"\x85R.",
+    "a writer": text("torch.distributed.checkpoint.filesystem") + text("FileSystemWriter") + b"\x93" + text("ran") + b"\x85R.",
+    "a bytes entry": text("torch.distributed.checkpoint.metadata") + text("BytesStorageMetadata") + b"\x93)\x81.",
+    "an attribute of a class": METADATA + b"N}" + text("planner_data") + b"K\x01s\x86b.",
+    "an attribute of a function": text("torch.serialization") + text("_get_layout") + b"\x93}" + text("x") + b"K\x01sb.",
+    "a persistent object": b"Pid\n.",
+    "an extension": b"\x82\x01.",
+    "a memo of 34 GB": b"Nr\xff\xff\xff\x7f.",
+    "a bytearray of 2 EB": b"\x96" + b"\xff" * 7 + b"\x1f.",
+    "nothing": b"N.",
+    "a stack that is empty": b"R.",
+    "a depth": b"]" * 50_000 + b"a" * 49_999 + b".",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", TRAPS)
+def test_a_table_of_tensors_runs_nothing_that_is_in_it(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    from proxies.sharded import TABLE, open_tensors
+
+    monkeypatch.chdir(tmp_path)
+    before = dict(vars(Metadata))
+    (tmp_path / TABLE).write_bytes(b"\x80\x04" + TRAPS[which])
+    with pytest.raises(ValueError, match=f"{tmp_path}, whose table is damaged"):
+        open_tensors(tmp_path)
+    assert dict(vars(Metadata)) == before
+    assert [p.name for p in tmp_path.iterdir()] == [TABLE]
+
+
+def test_a_tensor_that_a_table_calls_bytes_is_not_unpickled(tmp_path: Path) -> None:
+    """torch reads such an entry with weights_only=False, whatever was asked for."""
+    import torch
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+    from proxies.checkpoints import FORMAT, HEADER, load_state, write_run, write_state
+    from proxies.sharded import TABLE, sums
+
+    path = tmp_path / "run"
+    write_run({"format": FORMAT, "trunk": {"c": torch.ones(3, 2)}}, path)
+    header = torch.load(path / HEADER, weights_only=True)
+    folder = path / header["data"]
+    table: Any = pickle.loads((folder / TABLE).read_bytes())
+    trap = io.BytesIO()
+    torch.save(Trap(tmp_path / "ran"), trap)
+    (part,) = (p for p in folder.iterdir() if p.name != TABLE)
+    part.write_bytes(trap.getvalue())
+    (info,) = table.storage_data.values()
+    info.offset, info.length = 0, len(trap.getvalue())
+    table.state_dict_metadata = {"trunk/c": BytesStorageMetadata()}
+    table.storage_data = {MetadataIndex("trunk/c"): info}
+    (folder / TABLE).write_bytes(pickle.dumps(table))
+    write_state(header | {"files": sums(folder.iterdir())}, path / HEADER)
+    with pytest.raises(ValueError, match="BytesStorageMetadata"):
+        load_state(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data": "../other"}, {"data": ".."}, {"files": {"../x": (1, 2)}}, {"files": None}, {"run": 3}, {"data": None}],
+)
+def test_a_header_names_nothing_outside_its_folder(change: dict[str, Any], tmp_path: Path) -> None:
+    import torch
+
+    from proxies.checkpoints import FORMAT, HEADER, load_state, write_run, write_state
+
+    path = tmp_path / "run"
+    write_run({"format": FORMAT, "trunk": {"c": torch.ones(3, 2)}}, path)
+    write_state(torch.load(path / HEADER, weights_only=True) | change, path / HEADER)
+    with pytest.raises(ValueError, match=f"{path}, whose header is damaged"):
+        load_state(path)
+
+
+# --- names and paths --------------------------------------------------------------------------------------------------
+
+
+@mlflow_warns
+@pytest.mark.parametrize("name", ["/tmp/elsewhere", "../elsewhere", "a/b"])
+def test_a_study_of_mlflow_whose_name_is_a_path_is_not_written_to_that_path(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Databricks calls experiments so; anyone who can write to a shared store can."""
+    from scaling.__main__ import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("scaling.runs.load_runs", lambda *_, **__: None)
+    told = CliRunner().invoke(app, ["report", name, "--tracking-uri", f"sqlite:///{tmp_path}/x.db"])
+    assert told.exit_code == 2
+    assert "is no name of a folder in studies/: say --out" in told.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_opened_is_bad_input(tmp_path: Path) -> None:
+    from hpo.__main__ import app
+
+    (tmp_path / "x.toml").mkdir()
+    (tmp_path / "y.toml").write_bytes(b"\xff")
+    for name, said in (("x.toml", "no study file"), ("y.toml", "not TOML")):
+        told = CliRunner().invoke(app, ["validate", str(tmp_path / name)])
+        assert (told.exit_code, said in told.output, str(tmp_path / name) in told.output) == (2, True, True)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "shape"), [("exp_avg", (0, 4)), ("exp_avg_sq", (2, 4)), ("step", (0,))])
+def test_moments_of_another_shape_are_refused_before_torch_writes_beside_them(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """torch's fused Adam does not look: on CPU it ends in a segmentation fault, or in memory that is not its own."""
+    import torch
+
+    from proxies.checkpoints import load_state, write_state
+    from proxies.config import ProxyConfig
+    from proxies.training import train
+
+    (tmp_path / "corpus.txt").write_text("a few words " * 4000)
+    small: dict[str, Any] = {
+        "d_model": 4,
+        "n_layers": 1,
+        "d_head": 4,
+        "base_width": 4,
+        "seq_len": 8,
+        "eval_windows": 2,
+        "batch_seqs": 2,
+        "warmup_tokens": 8,
+    }
+    config, path = ProxyConfig(corpus=str(tmp_path / "corpus.txt"), **small), tmp_path / "run.pt"
+    for _ in train(config, 160, save=path):
+        pass
+    state = load_state(path)
+    moments = state["trunk"]["optimizer"]["state"]
+    which = next(i for i in moments if moments[i]["exp_avg"].shape == (4, 4))
+    moments[which][name] = torch.zeros(shape)
+    write_state(state, path)
+    with pytest.raises(ValueError, match=rf"{path}, in which .*the optimizer's {name}: needed a tensor of shape"):
+        next(train(config, 240, resume=path))

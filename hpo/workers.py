@@ -338,15 +338,11 @@ def pins(count: int, gpus: Sequence[str]) -> list[dict[str, str]]:
 
 
 def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them."""
+    """As CUDA_VISIBLE_DEVICES names them; without it, what Linux's driver shows."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [gpu.strip() for gpu in named.split(",") if gpu.strip() not in ("", "-1")]
-    if not Path("/dev/nvidiactl").exists() and sys.platform == "linux":
-        return []  # and torch, which takes seconds, need not be asked
-    import torch
-
-    return [str(i) for i in range(torch.cuda.device_count())]
+    return sorted((p.name.removeprefix("nvidia") for p in Path("/dev").glob("nvidia[0-9]*")), key=int)
 
 
 def watch(running: Sequence[subprocess.Popen[bytes]], show: Callable[[], None]) -> bool:

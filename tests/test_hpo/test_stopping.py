@@ -417,7 +417,7 @@ def test_a_worker_stops_runs_when_the_study_file_says_so_and_status_counts_them(
     assert now.stopped
     said = CliRunner().invoke(app, ["status", str(files.toml)]).output
     assert f"stopping {now.stopped} hopeless runs saved {now.tokens_stopped:,}" in said
-    as_json = json.loads(CliRunner().invoke(app, ["status", str(files.toml), "--json"]).output)
+    as_json = json.loads(CliRunner().invoke(app, ["status", str(files.toml), "--json"]).stdout)
     assert (as_json["stopped"], as_json["tokens_stopped"]) == (now.stopped, now.tokens_stopped)
 
 

@@ -27,6 +27,10 @@ Storage = Annotated[
     ),
 ]
 Count = Annotated[int | None, typer.Option("--workers", min=1, help="local processes; default: the study's")]
+Executor = Annotated[
+    str, typer.Option(metavar="local|ray", help="where workers run: processes here, or a Ray cluster's nodes")
+]
+Address = Annotated[str, typer.Option(metavar="HOST:PORT", help="of the Ray cluster; auto: the one of this machine")]
 
 
 @app.command()
@@ -47,7 +51,13 @@ def validate(study: Study) -> None:
 
 @app.command()
 def launch(
-    study: Study, count: Count = None, storage: Storage = None, dry_run: DryRun = False, tracking_uri: Uri = None
+    study: Study,
+    count: Count = None,
+    storage: Storage = None,
+    executor: Executor = "local",
+    address: Address = "auto",
+    dry_run: DryRun = False,
+    tracking_uri: Uri = None,
 ) -> None:
     """Start a study: train proxies with local workers until its budget is spent.
 
@@ -56,6 +66,7 @@ def launch(
     from hpo import workers
     from hpo.study import load_study, study_path
 
+    ray = ray_at(executor, address)
     with refusing():
         files = workers.StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
@@ -72,18 +83,26 @@ def launch(
         return
     with refusing():
         search = workers.create(files, config, trainer, uri=tracking_uri, storage=storage)
-    finish(workers.supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage), files.name)
+    finish(
+        workers.supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray), files.name
+    )
 
 
 @app.command()
 def resume(
-    study: Study, count: Count = None, storage: Storage = None, dry_run: DryRun = False, tracking_uri: Uri = None
+    study: Study,
+    count: Count = None,
+    storage: Storage = None,
+    executor: Executor = "local",
+    address: Address = "auto",
+    dry_run: DryRun = False,
+    tracking_uri: Uri = None,
 ) -> None:
     """Go on with a study that was stopped, at the same budget: nothing is lost, nothing runs twice.
 
     Example: hpo resume quickstart
     """
-    go_on(study, None, count, storage, dry_run, tracking_uri)
+    go_on(study, None, count, storage, ray_at(executor, address), dry_run, tracking_uri)
 
 
 @app.command()
@@ -94,6 +113,8 @@ def extend(
     ],
     count: Count = None,
     storage: Storage = None,
+    executor: Executor = "local",
+    address: Address = "auto",
     dry_run: DryRun = False,
     tracking_uri: Uri = None,
 ) -> None:
@@ -101,7 +122,7 @@ def extend(
 
     Example: hpo extend quickstart --max-tokens 1105920
     """
-    go_on(study, max_tokens, count, storage, dry_run, tracking_uri)
+    go_on(study, max_tokens, count, storage, ray_at(executor, address), dry_run, tracking_uri)
 
 
 @app.command()
@@ -254,11 +275,25 @@ def forget(
     )
 
 
+def ray_at(executor: str, address: str) -> str | None:
+    """The address of the Ray cluster that is asked for, if one is; refused where there is none."""
+    with refusing():
+        if executor not in ("local", "ray"):
+            raise ValueError(f"needed --executor local or ray, got {executor!r}")
+        if executor == "local":
+            return None
+        from hpo.cluster import Ray
+
+        with Ray(address):
+            return address
+
+
 def go_on(
     study: str,
     max_tokens: int | None,
     count: int | None,
     storage: str | None,
+    ray: str | None,
     dry_run: bool,
     tracking_uri: str | None,
 ) -> None:
@@ -289,7 +324,9 @@ def go_on(
         workers.send_left(files, tracking_uri)
         typer.echo(f"nothing left to run; `hpo extend {files.name} --max-tokens ...` raises its budget", err=True)
         return
-    finish(workers.supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage), files.name)
+    finish(
+        workers.supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray), files.name
+    )
 
 
 def open_existing(study: str, storage: str | None) -> tuple[Any, Any]:

@@ -292,13 +292,23 @@ def supervise(
     *,
     uri: str | None,
     storage: str | None = None,
+    ray: str | None = None,
 ) -> int:
-    """Start the study's workers, show progress until it is finished; the exit code."""
+    """Start the study's workers, here or on the Ray cluster at an address, show progress until it is finished; the exit code."""
     client = tracking.connect(uri)
     parent = tracking.find_study_run(client, files.name)
     tracking.finish(client, parent, status="RUNNING")
-    running = start(files, workers, client, workers.count, storage=storage)
-    stopped = watch(running, Progress(search, cost, workers.count).show)
+    show, codes = Progress(search, cost, workers.count).show, ""
+    if ray is not None:
+        from hpo.cluster import Ray
+
+        with Ray(ray) as cluster:
+            stopped = cluster.work(files, workers, uri=client.tracking_uri, storage=storage, show=show)
+        patiently(show)
+    else:
+        running = start(files, workers, client, workers.count, storage=storage)
+        stopped = watch(running, show)
+        codes = f" (exit codes {', '.join(str(w.returncode) for w in running)})"
     send_left(files, client.tracking_uri)
     patiently(lambda: log_outcome(client, parent, search))
     say(spent_in_words(patiently(lambda: search.progress)))
@@ -310,8 +320,7 @@ def supervise(
         say(f"stopped; nothing is lost: `hpo resume {files.name}` carries on where it was")
         return 130
     tracking.finish(client, parent, status="FAILED")
-    codes = ", ".join(str(w.returncode) for w in running)
-    say(f"the workers ended before the study did (exit codes {codes}); mend the cause, then `hpo resume {files.name}`")
+    say(f"the workers ended before the study did{codes}; mend the cause, then `hpo resume {files.name}`")
     return 1
 
 

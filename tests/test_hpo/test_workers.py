@@ -108,12 +108,12 @@ class Study:
         return Counter(line for p in self.steps.glob("*.jsonl") for line in p.read_text().splitlines())
 
     def wait_until(self, condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-        for _ in range(600):
+        for _ in range(1800):
             if condition():
                 return
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.1)
-        raise AssertionError("waited a minute in vain")
+        raise AssertionError("waited three minutes in vain")
 
     def check_whole(self) -> None:
         """Nothing lost, nothing twice: two sizes of Hyperband with 3 rungs at eta 3 are 9 + 3 + 1, 5 + 1 and 3 runs each."""

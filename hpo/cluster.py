@@ -1,0 +1,89 @@
+"""Workers on the nodes of a Ray cluster. Ray places and restarts them; what they do is hpo.working, as everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hpo.patience import storage_errors
+from hpo.tables import Workers
+from hpo.workers import GRACE_SECONDS, POLL_SECONDS, StudyFiles
+from scaling.cli import say, sigterm_as_interrupt
+from scaling.secrets import without_passwords
+
+
+class Ray:
+    """A connection to a cluster: `with Ray(address) as ray: ray.work(...)`. ValueError without the extra, or without a cluster there."""
+
+    def __init__(self, address: str) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError("--executor ray needs Ray: pip install 'muscale[ray]'") from error
+        self._ray, self._address = ray, address
+
+    def __enter__(self) -> Ray:
+        environment = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        try:
+            self._ray.init(
+                address=self._address, runtime_env={"env_vars": environment}, logging_level=40, log_to_driver=True
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"no Ray cluster at {without_passwords(self._address)}: {error}; `ray start --head` makes one"
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
+
+    def work(
+        self, files: StudyFiles, workers: Workers, *, uri: str, storage: str | None, show: Callable[[], None]
+    ) -> bool:
+        """Run so many workers until the study is finished, with progress; whether a signal had them stopped.
+
+        A worker that dies with its node is started again where there is room, for as long as this process lives.
+        """
+        gpus = float(self._ray.cluster_resources().get("GPU", 0.0))
+        share = min(1.0, gpus / workers.count)
+        remote = self._ray.remote(num_cpus=workers.threads, num_gpus=share, max_retries=-1)(_work)
+        given = (str(files.toml.absolute()), uri, storage, workers.threads)
+        running = [remote.remote(*given) for _ in range(workers.count)]
+        room = float(self._ray.cluster_resources().get("CPU", 0.0)) / workers.threads
+        if room < workers.count:
+            say(
+                f"the cluster has room for {int(room)} of {workers.count} workers now; the others start when there is more"
+            )
+        try:
+            with sigterm_as_interrupt():
+                while running:
+                    ended, running = self._ray.wait(running, timeout=POLL_SECONDS)
+                    self._ray.get(ended)  # what a worker raised is raised here
+                    with contextlib.suppress(*storage_errors()):  # the workers say it, and wait for it
+                        show()
+        except KeyboardInterrupt:
+            self._stop(running)
+            return True
+        return False
+
+    def _stop(self, running: list[Any]) -> None:
+        """Let workers keep their states, then end who does not come."""
+        for task in running:
+            self._ray.cancel(task, force=False)  # a KeyboardInterrupt there, as from a terminal
+        deadline = time.monotonic() + GRACE_SECONDS
+        while running and time.monotonic() < deadline:
+            _, running = self._ray.wait(running, num_returns=len(running), timeout=1.0)
+        for task in running:
+            self._ray.cancel(task, force=True)
+
+
+def _work(toml: str, uri: str, storage: str | None, threads: int) -> int:
+    """On a node."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    from hpo.working import work
+
+    return work(StudyFiles(Path(toml)), uri=uri, storage=storage)

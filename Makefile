@@ -22,9 +22,10 @@ quickstart: install
 	proxies launch studies/quickstart.toml
 	scaling report quickstart
 
+# A file's tests stay together; one thread each, since there is a process for every core.
 test: install-test lint
-	pytest -m "not slow"
-	pytest -m slow
+	OMP_NUM_THREADS=1 pytest -n auto --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 pytest -n auto --dist loadfile -m slow
 
 lint: install-test
 	ruff check .

@@ -257,7 +257,10 @@ def confirm(
 
 @app.command()
 def forget(
-    study: Study, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False, tracking_uri: Uri = None
+    study: Study,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    storage: Storage = None,
+    tracking_uri: Uri = None,
 ) -> None:
     """Remove what a study made (its folder with all checkpoints, its runs in MLflow), so that it can be launched afresh.
 
@@ -270,9 +273,9 @@ def forget(
         files = workers.StudyFiles(study_path(study))
     if not yes:
         typer.confirm(f"remove {files.folder} and the runs of study {files.name!r} in MLflow?", abort=True)
-    typer.echo(
-        f"{files.name}: " + ("removed" if workers.forget(files, uri=tracking_uri) else "there was nothing to remove")
-    )
+    with refusing():
+        gone = workers.forget(files, uri=tracking_uri, storage=storage)
+    typer.echo(f"{files.name}: " + ("removed" if gone else "there was nothing to remove"))
 
 
 def ray_at(executor: str, address: str) -> str | None:

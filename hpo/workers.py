@@ -237,8 +237,17 @@ def note_target(client: MlflowClient, run: str, study: StudyConfig, trainer: Tra
         tracking.write_note(client, run, "target", {"N": target.N, "D": target.D})
 
 
-def forget(files: StudyFiles, *, uri: str | None) -> bool:
-    """Remove all that a study made: its folder, and its runs from MLflow. False when there was nothing."""
+def forget(files: StudyFiles, *, uri: str | None, storage: str | None = None) -> bool:
+    """Remove all that a study made: its folder, its runs from MLflow, and where it is kept, itself. False when there was nothing."""
+    from hpo.opening import open_storage
+
+    if files.storage.exists() or storage is not None:
+        check_storage(files, storage)
+    if storage is not None:
+        opened, _ = open_storage(storage, None, files.name)
+        for study in opened.get_all_studies():
+            if study.study_name in (files.name, f"{files.name}.lock"):
+                opened.delete_study(study._study_id)
     gone = tracking.forget_study(tracking.connect(uri), files.name)
     if files.folder.is_dir():
         shutil.rmtree(files.folder)

@@ -15,11 +15,12 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from benchmarks.many_workers import Server, crowd, faults, free_port, opened, postgresql, search
-from hpo import locks
+from hpo import locks, workers
 from hpo.leases import Sightings
 from hpo.locks import Tickets, lock_of
+from hpo.study import load_study
 from tests.test_hpo.test_leases import Clock
-from tests.test_hpo.test_workers import Study
+from tests.test_hpo.test_workers import STUDY, Study
 
 POSTGRESQL = bool(shutil.which("postgres") or [*Path("/usr/lib/postgresql").glob("*/bin/postgres")])
 needs_postgresql = pytest.mark.skipif(not POSTGRESQL, reason="needs PostgreSQL's programs")
@@ -103,6 +104,34 @@ def test_a_killed_postgresql_is_waited_for(server: Server, tmp_path: Path) -> No
     folder = study.folder / "studies" / "toy"
     assert not (folder / "study.journal").exists()
     study.run("worker", "toy", "--storage", server.url)
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader")  # Optuna's, when a study is deleted
+def test_a_study_is_opened_only_where_it_was_launched_and_forgotten_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "studies").mkdir()
+    toml = tmp_path / "studies" / "toy.toml"
+    toml.write_text(STUDY.format(pause=0.0, seeds=1, steps=tmp_path))
+    files, uri = workers.StudyFiles(toml), f"sqlite:///{tmp_path}/mlflow.db"
+    study, trainer = load_study(toml)
+    here, elsewhere = (f"sqlite:///{tmp_path}/{name}.db" for name in ("here", "elsewhere"))
+    workers.create(files, study, trainer, uri=uri, storage=here)
+    assert workers.open_existing(files, study, trainer, storage=here).progress.done == 0
+    with pytest.raises(ValueError, match=r"was launched in sqlite:.*here\.db: needed that as --storage"):
+        workers.open_existing(files, study, trainer)
+    with pytest.raises(ValueError, match=r"elsewhere\.db has none of that name: needed the same storage"):
+        workers.open_existing(files, study, trainer, storage=elsewhere)
+    assert workers.studies_in(elsewhere) == set(), "nothing was begun there"
+    with pytest.raises(ValueError, match="needed that as --storage"):
+        workers.forget(files, uri=uri)
+    assert workers.forget(files, uri=uri, storage=here)
+    assert workers.studies_in(here) == set()
+    assert not files.folder.exists()
+    workers.create(files, study, trainer, uri=uri)
+    with pytest.raises(ValueError, match=r"study\.journal: leave --storage and \$MUSCALE_STORAGE out"):
+        workers.open_existing(files, study, trainer, storage=here)
 
 
 def test_tickets_let_one_in_at_a_time_in_the_order_they_came(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,16 +151,29 @@ def open_existing(files: StudyFiles, study: StudyConfig, trainer: Trainer, *, st
 
 
 def check_storage(files: StudyFiles, storage: str | None) -> None:
-    """ValueError when a study was launched in another kind of storage than this (None: its journal)."""
+    """ValueError when a study was launched elsewhere than in this storage (None: its journal)."""
     there = files.storage.read_text().strip() if files.storage.exists() else None
     if there and storage is None:
         raise ValueError(
             f"study {files.name!r} was launched in {there}: needed that as --storage, or $MUSCALE_STORAGE, got none"
         )
-    if storage is not None and there is None and files.journal.exists():
+    if storage is not None and there is None:
         raise ValueError(
             f"study {files.name!r} was launched in {files.journal}: leave --storage and $MUSCALE_STORAGE out"
         )
+    if storage is not None and files.name not in studies_in(storage):
+        raise ValueError(
+            f"study {files.name!r} was launched in {there}, and {without_passwords(storage)} has none of that name: needed the "
+            "same storage"
+        )
+
+
+def studies_in(storage: str) -> set[str]:
+    """The names of the studies that a storage has."""
+    from hpo.opening import open_storage
+
+    opened, _ = open_storage(storage, None, "")
+    return {study.study_name for study in opened.get_all_studies()}
 
 
 def estimate(search: Search, study: StudyConfig, trainer: Trainer, *, max_tokens: int | None = None) -> Estimate:

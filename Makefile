@@ -24,7 +24,7 @@ quickstart: install
 
 # A file's tests stay together; one thread each, since there is a process for every core.
 test: install-test lint
-	OMP_NUM_THREADS=1 pytest -n auto --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 pytest -m "not slow"
 	OMP_NUM_THREADS=1 pytest -n auto --dist loadfile -m slow
 
 lint: install-test

@@ -1,0 +1,17 @@
+"""What one test leaves in the process must not be another's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from scaling import spool
+
+
+@pytest.fixture(autouse=True)
+def _no_commit_of_another_folder() -> Iterator[None]:
+    """Records name the commit of the folder that a process began in, once found; tests change the folder."""
+    spool._commit.cache_clear()
+    yield
+    spool._commit.cache_clear()

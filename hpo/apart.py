@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from hpo.leases import BEATS
+from hpo.patience import storage_errors
 from hpo.repeats import StopSignals, run_job
 from hpo.stopping import Hopeless, Watch
 from hpo.study import StudyConfig
+from scaling.cli import say
 
 if TYPE_CHECKING:
     from hpo.record import Stopped
@@ -81,6 +83,18 @@ class Apart:
 
         RuntimeError with the traceback when the trainer raised anything else.
         """
+        try:
+            return self._trained(job, watch, beat, stop)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            ended = self._ended(beat)
+            raise (KeyboardInterrupt if stop.requested else ended) from None  # told to stop before it could listen
+        except BaseException:
+            self.kill()
+            raise
+
+    def _trained(
+        self, job: Job, watch: Watch | None, beat: Callable[[], None], stop: StopSignals
+    ) -> list[float] | Stopped:
         channel = self._start()
         channel.send(job)
         heard = beaten = time.monotonic()
@@ -93,10 +107,7 @@ class Apart:
                 self._process.terminate()
                 told = True
             if self._channel_ready():
-                try:
-                    kind, value = channel.recv()
-                except (EOFError, OSError):
-                    raise self._ended(beat) from None
+                kind, value = channel.recv()
                 heard, patience = time.monotonic(), self.timeout
                 if kind == "begun":
                     continue
@@ -115,14 +126,9 @@ class Apart:
             now = time.monotonic()
             if now - beaten > self.lease / BEATS:
                 self._sign_of_life()
-                try:
-                    beat()
-                except BaseException:
-                    self.kill()
-                    raise
+                beat()
                 beaten = now
             if patience is not None and now - heard > patience:
-                self.kill()
                 raise Crashed(f"no measurement for {patience:g} s: killed as hanging")
 
     def kill(self) -> None:
@@ -191,6 +197,8 @@ def _judged(watch: Watch | None, point: Measurement | None) -> Stopped | None:
         watch.check() if point is None else watch.look(point)
     except Hopeless as hopeless:
         return hopeless.stopped
+    except storage_errors() as error:
+        say(f"a point is not kept for forecasts: the storage does not answer ({type(error).__name__})")
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import time
@@ -21,7 +22,12 @@ def trainers_of(worker: psutil.Process) -> list[psutil.Process]:
 
 
 def workers_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [p for p in psutil.Process(launcher.pid).children() if "worker" in p.cmdline()]
+    found = []
+    for process in psutil.Process(launcher.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie has no command line
+            if "worker" in process.cmdline():
+                found.append(process)
+    return found
 
 
 def add(study: Study, text: str) -> None:
@@ -101,9 +107,11 @@ def test_ten_signals_in_a_row_are_one(tmp_path: Path) -> None:
     study = Study(tmp_path, pause=0.05)
     launcher = study.start("launch", "toy")
     study.wait_until(lambda: study.trained().total() > 30, launcher)
+    processes = (psutil.Process(launcher.pid), *workers_of(launcher))
     for _ in range(10):
-        for process in (psutil.Process(launcher.pid), *workers_of(launcher)):
-            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
     _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 130, err

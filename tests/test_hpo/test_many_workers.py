@@ -37,6 +37,7 @@ def test_32_workers_and_500_trials_nothing_twice_and_nobody_idle(tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("postgresql", marks=needs_postgresql), "grpc+journal"])
+@pytest.mark.filterwarnings("ignore")  # connections that are closed with their server, and only then collected
 def test_workers_on_a_server_decide_nothing_twice(kind: str) -> None:
     with opened(kind) as storage:
         seen = crowd(storage, 4, 40, 0.0)
@@ -196,6 +197,7 @@ def test_locks_go_by_what_a_storage_is(tmp_path: Path) -> None:
 
 @needs_postgresql
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_an_advisory_lock_is_given_up_with_its_holder(tmp_path: Path) -> None:
     import multiprocessing
     import signal

@@ -26,7 +26,7 @@ Storage = Annotated[
         help="where the study is kept: postgresql://..., grpc://HOST:PORT, ...; default: its journal file",
     ),
 ]
-Count = Annotated[int | None, typer.Option("--workers", min=1, help="local processes; default: the study's")]
+Count = Annotated[int | None, typer.Option("--workers", min=1, help="how many; default: the study's")]
 Executor = Annotated[
     str, typer.Option(metavar="local|ray", help="where workers run: processes here, or a Ray cluster's nodes")
 ]
@@ -262,7 +262,7 @@ def forget(
     storage: Storage = None,
     tracking_uri: Uri = None,
 ) -> None:
-    """Remove what a study made (its folder with all checkpoints, its runs in MLflow), so that it can be launched afresh.
+    """Remove what a study made (its folder with all checkpoints, its runs in MLflow, itself where --storage keeps it), so that it can be launched afresh.
 
     Example: hpo forget quickstart --yes
     """

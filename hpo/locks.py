@@ -159,7 +159,6 @@ class Tickets:
         self._seen = Sightings(EXPIRY_SECONDS)
         self._ticket: int | None = None
         self._stop = threading.Event()
-        self._beating: threading.Thread | None = None
 
     def __enter__(self) -> None:
         study = self._opened()
@@ -168,8 +167,7 @@ class Tickets:
         number = self._storage.get_trial_number_from_id(ticket)
         self._ticket = ticket
         self._stop = threading.Event()
-        self._beating = threading.Thread(target=self._beat, args=(ticket, self._stop), daemon=True)
-        self._beating.start()
+        threading.Thread(target=self._beat, args=(ticket, self._stop), daemon=True).start()
         try:
             while True:
                 waiting = self._storage.get_all_trials(study, deepcopy=False, states=(TrialState.RUNNING,))

@@ -23,6 +23,7 @@ from hpo.hyperband import VARIANTS
 from hpo.journal import open_journal
 from hpo.locks import Flock, lock_of
 from scaling.compute import Fidelity
+from scaling.secrets import without_passwords
 
 SCHEDULERS = ("incremental-hyperband",)
 Promotion = Literal["rank", "predicted"]
@@ -202,19 +203,31 @@ def _proxy(url: str) -> BaseStorage:
             proxy = GrpcStorageProxy(host=host, port=int(port))
     except ImportError as error:
         raise ValueError("storage grpc:// needs the packages of Optuna's proxy: pip install 'muscale[grpc]'") from error
-    proxy.wait_server_ready(timeout=SERVER_SECONDS)
+    try:
+        proxy.wait_server_ready(timeout=SERVER_SECONDS)
+    except ConnectionError as error:
+        raise ValueError(
+            f"no proxy answers at {url} within {SERVER_SECONDS} s: start Optuna's, or mend the address"
+        ) from error
     return proxy
 
 
 def _database(url: str) -> tuple[RDBStorage, BaseStorage]:
-    """A connection pool, and Optuna's cache in front of it, which is to be one for all studies opened."""
+    """A connection pool, and Optuna's cache in front of it, which is to be one for all studies opened. ValueError when it cannot be reached."""
+    from sqlalchemy.exc import DBAPIError
+
     try:
-        # a connection that a restarted server has forgotten is replaced before it is used
-        storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        # The driver of our extra: SQLAlchemy's default has changed. A connection that a restarted server has forgotten is replaced before
+        # it is used.
+        named = url.replace("postgresql://", "postgresql+psycopg2://", 1) if url.startswith("postgresql://") else url
+        storage = RDBStorage(named, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise ValueError(
             f"{url.partition(':')[0]}:// needs its driver, for PostgreSQL pip install 'muscale[postgresql]'"
         ) from error
+    except DBAPIError as error:
+        said = without_passwords(str(error.orig).splitlines()[0])
+        raise ValueError(f"{without_passwords(url)} does not answer: {said}; start it, or mend the address") from error
     return storage, get_storage(storage)
 
 

@@ -45,7 +45,7 @@ def work(files: StudyFiles, *, uri: str | None = None, storage: str | None = Non
                 time.sleep(POLL_SECONDS)  # the rung that would follow waits for another worker's run
                 continue
             try:
-                watch = watch_of(search, job, trainer, study.search.stop)
+                watch = patiently(partial(watch_of, search, job, trainer, study.search.stop), stop)
                 outcome = training.train(job, watch, partial(keep_lease, search, job), stop)
             except KeyboardInterrupt:
                 patiently(partial(give_back, search, job), stop)  # whoever asks next takes it up from what is on disk

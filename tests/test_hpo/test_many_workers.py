@@ -144,7 +144,7 @@ def test_a_server_that_does_not_answer_is_refused_without_its_password(monkeypat
         search("grpc://127.0.0.1:9")
 
 
-def test_tickets_let_one_in_at_a_time_in_the_order_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tickets_let_one_in_at_a_time_and_everyone_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
     monkeypatch.setattr(locks, "POLL_SECONDS", 0.002)

@@ -1,7 +1,7 @@
 """Many workers on one study: trials a second by storage, how busy they are, and whether any decision was taken twice.
 
-    python benchmarks/many_workers.py                               # journal and PostgreSQL, with and without Optuna's proxy; 1, 8, 32
-    python benchmarks/many_workers.py --storage journal --workers 32 --trials 500 --seconds 0.1
+    python -m benchmarks.many_workers                               # journal and PostgreSQL, with and without Optuna's proxy; 1, 8, 32
+    python -m benchmarks.many_workers --storage journal --workers 32 --trials 500 --seconds 0.1
 
 PostgreSQL is made afresh in a temporary folder and started there; its programs are looked for on the PATH and where Debian puts them.
 Workers are processes that ask, sleep and tell. With --seconds S a trial sleeps between S / 3.2 and 3.2 S, a factor of ten, log-uniform.
@@ -13,13 +13,7 @@ import argparse
 import contextlib
 import math
 import multiprocessing
-import os
 import random
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -32,6 +26,7 @@ import optuna
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial
 
+from benchmarks.servers import postgresql, proxy
 from hpo.hyperband import rung_sizes
 from hpo.search import Lost, Search
 
@@ -143,95 +138,6 @@ def faults(study: Search, trials: list[FrozenTrial]) -> list[str]:
         if n > most and (rung == start or not study.asynchronous):  # ahead of time some rise that prove wrong
             said.append(f"bracket {bracket} has {n} runs at rung {rung}, more than {most}")
     return said
-
-
-@contextlib.contextmanager
-def postgresql(folder: Path, port: int | None = None) -> Iterator[str]:
-    """A fresh server of PostgreSQL; the URL of its database. Stopped in the end."""
-    with Server(folder, port or free_port()) as server:
-        yield server.url
-
-
-class Server:
-    """A PostgreSQL server of one's own, that can be killed and started again."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder, self.port = folder / "postgresql", port
-        self.url = f"postgresql+psycopg2://muscale@127.0.0.1:{port}/postgres"
-        found = [shutil.which("postgres"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres")))]
-        programs = [Path(p).resolve().parent for p in found if p]
-        if not programs:
-            raise RuntimeError("needed PostgreSQL's programs (initdb, postgres), found none: install postgresql")
-        self.programs = programs[-1]
-
-    def __enter__(self) -> Server:
-        self.folder.mkdir(mode=0o700)
-        if os.geteuid() == 0:  # its programs refuse to run as root
-            shutil.chown(self.folder, "postgres")
-            for parent in self.folder.parents:
-                if parent != Path("/") and parent.stat().st_mode & 0o1 == 0:
-                    parent.chmod(parent.stat().st_mode | 0o1)
-        self._run("initdb", "-D", str(self.folder), "-U", "muscale", "--auth", "trust", "-E", "UTF8", "--no-sync")
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    def start(self) -> None:
-        """And wait until it answers."""
-        words = [str(self.programs / "postgres"), "-D", str(self.folder), "-p", str(self.port), "-k", str(self.folder)]
-        words += ["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"]
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(self._as_user(words), stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 60
-        while subprocess.run(
-            [str(self.programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)], check=False
-        ).returncode:
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                raise RuntimeError(f"PostgreSQL did not start:\n{(self.folder / 'log').read_text()[-2000:]}")
-            time.sleep(0.1)
-
-    def kill(self) -> None:
-        """kill -9, of all its processes."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def _run(self, program: str, *words: str) -> None:
-        subprocess.run(self._as_user([str(self.programs / program), *words]), check=True, capture_output=True)
-
-    @staticmethod
-    def _as_user(words: list[str]) -> list[str]:
-        return (
-            ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", *words]
-            if os.geteuid() == 0
-            else words
-        )
-
-
-@contextlib.contextmanager
-def proxy(storage: str) -> Iterator[str]:
-    """Optuna's gRPC proxy in front of a storage; its URL."""
-    port = free_port()
-    code = (
-        "import sys; from hpo.opening import open_storage; from optuna.storages import run_grpc_proxy_server; "
-        "run_grpc_proxy_server(open_storage(sys.argv[1], None, 'x')[0], host='127.0.0.1', port=int(sys.argv[2]))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code, storage, str(port)], stderr=subprocess.DEVNULL
-    )
-    try:
-        yield f"grpc://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

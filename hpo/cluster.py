@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from hpo.tables import Workers
 from hpo.workers import GRACE_SECONDS, POLL_SECONDS, StudyFiles
 from scaling.cli import say, sigterm_as_interrupt
 from scaling.secrets import without_passwords
+
+HEAD_SECONDS = 5.0  # between two looks whether the cluster's head answers
 
 
 class Ray:
@@ -58,15 +61,32 @@ class Ray:
             say(
                 f"the cluster has room for {int(room)} of {workers.count} workers now; the others start when there is more"
             )
+        looked, away = time.monotonic(), False
         try:
             with sigterm_as_interrupt():
                 while running:
+                    if time.monotonic() - looked > HEAD_SECONDS:
+                        away, looked = self._look_for_the_head(files.name, away), time.monotonic()
                     ended, running = self._ray.wait(running, timeout=POLL_SECONDS)
                     self._ray.get(ended)  # what a worker raised is raised here
                     with contextlib.suppress(*storage_errors()):  # the workers say it, and wait for it
                         show()
         except KeyboardInterrupt:
             self._stop(running)
+            return True
+        return False
+
+    def _look_for_the_head(self, study: str, was_away: bool) -> bool:
+        """Whether the cluster's head is away, said once: Ray itself ends this process, after a minute, without a word about the study."""
+        host, _, port = self._ray.get_runtime_context().gcs_address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=HEAD_SECONDS).close()
+        except OSError as error:
+            if not was_away:
+                say(
+                    f"the head of the Ray cluster does not answer ({error}): Ray will end this program; its workers may go on or end. Nothing "
+                    f"is lost: `hpo resume {study}` watches again, here or on another cluster, and adds workers"
+                )
             return True
         return False
 

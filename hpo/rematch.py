@@ -14,6 +14,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,25 +174,29 @@ def work(files: workers.StudyFiles, *, uri: str | None = None) -> int:
                     )
                     try:
                         with recorder as record:
-                            loss, seconds = train_once(
+                            train_once(
                                 trainer,
                                 contender.params,
                                 plan.fidelity,
                                 repeat,
                                 keep=result.with_suffix(".partial.pt"),
                                 record=record,
+                                ended=partial(_keep_result, record, plan.D, result),
                                 stop=stop,
                             )
-                            # Not a rung's metrics: the run table, and so every law, is of the search's own runs.
-                            outcome = {"loss": loss, "tokens": float(plan.D), "seconds": seconds}
-                            record.figures({f"confirm/{k}": v for k, v in outcome.items()})
-                            record.finish()
                     except KeyboardInterrupt:
                         return 130
-                    write_result(result, loss)
             except Timeout:
                 continue  # another worker is at it
     return 0
+
+
+def _keep_result(record: Recorder, tokens: int, result: Path, loss: float, seconds: float) -> None:
+    # Not a rung's metrics: the run table, and so every law, is of the search's own runs.
+    outcome = {"loss": loss, "tokens": float(tokens), "seconds": seconds}
+    record.figures({f"confirm/{k}": v for k, v in outcome.items()})
+    record.finish()
+    write_result(result, loss)
 
 
 def supervise(

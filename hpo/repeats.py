@@ -8,8 +8,9 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -71,7 +72,7 @@ def run_job(
             recorder = Recorder(uri, files.name, name, role="proxy", params=params, folder=files.records)
             with recorder as record:
                 try:
-                    loss, seconds = train_once(
+                    loss = train_once(
                         trainer,
                         job.params,
                         job.fidelity,
@@ -80,29 +81,46 @@ def run_job(
                         save=save,
                         keep=keep,
                         record=record,
+                        ended=partial(_keep_result, record, job, save, result),
                         stop=stop,
                         watch=watch,
                     )
                 except Hopeless as given_up:
-                    keep.unlink(missing_ok=True)
                     stopped = asdict(given_up.stopped) | {"seconds": time.perf_counter() - began}
                     record.tag(f"rung_{job.rung}/stopped", json.dumps(stopped))
                     record.finish("KILLED")
                     return given_up.stopped
-                record.result(
-                    rung=job.rung,
-                    tokens=tokens,
-                    loss=loss,
-                    seconds=seconds,
-                    checkpoint=None if math.isnan(loss) else save,
-                )
-                record.finish()
-            if job.seeds > 1:
-                write_result(result, loss)
         losses.append(loss)
         if math.isnan(loss):
             return losses + [math.nan] * (job.seeds - len(losses))
     return losses
+
+
+def _keep_result(record: Recorder, job: Job, save: Path, result: Path, loss: float, seconds: float) -> None:
+    """Before anything else can happen to it: MLflow may be slow, and the worker that will tell the study be killed meanwhile."""
+    checkpoint = None if math.isnan(loss) else save
+    record.result(rung=job.rung, tokens=int(job.fidelity.D), loss=loss, seconds=seconds, checkpoint=checkpoint)
+    record.finish()
+    write_result(result, loss)
+
+
+def ended(job: Job, files: StudyFiles) -> list[float] | None:
+    """The losses of a job all of whose trainings have ended, whatever became of their process then; else None."""
+    losses: list[float] = []
+    for repeat in range(job.seeds):
+        result = files.result(job.config, int(job.fidelity.D), repeat)
+        if not result.exists():
+            return None
+        losses.append(read_result(result))
+        if math.isnan(losses[-1]):
+            break
+    return losses + [math.nan] * (job.seeds - len(losses))
+
+
+def tidy(job: Job, files: StudyFiles) -> None:
+    """Remove the state of a run that was stopped as hopeless, once that is in the study."""
+    for repeat in range(job.seeds):
+        files.partial(job.config, int(job.fidelity.D), repeat).unlink(missing_ok=True)
 
 
 def record_crash(job: Job, trainer: Trainer, files: StudyFiles, uri: str, why: str) -> None:
@@ -127,32 +145,34 @@ def train_once(
     *,
     keep: Path,
     record: Recorder,
+    ended: Callable[[float, float], None],
     stop: StopSignals,
     resume: Path | None = None,
     save: Path | None = None,
     watch: Watching | None = None,
-) -> tuple[float, float]:
-    """One training with its curve: (loss, seconds); NaN when it diverged. It goes on from `keep` if that exists.
+) -> float:
+    """One training with its curve; its loss, NaN when it diverged. It goes on from `keep` if that exists.
 
+    ended: gets loss and seconds before the trainer removes what `keep` holds, so that at no moment neither is on disk.
     KeyboardInterrupt, with the state in `keep`, when `stop` was asked for before the end; Hopeless when `watch` says so.
     """
     if watch is not None:
         watch.check()
-    started, last = time.perf_counter(), None
+    started = time.perf_counter()
     resume = keep if keep.exists() else resume
     points = trainer(params, fidelity, resume=resume, save=save, keep=keep, repeat=repeat)
     with contextlib.closing(points), _told_its_run(trainer, record):  # type: ignore[type-var]
-        for last in stop.interrupting(points):
-            record.add(last)
-            if last.final:
-                break
+        for point in stop.interrupting(points):
+            record.add(point)
+            if point.final:
+                loss = math.nan if point.diverged else point.loss
+                ended(loss, time.perf_counter() - started)
+                return loss
             if watch is not None:
-                watch.look(last)
-    if last is None or not last.final:
-        raise RuntimeError(
-            f"the trainer ended {dict(params)} at {fidelity} without a final measurement: it must yield one with final=True"
-        )
-    return math.nan if last.diverged else last.loss, time.perf_counter() - started
+                watch.look(point)
+    raise RuntimeError(
+        f"the trainer ended {dict(params)} at {fidelity} without a final measurement: it must yield one with final=True"
+    )
 
 
 @contextlib.contextmanager

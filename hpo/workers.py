@@ -85,7 +85,7 @@ class StudyFiles:
         return self._of_run(config, tokens, repeat, ".partial.pt")
 
     def result(self, config: int, tokens: int, repeat: int) -> Path:
-        """The loss of a repeat that has ended, kept until the last one has and the mean can be told."""
+        """The loss of a training that has ended: whoever dies before it is told, it is not made again."""
         return self._of_run(config, tokens, repeat, ".json")
 
     def _of_run(self, config: int, tokens: int, repeat: int, ending: str) -> Path:

@@ -13,7 +13,7 @@ from hpo import record
 from hpo.apart import Apart, Crashed, StoodStill
 from hpo.leases import Lost
 from hpo.patience import patiently, storage_errors
-from hpo.repeats import StopSignals, record_crash, run_job
+from hpo.repeats import StopSignals, ended, record_crash, run_job, tidy
 from hpo.stopping import Watch, watch_of
 from hpo.study import Trainer, load_study
 from hpo.workers import POLL_SECONDS, StudyFiles, open_existing
@@ -51,12 +51,17 @@ def work(files: StudyFiles, *, uri: str | None = None, storage: str | None = Non
                 patiently(partial(give_back, search, job), stop)  # whoever asks next takes it up from what is on disk
                 return 130
             except Crashed as crash:
-                patiently(partial(count_crash, search, job, trainer, files, store, str(crash)), stop)
-                continue
+                losses = ended(job, files)
+                if losses is None:
+                    patiently(partial(count_crash, search, job, trainer, files, store, str(crash)), stop)
+                    continue
+                outcome = losses  # it was only MLflow that it still waited for
             except (Lost, StoodStill) as lost:
                 say(f"trial {job.number} is left to others: {lost}")
                 continue
             patiently(partial(tell, search, job, outcome), stop)
+            if isinstance(outcome, record.Stopped):
+                tidy(job, files)
     return 130
 
 

@@ -46,7 +46,7 @@ class At:
     gain: Interval  # ln L_scratch - ln L_warm, both trained so long: the share of the loss that is saved
     gain_with_base: Interval  # the same, scratch also trained on what the base model cost
     saving: Interval  # scratch's tokens over the warm run's to the same loss; inf: more than could be seen, 0: never reached
-    saving_with_base: Interval  # the same, the base model's FLOPs counted as tokens of the warm run
+    saving_with_base: Interval  # the same, the base model's FLOPs counted as tokens of the warm run; NaN: within what the interval says
 
 
 @dataclass(frozen=True)
@@ -300,18 +300,26 @@ def _interval(draws: Floats, mass: float) -> Interval:
 
 
 def _bounded(draws: Floats, mass: float) -> Interval:
-    """The interval of draws [draw, 2] of which only bounds may be known: from the lower ends below, from the upper ones above."""
+    """The interval of draws [draw, 2] of which only bounds may be known: from the lower ends below, from the upper ones above.
+
+    Its value is inf or 0 where the estimate has a bound on one side only, and NaN where it has two.
+    """
     low = np.quantile(draws[1:, 0], (1 - mass) / 2, method="inverted_cdf")
     high = np.quantile(draws[1:, 1], (1 + mass) / 2, method="inverted_cdf")
     first = draws[0]
-    value = float(first[0]) if first[0] == first[1] else math.inf if math.isinf(first[1]) else 0.0
+    if first[0] == first[1]:
+        value = float(first[0])
+    else:
+        value = math.inf if math.isinf(first[1]) else 0.0 if first[0] == 0 else math.nan
     return Interval(value, float(low), float(high))
 
 
 def finite(value: Any) -> Any:
-    """The same without infinities, for JSON."""
+    """The same for JSON: "inf" for infinity, null for NaN."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
-    return "inf" if isinstance(value, float) and math.isinf(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "inf"
+    return value

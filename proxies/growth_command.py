@@ -200,10 +200,15 @@ def percent(interval: dict[str, Any]) -> str:
 
 def times(row: dict[str, Any], name: str, ladder: tuple[float, ...], base: float) -> str:
     """Outside the ladder only a bound is known: scratch's loss was reached before the first length, or not by the last."""
-    value, low, high = (float(row[name][k]) for k in ("value", "low", "high"))
+    value, low, high = (row[name][k] if row[name][k] is None else float(row[name][k]) for k in ("value", "low", "high"))
     at = float(row["horizon"])
-    said = f"over {at / (ladder[0] + base):.2f}" if value == float("inf") else f"{value:.2f}"
-    return f"{f'below {at / (ladder[-1] + base):.2f}' if value == 0 else said} [{low:.2f}, {high:.2f}]"
+    if value is None:  # before the first length, but not before the base was paid
+        said = f"{at / (ladder[0] + base):.2f} to {at / base:.2f}"
+    elif value == float("inf"):
+        said = f"over {at / (ladder[0] + base):.2f}"
+    else:
+        said = f"below {at / (ladder[-1] + base):.2f}" if value == 0 else f"{value:.2f}"
+    return f"{said} [{low:.2f}, {high:.2f}]"
 
 
 def ends(interval: dict[str, Any], ladder: tuple[float, ...]) -> str:

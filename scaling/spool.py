@@ -268,11 +268,12 @@ class _Sender:
             file.unlink(missing_ok=True)
 
     def _find_or_make(self, head: Mapping[str, Any], folder: Path, *, reopen: bool) -> tuple[str, str]:
+        client = self.client  # imports and a connection: seconds, for which nobody else should wait
         try:
             with FileLock(folder / ".spool.lock", timeout=END_SECONDS):  # two arms of one study would make it twice
-                parent = tracking.study_run(self.client, head["study"])
+                parent = tracking.study_run(client, head["study"])
                 run = tracking.child_run(
-                    self.client,
+                    client,
                     parent,
                     head["name"],
                     role=head["role"],

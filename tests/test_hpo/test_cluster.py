@@ -68,6 +68,26 @@ def test_a_launch_on_a_cluster_stops_and_goes_on_like_any_other(cluster: Any, tm
     assert set(study.trained().values()) == {1}, "each training kept its state"
 
 
+@pytest.mark.slow
+def test_a_killed_head_ends_the_launch_and_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "8")  # a minute by default
+    cluster = request.getfixturevalue("cluster")
+    study = Study(tmp_path, pause=0.1)
+    launcher = study.start("launch", "toy", "--executor", "ray", "--address", cluster.address)
+    study.wait_until(lambda: study.trained().total() > 20 and len(holders(study)) == 2, launcher)
+    for kind in cluster.head_node.all_processes.values():
+        for each in kind:
+            each.process.kill()
+    _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode not in (0, 2), err
+    assert "the head of the Ray cluster does not answer" in err
+    assert "hpo resume toy" in err
+    study.run("resume", "toy")  # beside whatever workers still run on the nodes
+    study.check_whole()
+
+
 def test_what_is_no_cluster_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     toml = tmp_path / "a.toml"
     toml.write_text("")

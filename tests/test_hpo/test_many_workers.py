@@ -14,7 +14,8 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from benchmarks.many_workers import Server, crowd, faults, free_port, opened, postgresql, search
+from benchmarks.many_workers import crowd, faults, opened, search
+from benchmarks.servers import PostgreSQL, free_port, postgresql
 from hpo import locks, opening, workers
 from hpo.leases import Sightings
 from hpo.locks import Tickets, lock_of
@@ -79,15 +80,15 @@ class PostgresStudy(Study):
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    with Server(tmp_path, free_port()) as server:
+def server(tmp_path: Path) -> Iterator[PostgreSQL]:
+    with PostgreSQL(tmp_path, free_port()) as server:
         yield server
 
 
 @pytest.mark.slow
 @needs_postgresql
 @pytest.mark.filterwarnings("ignore")
-def test_a_killed_postgresql_is_waited_for(server: Server, tmp_path: Path) -> None:
+def test_a_killed_postgresql_is_waited_for(server: PostgreSQL, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     study = PostgresStudy(tmp_path / "work", server.url, pause=0.1)
     launcher = study.start("launch", "toy")

@@ -334,8 +334,18 @@ def test_a_program_may_report_to_mlflow_and_nothing_is_there_twice(tmp_path: Pat
         StopSignals() as stop,
     ):
         assert record.run_id() == own
-        loss, _ = train_once(family, {}, Fidelity(10.0, 100.0), 0, keep=tmp_path / "keep", record=record, stop=stop)
-    assert loss == 0.5
+        ended: list[float] = []
+        loss = train_once(
+            family,
+            {},
+            Fidelity(10.0, 100.0),
+            0,
+            keep=tmp_path / "keep",
+            record=record,
+            ended=lambda *o: ended.extend(o),
+            stop=stop,
+        )
+    assert loss == ended[0] == 0.5
     assert "MLFLOW_RUN_ID" not in os.environ
     assert tracking.read_curve(client, own) == ([25.0, 50.0, 50.0, 75.0], [3.0, 9.0, 2.0, 1.0])
     assert tracking.read_curve(client, own, "final_loss") == ([50.0, 100.0], [9.0, 0.5])

@@ -20,6 +20,7 @@ from proxies.__main__ import app
 from proxies.checkpoints import load_model
 from proxies.family import ProxyFamily
 from proxies.growth import Decision, Ladders, decide
+from proxies.growth_command import times
 from proxies.growth_family import GrowthFamily
 from proxies.growth_question import Pair, Question, make_question, possible_starts, stand_in, tuned
 from proxies.training import train
@@ -93,6 +94,14 @@ def test_a_constant_gain_saves_the_same_share_of_the_tokens_everywhere(g: float)
 def test_what_lies_outside_the_ladder_is_told_as_a_bound() -> None:
     better = decide(ladders(lambda h: 0.3 + 0 * h, base=1), real_width=64, at=2, base=1)
     assert better.chosen.asked.saving.value == math.inf, "the first rung is already below scratch's loss there"
+    paid = better.chosen.asked.saving_with_base
+    assert math.isnan(paid.value), "below the first rung, but the base has its price"
+    first = ladders(lambda h: 0.3 + 0 * h, base=1).warm_at[0]
+    row = better.json["arms"][0]["at"][0]
+    assert row["horizon"] == 2
+    assert row["saving_with_base"]["value"] is None
+    assert paid.high == pytest.approx(2 / 1)
+    assert times(row, "saving_with_base", (first,), 1.0).startswith(f"{2 / (first + 1):.2f} to 2.00 [")
     worse = decide(ladders(lambda h: -0.3 + 0 * h, base=1), real_width=64, at=20, base=1)
     assert worse.chosen.asked.saving.value == 0
     assert worse.chosen.break_even.value == 0

@@ -7,13 +7,11 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.servers import MLflow, free_port
 from scaling import spool, tracking
 from scaling.records import read_records
 from scaling.runs import Measurement
@@ -44,12 +43,6 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def away() -> str:
     """An address that refuses every connection."""
     return f"http://127.0.0.1:{free_port()}"
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def points(first: int, last: int) -> Iterator[Measurement]:
@@ -351,48 +344,12 @@ def test_a_locked_store_delays_records_and_loses_none(uri: str, tmp_path: Path) 
     assert rows(uri, "locked") == expected(150, "before") + expected(150, "during")
 
 
-class Server:
-    """`mlflow server` on a file, which can be killed, stopped and started again at the same address."""
-
-    def __init__(self, folder: Path) -> None:
-        self.store, self.log = f"sqlite:///{folder}/mlflow.db", folder / "server.log"
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        tracking.connect(self.store)
-
-    def start(self) -> None:
-        options = ["--backend-store-uri", self.store, "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "mlflow", "server", *options],
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # half of its start
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        for _ in range(3000):
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
-                return
-            except OSError:
-                assert self.process.poll() is None, self.log.read_text()[-2000:]
-                time.sleep(0.1)
-        raise AssertionError(f"the server did not answer in five minutes: {self.log.read_text()[-2000:]}")
-
-    def signal(self, number: int) -> None:
-        os.killpg(self.process.pid, number)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.mark.slow
 def test_a_server_that_is_away_killed_restarted_or_hung_loses_and_doubles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spool, "FIRST_TIMEOUT", 4.0)
-    server, folder = Server(tmp_path), tmp_path / "records"
+    server, folder = MLflow(tmp_path), tmp_path / "records"
 
     def until(done: Callable[[], bool]) -> None:
         for _ in range(3000):

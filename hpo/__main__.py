@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,6 +146,9 @@ def worker(
         code = (
             rematch.work(files, uri=tracking_uri) if confirm else working.work(files, uri=tracking_uri, storage=storage)
         )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # One more of many, while Python takes itself down, is no error to be shown.
+        signal.signal(number, signal.SIG_IGN)
     raise typer.Exit(code)
 
 
@@ -301,8 +305,9 @@ def go_on(
     tracking_uri: str | None,
 ) -> None:
     from hpo import workers
+    from hpo.outcome import figures_of, noted, status_of, target_of
+    from hpo.patience import patiently
     from hpo.study import load_study, study_path
-    from scaling import tracking
 
     with refusing():
         files = workers.StudyFiles(study_path(study))
@@ -314,10 +319,9 @@ def go_on(
             problems = trainer.problems(config.distributions, (config.search.tokens.min, max_tokens))
             if problems:
                 raise ValueError("; ".join(problems))
-        cost = workers.estimate(search, config, trainer, max_tokens=max_tokens)
+        cost = patiently(lambda: workers.estimate(search, config, trainer, max_tokens=max_tokens))
         if not dry_run:
-            client = tracking.connect(tracking_uri)
-            workers.note_target(client, tracking.find_study_run(client, files.name), config, trainer)
+            noted(files.name, tracking_uri, target_of(config, trainer))
             if max_tokens is not None:
                 search.extend(max_tokens)
     typer.echo(f"{files.name}: {describe(cost)}", err=True)
@@ -325,6 +329,7 @@ def go_on(
         return
     if not cost.evaluations:
         workers.send_left(files, tracking_uri)
+        noted(files.name, tracking_uri, patiently(lambda: figures_of(search)), status_of("FINISHED"))
         typer.echo(f"nothing left to run; `hpo extend {files.name} --max-tokens ...` raises its budget", err=True)
         return
     finish(

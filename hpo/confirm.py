@@ -17,8 +17,9 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict
 
 from hpo.cube import Cube
+from hpo.outcome import outcomes
 from hpo.record import config_of
-from hpo.workers import outcomes, words
+from hpo.workers import words
 from scaling.compute import Fidelity
 
 if TYPE_CHECKING:

@@ -206,7 +206,7 @@ def supervise(
     place = files_of(files)
     place.folder.mkdir(parents=True, exist_ok=True)
     write_whole(place.plan, plan.model_dump_json(indent=1) + "\n")
-    client = tracking.connect(uri)
+    uri = tracking.connect(uri).tracking_uri
     total = len(plan.runs)
     left = {place.run(plan, c, r) for c, r in place.left(plan)}
     began, first = time.monotonic(), len(left)
@@ -225,9 +225,9 @@ def supervise(
                 f"left {workers.clock(seconds)}"
             )
 
-    running = workers.start(files, study.workers, client, min(study.workers.count, cost.evaluations), "--confirm")
+    running = workers.start(files, study.workers, uri, min(study.workers.count, cost.evaluations), "--confirm")
     stopped = workers.watch(running, show)
-    workers.send_left(files, client.tracking_uri)
+    workers.send_left(files, uri)
     if not place.left(plan):
         return 0
     if stopped:

@@ -86,6 +86,7 @@ def run_job(
                         watch=watch,
                     )
                 except Hopeless as given_up:
+                    keep.unlink(missing_ok=True)
                     stopped = asdict(given_up.stopped) | {"seconds": time.perf_counter() - began}
                     record.tag(f"rung_{job.rung}/stopped", json.dumps(stopped))
                     record.finish("KILLED")
@@ -115,12 +116,6 @@ def ended(job: Job, files: StudyFiles) -> list[float] | None:
         if math.isnan(losses[-1]):
             break
     return losses + [math.nan] * (job.seeds - len(losses))
-
-
-def tidy(job: Job, files: StudyFiles) -> None:
-    """Remove the state of a run that was stopped as hopeless, once that is in the study."""
-    for repeat in range(job.seeds):
-        files.partial(job.config, int(job.fidelity.D), repeat).unlink(missing_ok=True)
 
 
 def record_crash(job: Job, trainer: Trainer, files: StudyFiles, uri: str, why: str) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpo import record
+from hpo.outcome import figures_of, noted, outcomes, refuse_away, status_of, target_of
 from hpo.patience import patiently, storage_errors
 from hpo.repeats import suffix
 from hpo.study import StudyConfig, StudyError, Trainer, Workers
@@ -33,7 +34,6 @@ from scaling.secrets import without_passwords
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from optuna.trial import FrozenTrial
 
     from hpo.search import Search
 
@@ -206,6 +206,7 @@ def refuse_existing(files: StudyFiles, *, uri: str | None) -> MlflowClient:
             f"study {files.name!r} exists in {files.folder}: `hpo resume {files.name}` goes on with it, "
             f"`hpo extend {files.name} --max-tokens ...` raises its budget; {afresh}"
         )
+    refuse_away(uri)
     client = tracking.connect(uri)
     if client.get_experiment_by_name(files.name) is not None:
         raise ValueError(
@@ -234,20 +235,13 @@ def create(
         client, files.name, artifacts=files.folder / "artifacts", params={f"study.{k}": v for k, v in settings.items()}
     )
     tracking.write_note(client, run, "space", ranges)
-    note_target(client, run, study, trainer)
+    target_of(study, trainer)(client, run)
     for path, value in ((files.settings, settings), (files.manifest, trainer.manifest())):
         path.write_text(json.dumps(value, indent=1) + "\n")
         tracking.log_file(client, run, path)
     if storage:
         files.storage.write_text(without_passwords(storage) + "\n")
     return search or open_search(study, trainer, str(files.journal), files.name, lease=study.workers.lease)
-
-
-def note_target(client: MlflowClient, run: str, study: StudyConfig, trainer: Trainer) -> None:
-    """Keep the target that the file now has, for `scaling recommend --target`."""
-    if study.target:
-        target = trainer.target(**study.target)
-        tracking.write_note(client, run, "target", {"N": target.N, "D": target.D})
 
 
 def forget(files: StudyFiles, *, uri: str | None, storage: str | None = None) -> bool:
@@ -317,31 +311,29 @@ def supervise(
     ray: str | None = None,
 ) -> int:
     """Start the study's workers, here or on the Ray cluster at an address, show progress until it is finished; the exit code."""
-    client = tracking.connect(uri)
-    parent = tracking.find_study_run(client, files.name)
-    tracking.finish(client, parent, status="RUNNING")
-    show, codes = Progress(search, cost, workers.count).show, ""
+    uri = tracking.connect(uri).tracking_uri
+    noted(files.name, uri, status_of("RUNNING"))
+    show, codes = patiently(lambda: Progress(search, cost, workers.count)).show, ""
     if ray is not None:
         from hpo.cluster import Ray
 
         with Ray(ray) as cluster:
-            stopped = cluster.work(files, workers, uri=client.tracking_uri, storage=storage, show=show)
+            stopped = cluster.work(files, workers, uri=uri, storage=storage, show=show)
         patiently(show)
     else:
-        running = start(files, workers, client, workers.count, storage=storage)
+        running = start(files, workers, uri, workers.count, storage=storage)
         stopped = watch(running, show)
         codes = f" (exit codes {', '.join(str(w.returncode) for w in running)})"
-    send_left(files, client.tracking_uri)
-    patiently(lambda: log_outcome(client, parent, search))
+    send_left(files, uri)
+    figures = patiently(lambda: figures_of(search))
+    finished = patiently(lambda: search.finished)
+    noted(files.name, uri, figures, status_of("FINISHED" if finished else "KILLED" if stopped else "FAILED"))
     say(spent_in_words(patiently(lambda: search.progress)))
-    if patiently(lambda: search.finished):
-        tracking.finish(client, parent)
+    if finished:
         return 0
     if stopped:
-        tracking.finish(client, parent, status="KILLED")
         say(f"stopped; nothing is lost: `hpo resume {files.name}` carries on where it was")
         return 130
-    tracking.finish(client, parent, status="FAILED")
     say(f"the workers ended before the study did{codes}; mend the cause, then `hpo resume {files.name}`")
     return 1
 
@@ -353,10 +345,10 @@ def send_left(files: StudyFiles, uri: str | None) -> None:
 
 
 def start(
-    files: StudyFiles, workers: Workers, client: MlflowClient, count: int, *options: str, storage: str | None = None
+    files: StudyFiles, workers: Workers, uri: str, count: int, *options: str, storage: str | None = None
 ) -> list[subprocess.Popen[bytes]]:
     """So many worker processes of the study, each with a GPU of its own as far as there are any."""
-    shared = os.environ | {"OMP_NUM_THREADS": str(workers.threads), "MLFLOW_TRACKING_URI": client.tracking_uri}
+    shared = os.environ | {"OMP_NUM_THREADS": str(workers.threads), "MLFLOW_TRACKING_URI": uri}
     if storage is not None:
         shared["MUSCALE_STORAGE"] = storage  # and not where `ps` shows it to everyone
     command = [sys.executable, "-m", "hpo", "worker", str(files.toml), *options]
@@ -408,32 +400,6 @@ def stop_all(running: Sequence[subprocess.Popen[bytes]]) -> None:
             )
             process.kill()
             process.wait()
-
-
-def outcomes(search: Search) -> list[FrozenTrial]:
-    """The trials that have a result: a loss, diverged, or stopped."""
-    ours = [t for t in search.study.get_trials(deepcopy=False) if t.state.is_finished() and "bracket" in t.user_attrs]
-    return [t for t in ours if t.value is not None or t.user_attrs.get("diverged") or record.stopped_of(t)]
-
-
-def log_outcome(client: MlflowClient, parent: str, search: Search) -> None:
-    """The study's figures on its parent run."""
-    now = search.progress
-    losses = [t.value for t in outcomes(search) if t.value is not None]
-    figures = {
-        "evaluations": float(now.done),
-        "configurations": float(now.configurations),
-        "diverged": float(now.diverged),
-        "stopped": float(now.stopped),
-        "tokens_spent": float(now.tokens_spent),
-        "tokens_saved": float(now.tokens_saved),
-        "tokens_reused": float(now.tokens_reused),
-        "tokens_stopped": float(now.tokens_stopped),
-    }
-    if losses:
-        figures["best_loss"] = min(losses)
-        tracking.write_note(client, parent, "best", search.best())
-    tracking.log_summary(client, parent, figures)
 
 
 def spent_in_words(now: record.Progress) -> str:

@@ -13,7 +13,7 @@ from hpo import record
 from hpo.apart import Apart, Crashed, StoodStill
 from hpo.leases import Lost
 from hpo.patience import patiently, storage_errors
-from hpo.repeats import StopSignals, ended, record_crash, run_job, tidy
+from hpo.repeats import StopSignals, ended, record_crash, run_job
 from hpo.stopping import Watch, watch_of
 from hpo.study import Trainer, load_study
 from hpo.workers import POLL_SECONDS, StudyFiles, open_existing
@@ -60,8 +60,6 @@ def work(files: StudyFiles, *, uri: str | None = None, storage: str | None = Non
                 say(f"trial {job.number} is left to others: {lost}")
                 continue
             patiently(partial(tell, search, job, outcome), stop)
-            if isinstance(outcome, record.Stopped):
-                tidy(job, files)
     return 130
 
 

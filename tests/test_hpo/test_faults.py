@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scaling import tracking
 from tests.test_hpo.test_workers import Study
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -152,6 +153,36 @@ def test_a_training_ends_with_its_worker(tmp_path: Path) -> None:
     assert not alive
     launcher.communicate(timeout=180)
     study.check_whole()
+
+
+def test_without_mlflow_a_launch_is_refused_and_a_resume_goes_on(tmp_path: Path) -> None:
+    study = Study(tmp_path, pause=0.02)
+    study.env["MLFLOW_TRACKING_URI"] = "http://me:secret@127.0.0.1:9"
+    said = study.run("launch", "toy", code=2)
+    assert "MLflow at http://***@127.0.0.1:9 does not answer" in said
+    assert "secret" not in said
+    assert not (study.folder / "studies" / "toy").exists()
+    del study.env["MLFLOW_TRACKING_URI"]
+    launcher = study.start("launch", "toy")
+    study.wait_until(lambda: study.trained().total() > 20, launcher)
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    study.env["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
+    said = study.run("resume", "toy")
+    assert "MLflow does not take the state of study 'toy'" in said
+    assert "are not in MLflow yet" in said
+    study.check_whole()
+    del study.env["MLFLOW_TRACKING_URI"]
+    assert "nothing left to run" in study.run("resume", "toy")
+    runs = study.runs()
+    in_optuna = sorted(t.value for t in study.trials if t.value is not None)
+    assert sorted(runs.loc[~runs["diverged"], "loss"]) == pytest.approx(in_optuna)
+    assert len(runs) == 44
+    client = tracking.connect(f"sqlite:///{study.folder}/mlflow.db")
+    run = client.get_run(tracking.find_study_run(client, "toy"))
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["evaluations"] == 44
 
 
 def test_a_full_disk_is_waited_out(tmp_path: Path) -> None:

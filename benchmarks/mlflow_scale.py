@@ -1,10 +1,11 @@
 """MLflow under load: a fresh store opened by many at once, metrics a second, and commands beside 10,000 runs of 100 points.
 
     OMP_NUM_THREADS=1 python -m benchmarks.mlflow_scale                       # all; the store takes a quarter of an hour to fill
-    OMP_NUM_THREADS=1 python -m benchmarks.mlflow_scale --only open rate
+    OMP_NUM_THREADS=1 python -m benchmarks.mlflow_scale --only open rate logging
     OMP_NUM_THREADS=1 python -m benchmarks.mlflow_scale --only commands --folder /tmp/kept
 
 `rate` is of scaling.spool.Recorder: from the first point of three metrics to the end of the `with`, when MLflow has them all.
+`logging` trains the quickstart's smallest proxy with and without a Recorder, by turns, in one process that has trained before.
 The large store holds one study, "big", whose losses follow a law. Each command is a process of its own, run by turns beside
 that store and beside one of 100 runs.
 """
@@ -29,6 +30,7 @@ from scaling import tracking
 from scaling.runs import Measurement
 from scaling.spool import Recorder
 
+ALL = ("open", "rate", "logging", "commands")
 SMALL = 100  # runs of the other store
 STUDY = """
 [search]
@@ -121,6 +123,57 @@ def rate(processes: int, points: int) -> None:
     )
 
 
+def logging(rounds: int) -> None:
+    """What recording adds to a training: until its last step, and until MLflow has it all; wall and CPU time of the process."""
+    from hpo.study import load_study
+    from scaling.compute import Fidelity
+
+    study, trainer = load_study(Path("studies/quickstart.toml"))
+    fidelity, params = Fidelity(min(trainer.sizes), study.search.tokens.min), study.probes[1]
+    described = trainer.describe(params, fidelity)
+    with tempfile.TemporaryDirectory() as folder:
+        uri = f"sqlite:///{folder}/mlflow.db"
+        tracking.study_run(tracking.connect(uri), "quickstart")
+
+        def train(run: Recorder | None) -> tuple[float, int]:
+            points = 0
+            for point in trainer(params, fidelity, save=Path(folder) / "save.pt", keep=Path(folder) / "keep.pt"):
+                points += 1
+                if run is not None:
+                    run.add(point)
+            if run is not None:
+                run.result(rung=0, tokens=int(fidelity.D), loss=2.0, seconds=1.0, checkpoint=None)
+                run.finish()
+            return time.perf_counter(), points
+
+        def plain(_: int) -> tuple[float, float, float, int]:
+            began, cpu = time.perf_counter(), time.process_time()
+            trained, points = train(None)
+            return trained - began, time.perf_counter() - began, time.process_time() - cpu, points
+
+        def recorded(i: int) -> tuple[float, float, float, int]:
+            began, cpu = time.perf_counter(), time.process_time()
+            with Recorder(
+                uri, "quickstart", f"run-{i}", role="proxy", params=described, folder=Path(folder) / "records"
+            ) as run:
+                trained, points = train(run)
+            return trained - began, time.perf_counter() - began, time.process_time() - cpu, points
+
+        rows = []
+        for i in range(-2, rounds):
+            first, second = (plain, recorded) if i % 2 else (recorded, plain)
+            pair = {first: first(i), second: second(i)}
+            if i >= 0:
+                rows.append((pair[plain], pair[recorded]))
+    print(
+        f"quickstart's smallest proxy, {rows[0][0][3]} points, {statistics.median(p[0] for p, _ in rows):.2f} s, {rounds} pairs; recording adds"
+    )
+    for k, what in enumerate(("until the last step", "until MLflow has it", "in CPU time")):
+        more = [100 * (r[k] / p[k] - 1) for p, r in rows]
+        low, middle, high = statistics.quantiles(more, n=4)
+        print(f"  {what:22}{middle:+6.1f} % ({low:+.1f}, {high:+.1f})")
+
+
 def fill(path: Path, runs: int, points: int) -> None:
     """A study "big" of so many runs, each with a curve of so many points."""
     client = tracking.connect(f"sqlite:///{path}")
@@ -175,11 +228,12 @@ def commands(large: Path, small: Path, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=("open", "rate", "commands"), default=["open", "rate", "commands"])
+    parser.add_argument("--only", nargs="+", choices=ALL, default=list(ALL))
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--points", type=int, default=100, help="of each run")
     parser.add_argument("--processes", type=int, default=16, help="that open a fresh store")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=20, help="of trainings with and without records")
     parser.add_argument("--folder", type=Path, help="where the stores are kept, and used when they are there")
     given = parser.parse_args()
     if "open" in given.only:
@@ -187,6 +241,8 @@ def main() -> None:
     if "rate" in given.only:
         for processes in (1, 4):
             rate(processes, 20_000)
+    if "logging" in given.only:
+        logging(given.pairs)
     if "commands" in given.only:
         with tempfile.TemporaryDirectory() as temporary:
             folder = (given.folder or Path(temporary)).absolute()

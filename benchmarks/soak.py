@@ -113,8 +113,9 @@ class Sleeper(BaseModel):
             while state["tokens"] < fidelity.D:
                 time.sleep(float((self.folder / "pace").read_text()))
                 self._suffer()
-                state = state | {"tokens": state["tokens"] + STEP}
-                self._note("step", own, state["tokens"], fidelity.D)
+                then = state | {"tokens": state["tokens"] + STEP}
+                self._note("step", own, then["tokens"], fidelity.D)
+                state = then  # not before: an interrupt would keep a step that nobody was told of
                 yield Measurement(state["tokens"], 3.0, lr=params["lr"])
                 if keep is not None and state["tokens"] // STEP % INTERVAL == 0:
                     _write(keep, state)

@@ -48,6 +48,7 @@ INTERVAL = 5  # steps between two checkpoints
 STEP = 1000  # tokens
 LEASE, TIMEOUT = 4.0, 8.0  # seconds
 STILL = 1.6 * LEASE  # a stopped process stands still for so long
+LONG_OUTAGE = 60.0  # seconds, of MLflow's first
 MOST_WORKERS = 8  # of all launchers together, before one is killed rather than another fault done
 
 STUDY = """
@@ -367,7 +368,8 @@ def mlflow_killed(world: World) -> bool:
     if any(t.is_alive() and t.name == "mlflow" for t in world.later):
         return False
     world.mlflow.kill()
-    world.after(world.rng.uniform(1.0, 10.0), world.mlflow.start)
+    once = not world.done[mlflow_killed.__name__]
+    world.after(LONG_OUTAGE if once else world.rng.uniform(1.0, 10.0), world.mlflow.start)
     world.later[-1].name = "mlflow"
     return True
 

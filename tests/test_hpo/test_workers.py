@@ -276,17 +276,6 @@ def test_a_confirmation_is_stopped_resumed_and_kept(slow_study: Study) -> None:
     assert "2 of 8 runs left" in study.run("confirm", "toy", "--seeds", "4", "--dry-run")
 
 
-def test_a_killed_worker_loses_no_configuration(slow_study: Study) -> None:
-    study = slow_study
-    launcher = study.start("launch", "toy")
-    study.wait_until(lambda: study.trained().total() > 30, launcher)
-    victim = psutil.Process(launcher.pid).children()[0]
-    victim.kill()
-    launcher.communicate(timeout=180)
-    assert launcher.returncode == 0, "the other worker takes its trial and goes on"
-    study.check_whole()
-
-
 def test_all_workers_killed_then_resumed_loses_no_configuration(slow_study: Study) -> None:
     study = slow_study
     launcher = study.start("launch", "toy")
@@ -304,13 +293,12 @@ def test_all_workers_killed_then_resumed_loses_no_configuration(slow_study: Stud
     assert {states[n] for n in hanging} <= {optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_study_goes_on_where_it_was(number: int, slow_study: Study) -> None:
-    """Not one step is trained twice: a stopped run keeps its state."""
+def test_a_study_stopped_from_the_keyboard_goes_on_where_it_was(slow_study: Study) -> None:
+    """Not one step is trained twice: a stopped run keeps its state. SIGTERM, ten times: test_faults.py."""
     study = slow_study
     launcher = study.start("launch", "toy")
     study.wait_until(lambda: study.trained().total() > 30, launcher)
-    launcher.send_signal(number)
+    launcher.send_signal(signal.SIGINT)
     _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 130
     assert "hpo resume toy" in err

@@ -6,26 +6,32 @@ held it; for any other storage that processes share (MySQL, Optuna's gRPC proxy)
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
 import time
 import weakref
 from contextlib import AbstractContextManager
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
-from hpo.leases import Sightings, is_alive, process_name
+from hpo.leases import Sightings, host, is_alive, process_name, process_of
+from scaling.cli import say
 
 POLL_SECONDS = 0.05
 BEAT_SECONDS = 5.0  # of who holds a ticket; a decision may take longer than that
 EXPIRY_SECONDS = 30.0
+NAME_BYTES = 128
+LATE_SECONDS = 15.0  # of waiting for a file's lock, after which its holder is named
 
 _threads: weakref.WeakKeyDictionary[BaseStorage, threading.RLock] = weakref.WeakKeyDictionary()
 _guard = threading.Lock()
@@ -46,7 +52,7 @@ class Flock:
             if self._depth == 0:
                 self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 try:
-                    fcntl.flock(self._file, fcntl.LOCK_EX)
+                    self._wait()
                 except BaseException:
                     os.close(self._file)
                     raise
@@ -62,12 +68,45 @@ class Flock:
             os.close(self._file)  # and with it the lock
         self._thread.release()
 
+    def _wait(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            late = threading.Timer(LATE_SECONDS, self._say_holder)
+            late.daemon = True
+            late.start()
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+            finally:
+                late.cancel()
+        with contextlib.suppress(OSError):  # a full disk: the lock is what counts, this is for whoever wonders
+            os.pwrite(
+                self._file, _name(os.getpid()).encode().ljust(NAME_BYTES), 0
+            )  # to cut the file first would take longer
+
+    def _say_holder(self) -> None:
+        holder = Path(self._path).read_text(errors="replace").strip()
+        process = process_of(holder)
+        said = f"waiting for {self._path} since {LATE_SECONDS:g} s: {holder or 'another process'} holds it"
+        if process is not None and process[0] == host() and psutil.pid_exists(process[1]):
+            pid, status = process[1], psutil.Process(process[1]).status()
+            said += (
+                f" ({status}); `kill -CONT {pid}` lets it go on where it was stopped, `kill -9 {pid}` frees the lock"
+            )
+        say(said)
+
     def __enter__(self) -> Flock:
         self.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+@cache
+def _name(_: int) -> str:
+    """This process's, looked up once; a forked one has another number."""
+    return process_name()
 
 
 def lock_of(storage: BaseStorage, opened: BaseStorage, study: str) -> AbstractContextManager[Any]:

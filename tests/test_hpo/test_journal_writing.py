@@ -18,6 +18,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from hpo import locks
 from hpo.journal import Journal
 from hpo.locks import Flock
 
@@ -59,8 +60,11 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
     assert lines(path) == [{"op": 1}, {"op": 3}]
 
 
-def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
+def test_a_process_that_stands_still_with_the_lock_is_named_and_a_killed_one_has_it_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "lock"
+    monkeypatch.setattr(locks, "LATE_SECONDS", 0.3)
     code = f"from hpo.locks import Flock; import time; Flock({str(path)!r}).acquire(); print('held', flush=True); time.sleep(60)"
     root = Path(__file__).parents[2]
     holder = subprocess.Popen(
@@ -75,8 +79,15 @@ def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
             got.set()
 
     thread = threading.Thread(target=wait)
+    holder.send_signal(signal.SIGSTOP)
     thread.start()
-    assert not got.wait(0.2)
+    assert not got.wait(1.0)
+    said = capsys.readouterr().err
+    assert f"/{holder.pid}/" in said
+    assert (
+        f"(stopped); `kill -CONT {holder.pid}` lets it go on where it was stopped, `kill -9 {holder.pid}` frees the lock"
+        in said
+    )
     holder.kill()
     assert got.wait(5)
     thread.join()

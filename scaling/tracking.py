@@ -96,16 +96,29 @@ def experiment_id(client: MlflowClient, study: str) -> str:
     return cast(str, found.experiment_id)
 
 
+# Seen before, since every run of a study begins by asking for them: (store, experiment, its time of creation) -> its study run;
+# (store, run) -> its experiment. Neither changes: a study that is launched again is another experiment, and so is one of
+# the same number in a store that was made anew.
+_study_runs: dict[tuple[str, str, int | None], str] = {}
+_experiments: dict[tuple[str, str], str] = {}
+
+
 def study_run(
     client: MlflowClient, study: str, *, artifacts: Path | None = None, params: Mapping[str, Any] = {}
 ) -> str:
     """The id of the study's parent run, which is made with `params` (and its experiment, too) when it is not there yet."""
-    if client.get_experiment_by_name(study) is None:
+    found = client.get_experiment_by_name(study)
+    if found is None:
         client.create_experiment(study, artifact_location=artifacts.resolve().as_uri() if artifacts else None)
-    experiment = experiment_id(client, study)
+        found = client.get_experiment_by_name(study)
+    experiment = found.experiment_id
+    known = client.tracking_uri, experiment, found.creation_time
+    if known in _study_runs:
+        return _study_runs[known]
     parents = client.search_runs([experiment], filter_string="tags.`muscale.kind` = 'study'", max_results=1)
     if parents:
-        return cast(str, parents[0].info.run_id)
+        _study_runs[known] = parents[0].info.run_id
+        return _study_runs[known]
     tags = {"muscale.kind": "study", "muscale.git_commit": git_commit()}
     run = client.create_run(experiment, run_name=study, tags=tags)
     _log_params(client, run.info.run_id, params)
@@ -162,7 +175,7 @@ def child_run(
         missing = {k: v for k, v in params.items() if k not in found.data.params}
         _log_params(client, found.info.run_id, missing)
         return cast(str, found.info.run_id)
-    experiment = client.get_run(parent).info.experiment_id
+    experiment = _experiment_of(client, parent)
     tags = {
         "mlflow.parentRunId": parent,
         "muscale.kind": "run",
@@ -182,9 +195,16 @@ def drop_twins(client: MlflowClient, parent: str, run_id: str) -> None:
             client.delete_run(run.info.run_id)
 
 
+def _experiment_of(client: MlflowClient, run_id: str) -> str:
+    known = client.tracking_uri, run_id
+    if known not in _experiments:
+        _experiments[known] = client.get_run(run_id).info.experiment_id
+    return _experiments[known]
+
+
 def _children(client: MlflowClient, parent: str, name: str) -> list[Any]:
     """Runs of this name, those that hold something first, then by age."""
-    experiment = client.get_run(parent).info.experiment_id
+    experiment = _experiment_of(client, parent)
     mine = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`muscale.name` = '{name}'"
     found = client.search_runs([experiment], filter_string=mine)
     return sorted(found, key=lambda run: (not run.data.metrics, run.info.start_time, run.info.run_id))

@@ -272,3 +272,14 @@ def test_a_study_of_ours_needs_no_mapping(uri: str, tmp_path: Path) -> None:
     assert remarks == []
     assert runs["D"].tolist() == [3000, 9000, 3000]
     assert runs["excluded"].tolist() == ["", "", "diverged"]
+
+
+def test_a_study_that_was_forgotten_and_made_again_has_a_run_of_its_own(uri: str) -> None:
+    client = tracking.connect(uri)
+    first = tracking.study_run(client, "again")
+    assert tracking.study_run(client, "again") == first
+    child = tracking.child_run(client, first, "config-0", role="proxy", params={})
+    tracking.forget_study(client, "again")
+    second = tracking.study_run(client, "again")
+    assert second != first
+    assert tracking.child_run(client, second, "config-0", role="proxy", params={}) != child

@@ -80,7 +80,7 @@ class Ray:
         """Whether the cluster's head is away, said once: Ray itself ends this process, after a minute, without a word about the study."""
         host, _, port = self._ray.get_runtime_context().gcs_address.rpartition(":")
         try:
-            socket.create_connection((host, int(port)), timeout=HEAD_SECONDS).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_SECONDS).close()
         except OSError as error:
             if not was_away:
                 say(

@@ -79,20 +79,21 @@ class Flock:
                 fcntl.flock(self._file, fcntl.LOCK_EX)
             finally:
                 late.cancel()
+        name = (
+            _name(os.getpid()).encode().ljust(NAME_BYTES)
+        )  # over the one before: to cut the file first would take longer
         with contextlib.suppress(OSError):  # a full disk: the lock is what counts, this is for whoever wonders
-            os.pwrite(
-                self._file, _name(os.getpid()).encode().ljust(NAME_BYTES), 0
-            )  # to cut the file first would take longer
+            os.pwrite(self._file, name, 0)
 
     def _say_holder(self) -> None:
         holder = Path(self._path).read_text(errors="replace").strip()
         process = process_of(holder)
         said = f"waiting for {self._path} since {LATE_SECONDS:g} s: {holder or 'another process'} holds it"
-        if process is not None and process[0] == host() and psutil.pid_exists(process[1]):
-            pid, status = process[1], psutil.Process(process[1]).status()
-            said += (
-                f" ({status}); `kill -CONT {pid}` lets it go on where it was stopped, `kill -9 {pid}` frees the lock"
-            )
+        if process is not None and process[0] == host():
+            pid = process[1]
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ends in this very moment
+                said += f" ({psutil.Process(pid).status()}); `kill -CONT {pid}` lets it go on where it was stopped, "
+                said += f"`kill -9 {pid}` frees the lock"
         say(said)
 
     def __enter__(self) -> Flock:

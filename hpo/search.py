@@ -23,6 +23,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial
 
 from hpo import record, trials
 from hpo.belief import Belief, check_belief
@@ -232,17 +233,17 @@ class Search:
             view = self._read()
             expired = self._sightings.expired(view.trials)
             for trial in abandoned(view.trials, self.worker, self._held, expired):
-                self._start(trial.number)
+                started = self._start(trial.number)
                 first = view.at[record.config_of(trial), int(trial.user_attrs["rung"])]
                 if first is trial and not trials.has_ended(trial):
-                    return self._handed_out(trial.number)
+                    return self._handed_out(started)
                 # A second run of the same, or one whose worker was killed between the two writes of its outcome.
                 trials.close(self._opened, trial)
                 view = self._read()
             if self._is_spent(view):
                 return None
             if self.iterations is None and isinstance(self._sampler, FidelitySampler):
-                created: int | None = self._freely(view, self._sampler)
+                created: FrozenTrial | None = self._freely(view, self._sampler)
             else:
                 created = self._next(view, self._moves(view, self._predictions(view)))
             return None if created is None else self._handed_out(created)
@@ -291,7 +292,7 @@ class Search:
 
     def release(self, job: Job) -> None:
         """Give a job back unfinished: it will be asked again, as the same trial."""
-        self._opened.storage.set_trial_user_attr(trials.running(self._opened, job), "worker", "")
+        self._opened.storage.set_trial_user_attr(trials.running(self._opened, job)[0], "worker", "")
         self._held.discard(job.number)
 
     def check_extend(self, max_tokens: int) -> None:
@@ -367,8 +368,8 @@ class Search:
         rung = next((k for k, level in enumerate(levels) if level >= fidelity.D), view.ladder.top)
         return view.ladder.seeds_at(rung) * self.cost(fidelity)
 
-    def _next(self, view: View, possible: list[Promote | Start]) -> int | None:
-        """Create the trial of the best move; its number."""
+    def _next(self, view: View, possible: list[Promote | Start]) -> FrozenTrial | None:
+        """Create the trial of the best move."""
         if not possible:
             return None
         first = possible[0]
@@ -393,16 +394,14 @@ class Search:
         params = {} if random is None else draw(self.space, self.study, random)
         return self._create(view, Wanted(params, starts[0].start, starts[0]))
 
-    def _enqueued(self, view: View, bracket: Bracket) -> int | None:
-        """Start the first trial that was enqueued by hand, if there is one; its number."""
+    def _enqueued(self, view: View, bracket: Bracket) -> FrozenTrial | None:
+        """Start the first trial that was enqueued by hand, if there is one."""
         attrs = self._attributes(view, Wanted({}, bracket.start, bracket))
         number = trials.take_enqueued(self._opened, self.space, view, attrs)
-        if number is not None:
-            self._start(number)
-        return number
+        return None if number is None else self._start(number)
 
-    def _freely(self, view: View, sampler: FidelitySampler) -> int:
-        """Create the trial that the sampler's model wants; its number."""
+    def _freely(self, view: View, sampler: FidelitySampler) -> FrozenTrial:
+        """Create the trial that the sampler's model wants."""
         enqueued = self._enqueued(view, Bracket(0, 0, 0))
         if enqueued is not None:
             return enqueued
@@ -426,17 +425,15 @@ class Search:
         attrs = trials.attributes(view, chosen, sizes=self.sizes, worker=self.worker, resumable=self.resumable)
         return {"beat": 0} | attrs if self._leased else attrs
 
-    def _create(self, view: View, chosen: Wanted) -> int:
-        number = trials.create(self._opened, self.space, chosen, self._attributes(view, chosen))
-        self._start(number)
-        return number
+    def _create(self, view: View, chosen: Wanted) -> FrozenTrial:
+        trial = trials.create(self._opened, self.space, chosen, self._attributes(view, chosen))
+        return self._start(trial.number, trial)
 
-    def _start(self, number: int) -> None:
-        trials.start(self._opened, self.space, number, self.worker, self._sampler_of)
+    def _start(self, number: int, trial: FrozenTrial | None = None) -> FrozenTrial:
+        return trials.start(self._opened, self.space, number, self.worker, self._sampler_of, trial)
 
-    def _handed_out(self, number: int) -> Job:
-        self._held.add(number)
-        trial = self._opened.storage.get_trial(trials.id_of(self._opened, number))
+    def _handed_out(self, trial: FrozenTrial) -> Job:
+        self._held.add(trial.number)
         return record.job_of(trial, self.space, resumable=self.resumable)
 
 

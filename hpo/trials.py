@@ -90,8 +90,10 @@ def attributes(view: View, chosen: Wanted, *, sizes: Sequence[float], worker: st
     }
 
 
-def create(opened: Opened, space: Mapping[str, BaseDistribution], chosen: Wanted, attrs: Mapping[str, Any]) -> int:
-    """A new running trial, in one write; its number. No params: the sampler is asked for them when it is started."""
+def create(
+    opened: Opened, space: Mapping[str, BaseDistribution], chosen: Wanted, attrs: Mapping[str, Any]
+) -> FrozenTrial:
+    """A new running trial, in one write. No params: the sampler is asked for them when it is started."""
     params = chosen.params
     trial_id = opened.storage.create_new_trial(
         opened.study_id,
@@ -102,10 +104,11 @@ def create(opened: Opened, space: Mapping[str, BaseDistribution], chosen: Wanted
             user_attrs=dict(attrs),
         ),
     )
-    number = opened.storage.get_trial_number_from_id(trial_id)
-    if chosen.config is None and attrs["config"] != number:  # a trial was enqueued by hand in this very moment
-        opened.storage.set_trial_user_attr(trial_id, "config", number)
-    return number
+    trial = opened.storage.get_trial(trial_id)
+    if chosen.config is None and attrs["config"] != trial.number:  # a trial was enqueued by hand in this very moment
+        opened.storage.set_trial_user_attr(trial_id, "config", trial.number)
+        return opened.storage.get_trial(trial_id)
+    return trial
 
 
 def take_enqueued(
@@ -139,20 +142,25 @@ def start(
     number: int,
     worker: str,
     sampler_of: Callable[[int], BaseSampler],
-) -> None:
+    trial: FrozenTrial | None = None,
+) -> FrozenTrial:
     """Make a trial that has our attributes run here: this worker's by name, and complete in its parameters.
 
+    trial: as it is now, where that is known: each reading is half a dozen statements on a server.
     sampler_of: what chooses the parameters of the trial of a number, if it has none yet; see sampler_for.
     """
     trial_id = id_of(opened, number)
-    trial = opened.storage.get_trial(trial_id)
-    for key, value in (("worker", worker), ("config", config_of(trial))):
-        if trial.user_attrs.get(key) != value:
-            opened.storage.set_trial_user_attr(trial_id, key, value)
-    if trial.state == TrialState.WAITING:
+    trial = trial or opened.storage.get_trial(trial_id)
+    own = {"worker": worker, "config": config_of(trial)}
+    missing = {key: value for key, value in own.items() if trial.user_attrs.get(key) != value}
+    for key, value in missing.items():
+        opened.storage.set_trial_user_attr(trial_id, key, value)
+    waiting, complete = trial.state == TrialState.WAITING, space.keys() <= trial.params.keys()
+    if waiting:
         opened.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
-    if not space.keys() <= trial.params.keys():
+    if not complete:
         fill_in(space, opened.study.study_name, opened.storage, sampler_of(number), trial_id)
+    return opened.storage.get_trial(trial_id) if missing or waiting or not complete else trial
 
 
 # Its parameters
@@ -190,12 +198,12 @@ def _stream(seed: int, number: int) -> int:
 
 def report(opened: Opened, job: Job, tokens: int, loss: float) -> None:
     """Keep a point of a job's curve; one at the same tokens is replaced."""
-    opened.storage.set_trial_intermediate_value(running(opened, job), tokens, loss)
+    opened.storage.set_trial_intermediate_value(running(opened, job)[0], tokens, loss)
 
 
 def stop(opened: Opened, job: Job, stopped: Stopped, worker: str | None = None) -> None:
     """End a job's trial as given up. ValueError, and nothing is changed, for a job that is not running."""
-    trial_id = running(opened, job, worker)
+    trial_id, _ = running(opened, job, worker)
     try:
         opened.storage.set_trial_user_attr(trial_id, "stopped", asdict(stopped))
         # not study.tell, which would take the last point of the curve for the trial's value
@@ -206,8 +214,7 @@ def stop(opened: Opened, job: Job, stopped: Stopped, worker: str | None = None) 
 
 def beat(opened: Opened, job: Job, worker: str) -> None:
     """Write the next number of a lease. Lost when the trial is not this worker's any more, or has ended."""
-    trial_id = running(opened, job, worker)
-    trial = opened.storage.get_trial(trial_id)
+    trial_id, trial = running(opened, job, worker)
     try:
         opened.storage.set_trial_user_attr(trial_id, "beat", int(trial.user_attrs.get("beat", 0)) + 1)
     except UpdateFinishedTrialError as error:
@@ -216,8 +223,8 @@ def beat(opened: Opened, job: Job, worker: str) -> None:
 
 def crashed(opened: Opened, job: Job, why: str, worker: str) -> int:
     """Note why a running trial's training crashed; how often it has."""
-    trial_id = running(opened, job, worker)
-    reasons = [*opened.storage.get_trial(trial_id).user_attrs.get("crashes", []), why]
+    trial_id, trial = running(opened, job, worker)
+    reasons = [*trial.user_attrs.get("crashes", []), why]
     opened.storage.set_trial_user_attr(trial_id, "crashes", reasons)
     return len(reasons)
 
@@ -233,8 +240,8 @@ def close(opened: Opened, trial: FrozenTrial) -> None:
     opened.storage.set_trial_state_values(id_of(opened, trial.number), state)
 
 
-def running(opened: Opened, job: Job, worker: str | None = None) -> int:
-    """The id of a job's trial. ValueError when it is not running or not this search's; Lost when it is not this worker's."""
+def running(opened: Opened, job: Job, worker: str | None = None) -> tuple[int, FrozenTrial]:
+    """A job's trial, and its id. ValueError when it is not running or not this search's; Lost when it is not this worker's."""
     known = f"trial {job.number} of study {opened.study.study_name!r}"
     try:
         trial_id = id_of(opened, job.number) if job.number >= 0 else None
@@ -251,7 +258,7 @@ def running(opened: Opened, job: Job, worker: str | None = None) -> int:
     owner = attrs.get("worker")
     if worker is not None and owner != worker:
         raise Lost(f"{known} was taken over by {owner or 'nobody yet'}: its lease had run out, or it was given back")
-    return trial_id
+    return trial_id, trial
 
 
 def finish(opened: Opened, job: Job, losses: Sequence[float], worker: str | None = None) -> None:
@@ -260,7 +267,7 @@ def finish(opened: Opened, job: Job, losses: Sequence[float], worker: str | None
     worker: whose it must be, where it is leased. ValueError, and nothing is changed, for a job that is not running or another
     number of losses.
     """
-    trial_id, seeds = running(opened, job, worker), job.seeds
+    (trial_id, _), seeds = running(opened, job, worker), job.seeds
     if len(losses) != seeds:
         raise ValueError(
             f"trial {job.number} is {seeds} training{'s' if seeds > 1 else ''}, got {len(losses)} "

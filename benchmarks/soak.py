@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -412,7 +413,7 @@ class Counts:
     again: int  # of them a second time or more
     beyond: list[str]  # starts that went further back than a checkpoint interval
     unseen: int  # points of curves that MLflow has not
-    tracebacks: int
+    tracebacks: int  # of errors; a process that is interrupted while it imports says so, too
     codes: dict[int, int]  # how launchers ended -> how often
 
     @property
@@ -507,7 +508,7 @@ def counted(world: World) -> Counts:
         again=again,
         beyond=beyond,
         unseen=unseen,
-        tracebacks=(world.folder / "log").read_text().count("Traceback (most recent call last)"),
+        tracebacks=len(re.findall(r"^[\w.]+(?:Error|Exception)\b", (world.folder / "log").read_text(), re.MULTILINE)),
         codes=dict(world.codes),
     )
 

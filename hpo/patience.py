@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
 from scaling.cli import say
+from scaling.secrets import without_passwords
 
 T = TypeVar("T")
 PATIENCE_SECONDS = 600.0  # with a storage that does not answer
@@ -32,6 +34,19 @@ def patiently(do: Callable[[], T], stop: Stop | None = None) -> T:
             say(f"the storage does not answer, trying again in {wait:g} s: {type(error).__name__}")
             time.sleep(wait)
             wait = min(2 * wait, 15.0)
+
+
+@contextlib.contextmanager
+def answering(storage: str | None) -> Iterator[None]:
+    """ValueError where a server goes away while a study is opened in it: whoever starts a command can do so again."""
+    try:
+        yield
+    except storage_errors() as error:
+        if storage is None or isinstance(error, OSError):
+            raise
+        raise ValueError(
+            f"{without_passwords(storage)} does not answer any more ({type(error).__name__}): start it, and then this again"
+        ) from error
 
 
 def storage_errors() -> tuple[type[Exception], ...]:

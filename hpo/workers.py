@@ -24,7 +24,7 @@ import numpy as np
 
 from hpo import record
 from hpo.outcome import figures_of, noted, outcomes, refuse_away, status_of, target_of
-from hpo.patience import patiently, storage_errors
+from hpo.patience import answering, patiently, storage_errors
 from hpo.repeats import suffix
 from hpo.study import StudyConfig, StudyError, Trainer, Workers
 from scaling import spool, tracking
@@ -146,8 +146,9 @@ def resumable(trainer: Trainer) -> bool:
 def open_existing(files: StudyFiles, study: StudyConfig, trainer: Trainer, *, storage: str | None = None) -> Search:
     """The search of a study that was launched. StudyError when the file has changed since, ValueError when it is not in this storage."""
     check_same_settings(files, study)
-    check_storage(files, storage)
-    return open_search(study, trainer, storage or str(files.journal), files.name, lease=study.workers.lease)
+    with answering(storage):
+        check_storage(files, storage)
+        return open_search(study, trainer, storage or str(files.journal), files.name, lease=study.workers.lease)
 
 
 def check_storage(files: StudyFiles, storage: str | None) -> None:

@@ -145,6 +145,30 @@ def test_a_server_that_does_not_answer_is_refused_without_its_password(monkeypat
         search("grpc://127.0.0.1:9")
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader")
+def test_a_server_that_goes_while_a_study_is_opened_is_a_refusal_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optuna.exceptions import StorageInternalError
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "studies").mkdir()
+    toml = tmp_path / "studies" / "toy.toml"
+    toml.write_text(STUDY.format(pause=0.0, seeds=1, steps=tmp_path))
+    files, uri, here = workers.StudyFiles(toml), f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/here.db"
+    study, trainer = load_study(toml)
+    workers.create(files, study, trainer, uri=uri, storage=here)
+
+    def gone(*_: object, **__: object) -> None:
+        raise StorageInternalError("the server closed the connection")
+
+    monkeypatch.setattr("hpo.trials.open_study", gone)
+    with pytest.raises(
+        ValueError, match=r"here\.db does not answer any more \(StorageInternalError\): start it, and then"
+    ):
+        workers.open_existing(files, study, trainer, storage=here)
+
+
 def test_tickets_let_one_in_at_a_time_and_everyone_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 

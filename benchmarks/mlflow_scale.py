@@ -35,7 +35,7 @@ ALL = ("open", "rate", "logging", "commands")
 SMALL = 100  # runs of the other store
 STUDY = """
 [search]
-tokens = { min = 16_384, max = 32_768 }
+tokens = { min = 16_384, max = 49_152 }
 sampler = "random"
 [space]
 lr = { low = 1e-3, high = 1e-1, log = true }

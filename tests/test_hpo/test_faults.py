@@ -37,7 +37,7 @@ def add(study: Study, text: str) -> None:
 
 
 def test_a_training_that_is_killed_is_tried_again_and_its_worker_lives(tmp_path: Path) -> None:
-    study = Study(tmp_path, pause=0.05)
+    study = Study(tmp_path, pause=0.1)
     launcher = study.start("launch", "toy")
     study.wait_until(lambda: study.trained().total() > 30, launcher)
     assert all(len(trainers_of(worker)) == 1 for worker in workers_of(launcher))
@@ -46,20 +46,19 @@ def test_a_training_that_is_killed_is_tried_again_and_its_worker_lives(tmp_path:
         return sum(len(t.user_attrs.get("crashes", [])) for t in study.trials)
 
     for kill in range(20):  # one that has trained to its end and is only heard by MLflow has not crashed
-        before = crashes()
-        if before >= 2:
+        if crashes():
             break
         for worker in workers_of(launcher)[kill % 2 :][:1]:
             for victim in trainers_of(worker):
                 victim.kill()
         for _ in range(20):
-            if crashes() > before:
+            if crashes():
                 break
             time.sleep(0.1)
     _, err = launcher.communicate(timeout=180)
     assert launcher.returncode == 0, err
     study.check_whole()
-    assert err.count("its process was killed (SIGKILL: out of memory?)") == crashes() >= 2
+    assert err.count("its process was killed (SIGKILL: out of memory?)") == crashes() >= 1
     crashed = [t for t in study.trials if "crashes" in t.user_attrs]
     given_up = [t for t in crashed if len(t.user_attrs["crashes"]) == 2]
     assert err.count("it will be tried once more") == len(crashed)

@@ -314,13 +314,18 @@ def worker_stood_still(world: World) -> bool:
 
 
 def out_of_memory(world: World) -> bool:
-    (world.folder / "eat").touch()
-    return True
+    return laid(world.folder / "eat")
 
 
 def hung(world: World) -> bool:
-    (world.folder / "hang").touch()
-    return True
+    return laid(world.folder / "hang")
+
+
+def laid(path: Path) -> bool:
+    """Whether the one before has been taken: else this is no other fault."""
+    free = not path.exists()
+    path.touch()
+    return free
 
 
 def second_launcher(world: World) -> bool:

@@ -305,7 +305,7 @@ def go_on(
     tracking_uri: str | None,
 ) -> None:
     from hpo import workers
-    from hpo.outcome import figures_of, noted, status_of, target_of
+    from hpo.outcome import ending_of, noted, target_of
     from hpo.patience import patiently
     from hpo.study import load_study, study_path
 
@@ -329,7 +329,7 @@ def go_on(
         return
     if not cost.evaluations:
         workers.send_left(files, tracking_uri)
-        noted(files.name, tracking_uri, patiently(lambda: figures_of(search)), status_of("FINISHED"))
+        noted(files.name, tracking_uri, ending_of(search))
         typer.echo(f"nothing left to run; `hpo extend {files.name} --max-tokens ...` raises its budget", err=True)
         return
     finish(

@@ -88,6 +88,17 @@ def figures_of(search: Search) -> Note:
     return note
 
 
+def ending_of(search: Search) -> Note:
+    """The figures and the end of a search that has finished, where MLflow was away then; else nothing: it ended when it did."""
+
+    def note(client: MlflowClient, run: str) -> None:
+        if client.get_run(run).info.status != "FINISHED":
+            figures_of(search)(client, run)
+            tracking.finish(client, run)
+
+    return note
+
+
 def outcomes(search: Search) -> list[FrozenTrial]:
     """The trials that have a result: a loss, diverged, or stopped."""
     ours = [t for t in search.study.get_trials(deepcopy=False) if t.state.is_finished() and "bracket" in t.user_attrs]

@@ -196,6 +196,8 @@ def test_without_mlflow_a_launch_is_refused_and_a_resume_goes_on(tmp_path: Path)
     run = client.get_run(tracking.find_study_run(client, "toy"))
     assert run.info.status == "FINISHED"
     assert run.data.metrics["evaluations"] == 44
+    study.run("resume", "toy")
+    assert client.get_run(run.info.run_id).info.end_time == run.info.end_time, "it ended when it did"
 
 
 def test_a_full_disk_is_waited_out(tmp_path: Path) -> None:

@@ -247,14 +247,14 @@ def _mlflow() -> Any:
     def impatient(_: float = 0.0) -> Iterator[None]:
         yield
 
-    def log_records(_: Any, __: str, records: Any, tags: Mapping[str, str]) -> None:
+    def log_records(_: Any, __: str, records: Any, tags: Mapping[str, str], params: Mapping[str, str]) -> None:
         assert all(isinstance(v, int | float) for values, step, at in records for v in (step, at, *values.values()))
-        assert all(isinstance(v, str) for v in tags.values())
+        assert all(isinstance(v, str) for v in (*tags.values(), *params.values()))
 
     none = lambda *_, **__: "x"  # noqa: E731
     return SimpleNamespace(
         impatient=impatient, log_records=log_records, refused=lambda _: False, load=none, connect=none, study_run=none,
-        child_run=none, finish=none, drop_twins=none,
+        child_lacking=lambda *given, **_: ("x", given[4]), finish=none, drop_twins=none,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self, cast, get_args
 
 from optuna.distributions import BaseDistribution
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hpo.belief import check_belief
 from hpo.cube import Cube
@@ -40,6 +40,7 @@ from hpo.samplers import MODELS
 from hpo.tables import Dimension, LawTable, Table, Tokens, TrainerTable, meant
 from hpo.tables import SearchTable as SearchTable
 from hpo.tables import Workers as Workers
+from scaling import tracking
 from scaling.cli import say
 from scaling.compute import Fidelity
 from scaling.runs import Measurement
@@ -114,6 +115,13 @@ class StudyConfig(Table):
     trainer: TrainerTable = Field(default_factory=TrainerTable)
     target: dict[str, Any] | None = None
     workers: Workers = Field(default_factory=Workers)
+
+    @field_validator("space")
+    @classmethod
+    def _names_can_be_recorded(cls, space: dict[str, Dimension]) -> dict[str, Dimension]:
+        if wrong := tracking.unusable_names(space):
+            raise ValueError(f"MLflow, which keeps the record, takes no parameters named {wrong}; {tracking.NAMES}")
+        return space
 
     @model_validator(mode="after")
     def _belief_is_used(self) -> Self:

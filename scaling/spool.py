@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 FLUSH_POINTS = 100  # log_batch writes 90 times as many points a second as one call per point
+FIRST_SECONDS = 2.0  # a run that ends before is sent as a whole, in half the requests
 FLUSH_SECONDS = 10.0  # so that a long run can be watched
 BATCH = 200  # lines of at most 3 metrics; MLflow takes 1000
 MAX_TAGS = 100  # per request, by MLflow
@@ -112,6 +113,9 @@ class Recorder:
 
     def run_id(self) -> str | None:
         """The run's id in MLflow; None when it did not answer the first time, or not within END_SECONDS."""
+        with self._wake:
+            self._hurry = True
+            self._wake.notify()
         self._tried.wait(END_SECONDS)
         return self._sender.runs[self.path][1] if self.path in self._sender.runs else None
 
@@ -163,8 +167,8 @@ class Recorder:
             self._written += 1
 
     def _send(self) -> None:
-        """The thread: send what there is, wait, again; after the end once more."""
-        wait, last = 0.0, False
+        """The thread: wait, send what there is, again; after the end once more."""
+        wait, last = FIRST_SECONDS, False
         while not last:
             with self._wake:
                 self._wake.wait_for(lambda: self._closing or (self._hurry and not self._away), wait)
@@ -206,6 +210,7 @@ class _Sender:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.runs: dict[Path, tuple[str, str]] = {}  # file -> (parent's id, id)
+        self.owed: dict[Path, dict[str, str]] = {}  # parameters that go with a file's first records
         self.positions: dict[Path, int] = {}  # bytes that have arrived
         self.alive = 0.0  # when it was last seen to make progress, by time.monotonic
         self.timeout = FIRST_TIMEOUT
@@ -236,19 +241,17 @@ class _Sender:
                     say(f"{path}: its first line names no run; kept as {_aside(path)}")
                     path.rename(_aside(path))
                     return
-                self.runs[path] = self._find_or_make(told, path.parent, reopen=not position)
+                self.runs[path], self.owed[path] = self._find_or_make(told, path.parent, reopen=not position)
             _, run = self.runs[path]
-            if not position:
-                position = len(head)
-                self._note(path, position)
-                yield 1
-            file.seek(position)
-            while records := _batch(file, self.batch, path):
+            heads = int(not position)
+            file.seek(position or len(head))
+            while (records := _batch(file, self.batch, path)) or heads:
                 self.batch = max(1, self.batch // 2)
                 self._put(run, records, path)
                 self.batch = min(BATCH, 4 * self.batch)
                 self._note(path, file.tell())
-                yield len(records)
+                yield heads + len(records)
+                heads = 0
 
     def _note(self, path: Path, position: int) -> None:
         """Keep how far a file has arrived. Where the disk is full, only here: what is sent twice does no harm."""
@@ -267,36 +270,41 @@ class _Sender:
         for file in (path, _note_of(path)):
             file.unlink(missing_ok=True)
 
-    def _find_or_make(self, head: Mapping[str, Any], folder: Path, *, reopen: bool) -> tuple[str, str]:
+    def _find_or_make(
+        self, head: Mapping[str, Any], folder: Path, *, reopen: bool
+    ) -> tuple[tuple[str, str], dict[str, str]]:
+        """(parent's id, id), and the parameters that the run lacks."""
         client = self.client  # imports and a connection: seconds, for which nobody else should wait
         try:
             with FileLock(folder / ".spool.lock", timeout=END_SECONDS):  # two arms of one study would make it twice
                 parent = tracking.study_run(client, head["study"])
-                run = tracking.child_run(
-                    client,
-                    parent,
-                    head["name"],
-                    role=head["role"],
-                    params=head["params"],
-                    commit=head["commit"],
-                    began=head["at"],
-                    reopen=reopen,
+                name, role, params = head["name"], head["role"], head["params"]
+                run, owed = tracking.child_lacking(
+                    client, parent, name, role, params, commit=head["commit"], began=head["at"], reopen=reopen
                 )
-                return parent, run
+                return (parent, run), owed
         except Exception:
             self.stumbled = True
             raise
 
     def _put(self, run: str, records: list[dict[str, Any]], path: Path) -> None:
-        """One batch. Of one that MLflow refuses for good, each record alone; what is refused is set aside."""
+        """One batch. Of one that MLflow refuses for good, each record alone; what is refused is set aside.
+
+        Parameters that it refuses are no record's fault: they are an error as long as they are owed.
+        """
+        owed = self.owed.get(path, {})
         metrics = [(r["metrics"], r["step"], r["at"]) for r in records if "metrics" in r]
         tags = {name: value for r in records for name, value in r.get("tags", {}).items()}
         try:
-            if metrics or tags:
-                tracking.log_records(self.client, run, metrics, tags)
+            tracking.log_records(self.client, run, metrics, tags, owed)
         except Exception as error:
             if not tracking.refused(error):
                 raise
+            if owed:
+                tracking.log_records(self.client, run, [], {}, owed)
+                del self.owed[path]
+                self._put(run, records, path)
+                return
             if len(records) == 1:
                 say(f"MLflow REFUSES a record, kept in {_aside(path)}: {_first_line(error)}")
                 _set_aside(path, records[0] | {"refused": without_passwords(error)})
@@ -304,6 +312,7 @@ class _Sender:
             for record in records:
                 self._put(run, [record], path)
             return
+        self.owed.pop(path, None)
         ends = [r for r in records if "status" in r]
         if ends:
             tracking.finish(self.client, run, status=ends[-1]["status"], at=ends[-1]["at"])

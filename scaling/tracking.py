@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import os
+import posixpath
 import re
 import subprocess
 import threading
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MAX_PARAM = 6000  # MLflow's limit on a parameter's length
+MAX_PARAMS = 100  # per request, likewise
 MAX_TAG = 8000
+NAMES = "letters, digits, spaces and _ - : . / will do, at most 250, if it would not lead elsewhere as a path"
 
 RETRIES, REQUEST = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _changing = threading.Lock()  # of the environment, by the impatient
@@ -121,7 +124,7 @@ def study_run(
         return _study_runs[known]
     tags = {"muscale.kind": "study", "muscale.git_commit": git_commit()}
     run = client.create_run(experiment, run_name=study, tags=tags)
-    _log_params(client, run.info.run_id, params)
+    log_records(client, run.info.run_id, [], {}, flat_params(params))
     return cast(str, run.info.run_id)
 
 
@@ -168,13 +171,29 @@ def child_run(
     commit, began (ms since the epoch): of a run that began before MLflow could be told; default: now. reopen: also one that
     has ended is running again.
     """
+    flat = flat_params(params)
+    run, missing = child_lacking(client, parent, name, role, flat, commit=commit, began=began, reopen=reopen)
+    log_records(client, run, [], {}, missing)
+    return run
+
+
+def child_lacking(
+    client: MlflowClient,
+    parent: str,
+    name: str,
+    role: str,
+    params: Mapping[str, str],
+    *,
+    commit: str | None = None,
+    began: int | None = None,
+    reopen: bool = False,
+) -> tuple[str, dict[str, str]]:
+    """As child_run, but the parameters that it lacks are left to the caller, who can send them with the first records."""
     found = find_child(client, parent, name)
     if found is not None:
         if reopen and found.info.status != "RUNNING":
             finish(client, found.info.run_id, status="RUNNING")
-        missing = {k: v for k, v in params.items() if k not in found.data.params}
-        _log_params(client, found.info.run_id, missing)
-        return cast(str, found.info.run_id)
+        return found.info.run_id, {k: v for k, v in params.items() if k not in found.data.params}
     experiment = _experiment_of(client, parent)
     tags = {
         "mlflow.parentRunId": parent,
@@ -184,8 +203,7 @@ def child_run(
         "muscale.git_commit": commit or git_commit(),
     }
     run = client.create_run(experiment, run_name=name, tags=tags, start_time=began)
-    _log_params(client, run.info.run_id, params)
-    return cast(str, run.info.run_id)
+    return run.info.run_id, dict(params)
 
 
 def drop_twins(client: MlflowClient, parent: str, run_id: str) -> None:
@@ -256,13 +274,22 @@ def result_of(
 
 
 def log_records(
-    client: MlflowClient, run_id: str, records: Iterable[tuple[Mapping[str, float], int, int]], tags: Mapping[str, str]
+    client: MlflowClient,
+    run_id: str,
+    records: Iterable[tuple[Mapping[str, float], int, int]],
+    tags: Mapping[str, str],
+    params: Mapping[str, str] = {},
 ) -> None:
-    """Metrics, each record's with its step and time (ms), and tags, in one call. Written again, they change nothing."""
-    from mlflow.entities import RunTag
+    """Metrics, each record's with its step and time (ms), tags and parameters, in one call. Written again, they change nothing."""
+    from mlflow.entities import Param, RunTag
 
     metrics = [m for values, step, at in records for m in _metrics(values, step, at)]
-    client.log_batch(run_id, metrics=metrics, tags=[RunTag(k, v) for k, v in tags.items()])
+    flat = [Param(k, v) for k, v in params.items()]
+    while len(flat) > MAX_PARAMS:
+        client.log_batch(run_id, params=flat[:MAX_PARAMS])
+        del flat[:MAX_PARAMS]
+    if metrics or tags or flat:
+        client.log_batch(run_id, metrics=metrics, tags=[RunTag(k, v) for k, v in tags.items()], params=flat)
 
 
 def now_ms() -> int:
@@ -368,8 +395,20 @@ def git_commit() -> str:
         return "unknown"
 
 
+def unusable_names(names: Iterable[str]) -> list[str]:
+    """Those that MLflow refuses for a parameter, by its own rule."""
+
+    def usable(name: str) -> bool:
+        plain = re.fullmatch(r"[/\w.\- :]{1,250}", name) is not None
+        return plain and posixpath.normpath(name) == name and name != "." and not name.startswith(("..", "/"))
+
+    return [name for name in names if not usable(name)]
+
+
 def flat_params(params: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters as MLflow keeps them, without those that are None. ValueError when one is too long for it."""
+    """Parameters as MLflow keeps them, without those that are None. ValueError when it takes no such name, or one is too long."""
+    if wrong := unusable_names(params):
+        raise ValueError(f"MLflow takes no parameters of these names: {wrong}; {NAMES}")
     flat = {k: v if isinstance(v, str) else json.dumps(v) for k, v in params.items() if v is not None}
     too_long = [k for k, v in flat.items() if len(v) > MAX_PARAM]
     if too_long:
@@ -377,11 +416,3 @@ def flat_params(params: Mapping[str, Any]) -> dict[str, str]:
             f"parameters {too_long} are longer than MLflow's {MAX_PARAM} characters: log a hash or a file instead"
         )
     return flat
-
-
-def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
-    from mlflow.entities import Param
-
-    flat = [Param(k, v) for k, v in flat_params(params).items()]
-    for i in range(0, len(flat), 100):
-        client.log_batch(run_id, params=flat[i : i + 100])

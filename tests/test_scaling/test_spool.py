@@ -99,6 +99,55 @@ def test_a_run_arrives_whole_and_leaves_no_file(uri: str, tmp_path: Path) -> Non
     check_whole(uri, "whole", tmp_path)
 
 
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_parameters_arrive_with_the_first_records_however_many(cut_off: bool, uri: str, tmp_path: Path) -> None:
+    study = f"parameters {cut_off}"
+    if cut_off:  # whoever made the run was killed before its parameters were written
+        client = tracking.connect(uri)
+        tracking.child_run(client, tracking.study_run(client, study), "run", role="target", params={"p7": 7})
+    params = {f"p{i}": i for i in range(250)}
+    with Recorder(uri, study, "run", role="target", params=params, folder=tmp_path) as run:
+        for point in points(1, 300):
+            run.add(point)
+    [found] = read_records(study, uri=uri, kind="run")
+    assert found.params == {k: str(v) for k, v in params.items()}
+    assert rows(uri, study) == expected(299, outcome=False)
+
+
+def test_a_short_run_is_sent_as_a_whole_and_a_long_one_soon(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking.study_run(tracking.connect(uri), "short")
+    sent: list[int] = []
+    log = tracking.log_records
+    monkeypatch.setattr(tracking, "log_records", lambda *given: (sent.append(len(given[2])), log(*given)))
+    with Recorder(uri, "short", "run", role="target", params={"N": 1}, folder=tmp_path) as run:
+        for point in points(1, 21):
+            run.add(point)
+        run.finish()
+    assert sent == [20]
+    assert read_records("short", uri=uri, kind="run")[0].params == {"N": "1"}
+    tracking.study_run(tracking.connect(uri), "long")
+    sent.clear()
+    with Recorder(uri, "long", "run", role="target", params={"N": 1}, folder=tmp_path) as run:
+        run.add(Measurement(1000, 3.0))
+        until = time.monotonic() + 60
+        while run.pending and time.monotonic() < until:
+            time.sleep(0.05)
+        [found] = read_records("long", uri=uri, kind="run")
+    assert found.params == {"N": "1"}
+    assert found.status == "RUNNING"
+    assert sent == [1]
+
+
+def test_who_asks_for_the_runs_id_waits_for_nothing_else(uri: str, tmp_path: Path) -> None:
+    record(uri, "asked", tmp_path, name="before")  # connected
+    with Recorder(uri, "asked", "run", role="target", params={}, folder=tmp_path) as run:
+        began = time.monotonic()
+        assert run.run_id() is not None
+        assert time.monotonic() - began < spool.FIRST_SECONDS
+
+
 def test_the_recorder_writes_what_the_direct_calls_write(uri: str, tmp_path: Path) -> None:
     record(uri, "spooled", tmp_path, n=5)
     client = tracking.connect(uri)
@@ -243,6 +292,8 @@ def test_what_mlflow_refuses_is_set_aside_and_the_rest_arrives(
 def test_bad_input_is_refused_before_the_run(away: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="longer than MLflow's 6000"):
         Recorder(away, "s", "run", role="target", params={"x": "y" * 7000}, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"no parameters of these names: \['l!r', 'a//b'\]"):
+        Recorder(away, "s", "run", role="target", params={"l!r": 1, "a//b": 2, "a/b. c:-_": 3}, folder=tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         Recorder(away, "s", "run", role="target", params={}, folder=tmp_path / "file")

@@ -22,7 +22,7 @@ import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.study import StudyDirection
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.leases import Sightings, host, is_alive, process_name, process_of
 from scaling.cli import say
@@ -197,35 +197,58 @@ class Tickets:
         self._study: int | None = None
         self._owner = process_name()
         self._seen = Sightings(EXPIRY_SECONDS)
+        self._holds = POLL_SECONDS  # seconds that a decision takes at least, to go by the last ones of this process
+        self._since = 0.0
         self._ticket: int | None = None
         self._stop = threading.Event()
 
     def __enter__(self) -> None:
         study = self._opened()
-        attrs = {"worker": self._owner, "beat": 0}
-        ticket = self._storage.create_new_trial(study, create_trial(state=TrialState.RUNNING, user_attrs=attrs))
-        number = self._storage.get_trial_number_from_id(ticket)
+        ticket = self._storage.create_new_trial(
+            study, create_trial(state=TrialState.RUNNING, user_attrs={"beat": [self._owner, 0]})
+        )
         self._ticket = ticket
         self._stop = threading.Event()
         threading.Thread(target=self._beat, args=(ticket, self._stop), daemon=True).start()
         try:
-            while True:
-                waiting = self._storage.get_all_trials(study, deepcopy=False, states=(TrialState.RUNNING,))
-                before = [t for t in waiting if t.number < number]
-                if not before:
-                    return
-                gone = self._seen.expired(before)
-                for t in before:
-                    if t.number in gone or not is_alive(str(t.user_attrs["worker"])):
-                        self._end(
-                            self._storage.get_trial_id_from_study_id_trial_number(study, t.number), TrialState.FAIL
-                        )
-                time.sleep(POLL_SECONDS * len(before))  # only who is next looks often
+            self._wait(study, ticket)
         except BaseException:
             self._leave()
             raise
+        self._since = time.monotonic()
+
+    def _wait(self, study: int, ticket: int) -> None:
+        """Until no ticket is left that is older than this one.
+
+        Behind a proxy a list of all that wait is dear. So one looks at it again when one could be next at the earliest, and who is
+        next looks at the one before alone.
+        """
+        while before := self._before(study, ticket):
+            gone = self._seen.expired(before)
+            for t in before:
+                if t.number in gone or not is_alive(_holder(t)):
+                    self._end(t._trial_id, TrialState.FAIL)
+            if len(before) > 1:
+                time.sleep(min(max(self._holds * (len(before) - 1), POLL_SECONDS), BEAT_SECONDS))
+            elif self._watch(before[0]):
+                return
+
+    def _before(self, study: int, ticket: int) -> list[FrozenTrial]:
+        waiting = self._storage.get_all_trials(study, deepcopy=False, states=(TrialState.RUNNING,))
+        return [t for t in waiting if t._trial_id < ticket]
+
+    def _watch(self, last: FrozenTrial) -> bool:
+        """Wait until it has ended (True), or its process has, or its beat may have stood still."""
+        for _ in range(round(BEAT_SECONDS / POLL_SECONDS)):
+            if self._storage.get_trial(last._trial_id).state.is_finished():
+                return True
+            if not is_alive(_holder(last)):
+                break
+            time.sleep(POLL_SECONDS)
+        return False
 
     def __exit__(self, *error: object) -> None:
+        self._holds = min(time.monotonic() - self._since, 2 * self._holds)
         if not self._leave() and error[0] is None:
             raise RuntimeError(f"the lock of study {self._name!r} was taken from this process, which had stood still")
 
@@ -245,7 +268,7 @@ class Tickets:
         while not stop.wait(BEAT_SECONDS):
             beat += 1
             try:
-                self._storage.set_trial_user_attr(ticket, "beat", beat)
+                self._storage.set_trial_user_attr(ticket, "beat", [self._owner, beat])
             except UpdateFinishedTrialError:
                 return
 
@@ -258,3 +281,7 @@ class Tickets:
             except DuplicatedStudyError:
                 self._study = self._storage.get_study_id_from_name(self._name)
         return self._study
+
+
+def _holder(ticket: FrozenTrial) -> str:
+    return str(ticket.user_attrs["beat"][0])

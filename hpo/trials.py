@@ -267,7 +267,7 @@ def finish(opened: Opened, job: Job, losses: Sequence[float], worker: str | None
     worker: whose it must be, where it is leased. ValueError, and nothing is changed, for a job that is not running or another
     number of losses.
     """
-    (trial_id, _), seeds = running(opened, job, worker), job.seeds
+    (trial_id, trial), seeds = running(opened, job, worker), job.seeds
     if len(losses) != seeds:
         raise ValueError(
             f"trial {job.number} is {seeds} training{'s' if seeds > 1 else ''}, got {len(losses)} "
@@ -278,9 +278,19 @@ def finish(opened: Opened, job: Job, losses: Sequence[float], worker: str | None
             kept = [x if math.isfinite(x) else None for x in losses]
             opened.storage.set_trial_user_attr(trial_id, "losses", kept)
         if all(math.isfinite(x) for x in losses):
-            opened.study.tell(job.number, sum(x / seeds for x in losses))
+            _end(opened, trial_id, trial, TrialState.COMPLETE, [float(sum(x / seeds for x in losses))])
         else:
             opened.storage.set_trial_user_attr(trial_id, "diverged", True)
-            opened.study.tell(job.number, state=TrialState.FAIL)
+            _end(opened, trial_id, trial, TrialState.FAIL)
     except UpdateFinishedTrialError as error:
         raise Lost(f"trial {job.number} was told by someone else in the meantime") from error
+
+
+def _end(
+    opened: Opened, trial_id: int, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None = None
+) -> None:
+    """What study.tell does, which would read the trial twice more: a tenth of all that a trial costs behind a proxy."""
+    try:
+        opened.study.sampler.after_trial(opened.study, trial, state, values)
+    finally:
+        opened.storage.set_trial_state_values(trial_id, state, values)

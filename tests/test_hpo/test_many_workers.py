@@ -217,6 +217,37 @@ def test_a_ticket_of_the_dead_or_of_one_who_stands_still_is_taken(monkeypatch: p
         still.__exit__(None, None, None)
 
 
+def test_who_is_next_lists_no_tickets_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a proxy a list of all that wait is what costs most: 32 workers that ask for it again and again stop the server."""
+    import threading
+
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.002)
+    lists = 0
+
+    class Counting(optuna.storages.InMemoryStorage):
+        def get_all_trials(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal lists
+            lists += 1
+            return super().get_all_trials(*args, **kwargs)
+
+    storage = Counting()
+    first, second = Tickets(storage, "study"), Tickets(storage, "study")
+    entered = threading.Event()
+
+    def come() -> None:
+        with second:
+            entered.set()
+
+    with first:
+        waiting = threading.Thread(target=come)
+        waiting.start()
+        time.sleep(0.2)
+        assert not entered.is_set()
+    waiting.join(timeout=10)
+    assert entered.is_set()
+    assert lists == 2, "one each"
+
+
 def test_locks_go_by_what_a_storage_is(tmp_path: Path) -> None:
     memory = optuna.storages.InMemoryStorage()
     assert lock_of(memory, memory, "s") is lock_of(memory, memory, "t")

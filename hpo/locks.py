@@ -239,12 +239,13 @@ class Tickets:
 
     def _watch(self, last: FrozenTrial) -> bool:
         """Wait until it has ended (True), or its process has, or its beat may have stood still."""
-        for _ in range(round(BEAT_SECONDS / POLL_SECONDS)):
+        pause = min(max(self._holds / 4, POLL_SECONDS / 10), POLL_SECONDS)
+        for _ in range(round(BEAT_SECONDS / pause)):
             if self._storage.get_trial(last._trial_id).state.is_finished():
                 return True
             if not is_alive(_holder(last)):
                 break
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause)
         return False
 
     def __exit__(self, *error: object) -> None:

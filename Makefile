@@ -22,9 +22,9 @@ quickstart: install
 	proxies launch studies/quickstart.toml
 	scaling report quickstart
 
-# A file's tests stay together; one thread each, since there is a process for every core.
+# One thread each, since there is a process for every core. The slow tests of a file stay together: they share what took long to make.
 test: install-test lint
-	OMP_NUM_THREADS=1 pytest -m "not slow"
+	OMP_NUM_THREADS=1 pytest -n auto -m "not slow"
 	OMP_NUM_THREADS=1 pytest -n auto --dist loadfile -m slow
 
 lint: install-test

@@ -190,9 +190,11 @@ def read_plan(path: Path) -> LaunchPlan:
     except ValidationError as error:
         said = [f"{'.'.join(str(part) for part in e['loc'])}: {_reason(e)}".removeprefix(": ") for e in error.errors()]
         raise ValueError(f"{path} is no plan that can be launched:\n  " + "\n  ".join(said)) from error
+    except OverflowError as error:
+        raise ValueError(f"{path} is no plan that can be launched: a number in it is too large ({error})") from error
     try:
         str(plan)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:  # of what it takes from notes, as they are
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:  # of what notes hold, as it is
         raise ValueError(f"{path} is no plan that can be launched: its reasons cannot be read ({error!r})") from error
     return plan
 

@@ -154,6 +154,19 @@ def test_a_plan_edited_into_nonsense_is_refused_with_all_mistakes(tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("where", "key"),
+    [("because", "loss_interval"), ("because", "N"), ("because", "loss"), ("curve", "tokens"), ("", "tokens")],
+)
+def test_a_plan_with_a_number_beyond_any_float_is_refused(where: str, key: str, tmp_path: Path) -> None:
+    table = json.loads(plan(warm=WARM).model_dump_json())
+    inner = table[where] if where else table
+    inner[key] = [10**400, *inner[key][1:]] if isinstance(inner[key], list) else 10**400
+    (tmp_path / "plan.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="is no plan that can be launched"):
+        read_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"tokens": 8192}, "its loss is for N .*, D 4,096, but the run has N .*, D 8,192"),

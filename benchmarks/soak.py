@@ -418,7 +418,7 @@ class Counts:
     again: int  # of them a second time or more
     beyond: list[str]  # starts that went further back than a checkpoint interval
     unseen: int  # points of curves that MLflow has not
-    tracebacks: int  # of errors; a process that is interrupted while it imports says so, too
+    tracebacks: list[str]  # their last lines; a process that is interrupted while it imports says so, too
     codes: dict[int, int]  # how launchers ended -> how often
 
     @property
@@ -513,7 +513,7 @@ def counted(world: World) -> Counts:
         again=again,
         beyond=beyond,
         unseen=unseen,
-        tracebacks=len(re.findall(r"^[\w.]+(?:Error|Exception)\b", (world.folder / "log").read_text(), re.MULTILINE)),
+        tracebacks=re.findall(r"^[\w.]+(?:Error|Exception)\b.*", (world.folder / "log").read_text(), re.MULTILINE),
         codes=dict(world.codes),
     )
 

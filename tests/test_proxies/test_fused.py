@@ -27,6 +27,15 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
+SMALL = fused.SMALL
+
+
+@pytest.fixture(autouse=True)
+def _of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' tensors are small."""
+    monkeypatch.setattr(fused, "SMALL", 0)
+
+
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
@@ -157,6 +166,22 @@ def test_they_step_aside_for_other_precisions_transforms_and_the_compiler() -> N
     assert seen == [False]
     compiled = torch.compile(lambda t: t + 1 if fused.applies(t) else t - 1, backend="eager")
     assert compiled(x).tolist() == [-1, -1]
+
+
+def test_small_batches_are_trained_plainly_and_to_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There Python's share in a hand-written pass is more than the memory traffic that it saves."""
+    monkeypatch.setattr(fused, "SMALL", SMALL)
+    assert not fused.applies(torch.zeros(128, 64)), "one sequence of the quickstart's largest proxy"
+    assert fused.applies(torch.zeros(16 * 128, 64))
+    used = []
+    apply = fused._NormedLinears.apply
+    monkeypatch.setattr(fused._NormedLinears, "apply", lambda *given: (used.append(1), apply(*given))[1])
+    model = model_of({})
+    plain = loss_of(model, tokens(3), tokens(3, seed=1)).item()
+    assert not used
+    monkeypatch.setattr(fused, "SMALL", 0)
+    assert loss_of(model, tokens(3), tokens(3, seed=1)).item() == pytest.approx(plain, rel=1e-13)
+    assert used
 
 
 def test_a_model_compiled_without_graph_breaks_gives_the_same_loss() -> None:

@@ -38,14 +38,16 @@ def patiently(do: Callable[[], T], stop: Stop | None = None) -> T:
 
 @contextlib.contextmanager
 def answering(storage: str | None) -> Iterator[None]:
-    """ValueError where a server goes away while a study is opened in it: whoever starts a command can do so again."""
+    """ValueError where a server, or the disk's space, goes while a study is opened: whoever starts a command can do so again."""
     try:
         yield
     except storage_errors() as error:
-        if storage is None or isinstance(error, OSError):
-            raise
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"the study cannot be read or written ({error}): make room, or mend its rights, and then this again"
+            ) from error
         raise ValueError(
-            f"{without_passwords(storage)} does not answer any more ({type(error).__name__}): start it, and then this again"
+            f"{without_passwords(storage or 'the storage')} does not answer any more ({type(error).__name__}): start it, and then this again"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import shutil
 import time
@@ -166,6 +167,13 @@ def test_a_server_that_goes_while_a_study_is_opened_is_a_refusal_too(
     with pytest.raises(
         ValueError, match=r"here\.db does not answer any more \(StorageInternalError\): start it, and then"
     ):
+        workers.open_existing(files, study, trainer, storage=here)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hpo.trials.open_study", full)
+    with pytest.raises(ValueError, match=r"cannot be read or written .*No space left.*make room"):
         workers.open_existing(files, study, trainer, storage=here)
 
 

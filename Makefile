@@ -15,10 +15,11 @@ CONSTRAINT := $(if $(GPU),,-c constraints/cpu.txt)
 
 .PHONY: quickstart test install install-test lint clean-quickstart
 
+# Exit code 3 is an answer with doubts, which it has named: the target is trained all the same.
 quickstart: install
 	hpo launch studies/quickstart.toml
 	scaling fit quickstart
-	scaling recommend quickstart --target || [ $$? -eq 3 ] # 3: an answer with doubts, which it has named; the target is trained all the same
+	scaling recommend quickstart --target || [ $$? -eq 3 ]
 	proxies launch studies/quickstart.toml
 	scaling report quickstart
 

@@ -154,25 +154,12 @@ def find_child(client: MlflowClient, parent: str, name: str) -> Any:
     return next(iter(_children(client, parent, name)), None)
 
 
-def child_run(
-    client: MlflowClient,
-    parent: str,
-    name: str,
-    *,
-    role: str,
-    params: Mapping[str, Any],
-    commit: str | None = None,
-    began: int | None = None,
-    reopen: bool = False,
-) -> str:
+def child_run(client: MlflowClient, parent: str, name: str, *, role: str, params: Mapping[str, Any]) -> str:
     """The id of the parent's child run called `name` (one per configuration or target), made when it is not there yet.
 
     One that is there gets the parameters that it lacks: whoever made it may have been cut off before they were written.
-    commit, began (ms since the epoch): of a run that began before MLflow could be told; default: now. reopen: also one that
-    has ended is running again.
     """
-    flat = flat_params(params)
-    run, missing = child_lacking(client, parent, name, role, flat, commit=commit, began=began, reopen=reopen)
+    run, missing = child_lacking(client, parent, name, role, flat_params(params))
     log_records(client, run, [], {}, missing)
     return run
 
@@ -188,7 +175,11 @@ def child_lacking(
     began: int | None = None,
     reopen: bool = False,
 ) -> tuple[str, dict[str, str]]:
-    """As child_run, but the parameters that it lacks are left to the caller, who can send them with the first records."""
+    """As child_run, but the parameters that it lacks are left to the caller, who can send them with the first records.
+
+    commit, began (ms since the epoch): of a run that began before MLflow could be told; default: now. reopen: also one that
+    has ended is running again.
+    """
     found = find_child(client, parent, name)
     if found is not None:
         if reopen and found.info.status != "RUNNING":

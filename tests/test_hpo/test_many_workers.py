@@ -20,7 +20,7 @@ from benchmarks.servers import PostgreSQL, free_port, postgresql
 from hpo import locks, opening, workers
 from hpo.leases import Sightings
 from hpo.locks import Tickets, lock_of
-from hpo.study import load_study
+from hpo.study import StudyConfig, Trainer, load_study
 from tests.test_hpo.test_leases import Clock
 from tests.test_hpo.test_workers import STUDY, Study
 
@@ -109,16 +109,20 @@ def test_a_killed_postgresql_is_waited_for(server: PostgreSQL, tmp_path: Path) -
     study.run("worker", "toy", "--storage", server.url)
 
 
+def toy_study(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[workers.StudyFiles, str, StudyConfig, Trainer]:
+    """Its files, where its MLflow store will be, the study and its trainer, in a folder that is now the current one."""
+    monkeypatch.chdir(folder)
+    (folder / "studies").mkdir()
+    toml = folder / "studies" / "toy.toml"
+    toml.write_text(STUDY.format(pause=0.0, seeds=1, steps=folder))
+    return workers.StudyFiles(toml), f"sqlite:///{folder}/mlflow.db", *load_study(toml)
+
+
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader")  # Optuna's, when a study is deleted
 def test_a_study_is_opened_only_where_it_was_launched_and_forgotten_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "studies").mkdir()
-    toml = tmp_path / "studies" / "toy.toml"
-    toml.write_text(STUDY.format(pause=0.0, seeds=1, steps=tmp_path))
-    files, uri = workers.StudyFiles(toml), f"sqlite:///{tmp_path}/mlflow.db"
-    study, trainer = load_study(toml)
+    files, uri, study, trainer = toy_study(tmp_path, monkeypatch)
     here, elsewhere = (f"sqlite:///{tmp_path}/{name}.db" for name in ("here", "elsewhere"))
     workers.create(files, study, trainer, uri=uri, storage=here)
     assert workers.open_existing(files, study, trainer, storage=here).progress.done == 0
@@ -152,12 +156,8 @@ def test_a_server_that_goes_while_a_study_is_opened_is_a_refusal_too(
 ) -> None:
     from optuna.exceptions import StorageInternalError
 
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "studies").mkdir()
-    toml = tmp_path / "studies" / "toy.toml"
-    toml.write_text(STUDY.format(pause=0.0, seeds=1, steps=tmp_path))
-    files, uri, here = workers.StudyFiles(toml), f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/here.db"
-    study, trainer = load_study(toml)
+    files, uri, study, trainer = toy_study(tmp_path, monkeypatch)
+    here = f"sqlite:///{tmp_path}/here.db"
     workers.create(files, study, trainer, uri=uri, storage=here)
 
     def gone(*_: object, **__: object) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scaling.forecast import Finished, learn_prior, logged, predict_end
-from scaling.laws import Array
+from scaling.common.arrays import Array
+from scaling.curves.in_progress import Finished, learn_prior, logged, predict_end
 
 MASSES = (0.5, 0.8, 0.95)
 

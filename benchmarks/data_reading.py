@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from proxies import data
-from proxies.config import ProxyConfig
-from proxies.data import load_corpus
-from proxies.family import measure_speed
-from proxies.mixture import Reader, open_data
-from proxies.tokens import Tokens
+from proxies.config.proxy import ProxyConfig
+from proxies.data import corpora
+from proxies.data.corpora import load_corpus
+from proxies.data.mixture import Reader, open_data
+from proxies.data.token_files import Tokens
+from proxies.training.throughput import measure_speed
 
 
 class Plain(Dataset[tuple[Tensor, Tensor]]):
@@ -99,7 +99,7 @@ def report_opening(folder: Path, gib: float, rounds: int) -> None:
     time.sleep(2.5)  # a file that was just written is not remembered
 
     def opened() -> None:
-        data._load.cache_clear()
+        corpora._load.cache_clear()
         load_corpus(str(path), vocab=50_257)
 
     opened()

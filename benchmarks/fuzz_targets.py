@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 Reader = Callable[[bytes, Path], None]
@@ -97,9 +96,9 @@ tokens = 393_216
 
 
 def study(folder: Path) -> list[Kind]:
-    import hpo.study
-    from hpo.study import load_study
-    from hpo.tables import TrainerTable
+    from hpo.study import config
+    from hpo.study.config import load_study
+    from hpo.study.schema import TrainerTable
 
     find = TrainerTable.find
 
@@ -108,7 +107,7 @@ def study(folder: Path) -> list[Kind]:
             raise ImportError("another module")
         return find(table)
 
-    hpo.study.say = _
+    config.say = _
     TrainerTable.find = ours_only  # type: ignore[method-assign]
     corpus = written(b"some text of a few words. " * 4000, folder / "corpus.txt")
     seeds = (OURS.replace("CORPUS", str(corpus)).encode(), COMMAND.encode())
@@ -131,8 +130,8 @@ WANDB = {"N": "params", "D": "tokens:millions", "loss": "val_loss", "batch_token
 def runs(folder: Path) -> list[Kind]:
     import pandas as pd
 
-    from scaling.imports import import_runs, read_mapping
-    from scaling.runs import load_runs
+    from scaling.runs.importer import import_runs, read_mapping
+    from scaling.runs.io import load_runs
 
     def reader(suffix: str, mapping: Mapping[str, str] | None) -> Reader:
         def read(data: bytes, here: Path) -> None:
@@ -169,12 +168,12 @@ def journal(folder: Path) -> list[Kind]:
     import optuna
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    from hpo.record import Stopped
-    from hpo.search import Search
-    from proxies.arms import Ended
-    from proxies.growth_runs import read_rows
-    from proxies.launch import read_plan
-    from scaling import spool
+    from hpo.search.search import Search
+    from hpo.storage.trial_attributes import Stopped
+    from proxies.growth.runs import read_rows
+    from proxies.launch.arms import Ended
+    from proxies.launch.plan import read_plan
+    from scaling.tracking import sender, spool
 
     space: dict[str, Any] = {"lr": FloatDistribution(1e-4, 1e-1, log=True), "kind": CategoricalDistribution(["a", "b"])}
 
@@ -213,11 +212,10 @@ def journal(folder: Path) -> list[Kind]:
     def read_records(data: bytes, here: Path) -> None:
         """Nothing may hold up what comes after it, so this reader never refuses."""
         path = written(data, here / f"1{spool.ENDING}")
-        if left := spool.send(here, "nowhere"):
+        if left := sender.send(here, "nowhere"):
             raise AssertionError(f"{left} records of {path.name} cannot be sent")
 
-    spool.tracking = _mlflow()  # type: ignore[assignment]
-    spool.say = _
+    vars(sender).update(_mlflow(), say=_)
     plan = {
         "study": "s", "command": "train --lr {lr} --tokens {tokens}", "values": {"lr": 0.1, "tokens": 100, "N": 1e6}, "tokens": 100,
         "because": {"N": 1e6, "D": 100, "lr": 0.1, "loss": 2.0, "loss_interval": [1.9, 2.1], "mass": 0.9},
@@ -240,8 +238,8 @@ def journal(folder: Path) -> list[Kind]:
     ]  # fmt: skip
 
 
-def _mlflow() -> Any:
-    """One that takes everything of the right kind, in place of scaling.tracking."""
+def _mlflow() -> dict[str, Any]:
+    """Functions that accept every record of the right kind, in place of those of `scaling.tracking` in the sender."""
 
     @contextmanager
     def impatient(_: float = 0.0) -> Iterator[None]:
@@ -252,8 +250,8 @@ def _mlflow() -> Any:
         assert all(isinstance(v, str) for v in (*tags.values(), *params.values()))
 
     none = lambda *_, **__: "x"  # noqa: E731
-    return SimpleNamespace(
-        impatient=impatient, log_records=log_records, refused=lambda _: False, load=none, connect=none, study_run=none,
+    return dict(  # noqa: C408
+        impatient=impatient, log_records=log_records, refused=lambda _: False, load=none, _connected=none, connect=none, study_run=none,
         child_lacking=lambda *given, **_: ("x", given[4]), finish=none, drop_twins=none,
     )  # fmt: skip
 
@@ -264,11 +262,11 @@ def _mlflow() -> Any:
 def checkpoint(folder: Path) -> list[Kind]:
     import torch
 
-    from proxies.checkpoints import HEADER, load_model, load_state, write_run, write_state
-    from proxies.config import ProxyConfig
-    from proxies.growing import open_trained, read_grown, write_grown
-    from proxies.sharded import TABLE, sums
-    from proxies.training import train
+    from proxies.config.proxy import ProxyConfig
+    from proxies.growth.files import open_trained, read_grown, write_grown
+    from proxies.training.checkpoints import HEADER, load_model, load_state, write_run, write_state
+    from proxies.training.loop import train
+    from proxies.training.shards import TABLE, sums
 
     shape: dict[str, Any] = {"n_layers": 1, "d_head": 4, "base_width": 4, "vocab": 256, "seq_len": 8, "ff_mult": 1, "eval_windows": 2, "batch_seqs": 2, "warmup_tokens": 8}  # fmt: skip
     config = ProxyConfig(d_model=4, corpus=str(written(b"a few words " * 4000, folder / "corpus.txt")), **shape)

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scaling.bowls import SHAPE, Grouped, fit_bowl, prior_of
-from scaling.hpfit import fit_hp_law
-from scaling.laws import Array, HPLaw
+from scaling.common.arrays import Array
+from scaling.fitting.bowl import SHAPE, Grouped, fit_bowl, prior_of
+from scaling.fitting.lr_batch_law import fit_hp_law
+from scaling.laws.formulas import HPLaw
 
 MASS = 0.8
 SPLITS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {  # the runs fitted; the rest of the table is asked

@@ -34,9 +34,9 @@ TIMED = (
     "print(n, time.perf_counter() - t, time.process_time() - c)"
 )
 READINGS = {
-    "scaling, file": "from scaling.imports import import_runs\nimport pandas\n"
+    "scaling, file": "from scaling.runs.importer import import_runs\nimport pandas\n"
     + TIMED.format("import_runs({name!r}, mapping={mapping!r}, tracking_uri={uri!r})[0]"),
-    "scaling, client": "import mlflow\nfrom scaling import records\nfrom scaling.imports import import_runs\nimport pandas\n"
+    "scaling, client": "import mlflow\nfrom scaling.tracking import records\nfrom scaling.runs.importer import import_runs\nimport pandas\n"
     "records._from_sqlite = lambda *_: None\n"
     + TIMED.format("import_runs({name!r}, mapping={mapping!r}, tracking_uri={uri!r})[0]"),
     "mlflow.search_runs": "import mlflow\nmlflow.set_tracking_uri({uri!r})\n"
@@ -48,9 +48,9 @@ def make(path: Path, runs: int) -> None:
     """Finished runs with 8 parameters and 5 metrics of 3 points each."""
     from mlflow.entities import Metric, Param
 
-    from scaling import tracking
+    from scaling.tracking.client import connect
 
-    client = tracking.connect(f"sqlite:///{path}")
+    client = connect(f"sqlite:///{path}")
     experiment = client.create_experiment(EXPERIMENT)
     draw = random.Random(0)
     for i in range(runs):

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scaling.envelope import approaches_table, compare_approaches
-from scaling.fit import fit_loss_law
-from scaling.forms import AVERAGE, compare_forms
-from scaling.isoflop import fit_isoflop
-from scaling.laws import Array
+from scaling.common.arrays import Array
+from scaling.fitting.envelope import approaches_table, compare_approaches
+from scaling.fitting.forms import AVERAGE, compare_forms
+from scaling.fitting.isoflop import fit_isoflop
+from scaling.fitting.loss_law import fit_loss_law
 
 PORIAN = ["src", "dataset", "hparams", "warmup", "decay", "param_count", "val"]
 TARGETS = {

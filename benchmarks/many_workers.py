@@ -27,8 +27,9 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial
 
 from benchmarks.servers import postgresql, proxy
-from hpo.hyperband import rung_sizes
-from hpo.search import Lost, Search
+from hpo.search.hyperband import rung_sizes
+from hpo.search.search import Search
+from hpo.storage.leases import Lost
 
 STORAGES = ("journal", "postgresql", "grpc+journal", "grpc+postgresql")
 TOKENS = (1_000, 27_000)

@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.mlflow_scale --only open rate logging
     OMP_NUM_THREADS=1 python -m benchmarks.mlflow_scale --only commands --folder /tmp/kept
 
-`rate` is of scaling.spool.Recorder: from the first point of three metrics to the end of the `with`, when MLflow has them all.
+`rate` is of scaling.tracking.recorder.Recorder: from the first point of three metrics to the end of the `with`, when MLflow has them all.
 `logging` trains the quickstart's smallest proxy with and without a Recorder, by turns, in one process that has trained before.
 The large store holds one study, "big", whose losses follow a law. Each command is a process of its own, run by turns beside
 that store and beside one of 100 runs.
@@ -27,9 +27,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling import tracking
-from scaling.runs import Measurement
-from scaling.spool import Recorder
+from scaling.common.measurement import Measurement
+from scaling.tracking.client import connect, experiment_id
+from scaling.tracking.experiment import child_run, finish, study_run
+from scaling.tracking.log import log_records, now_ms, result_of
+from scaling.tracking.recorder import Recorder
 
 ALL = ("open", "rate", "logging", "commands")
 SMALL = 100  # runs of the other store
@@ -49,7 +51,7 @@ corpus = "stdlib"
 [workers]
 count = 1
 """
-LOAD = "from scaling.runs import load_runs; print(len(load_runs('big')))"
+LOAD = "from scaling.runs.io import load_runs; print(len(load_runs('big')))"
 COMMANDS: dict[str, Sequence[str]] = {
     "load_runs": ("-c", LOAD),
     "scaling fit": ("-m", "scaling", "fit", "big"),
@@ -64,8 +66,8 @@ def _open(uri: str, go: Any, said: Any) -> None:
     go.wait()
     began = time.perf_counter()
     try:
-        client = tracking.connect(uri)
-        tracking.study_run(client, "fresh")
+        client = connect(uri)
+        study_run(client, "fresh")
         said.put((time.perf_counter() - began, None))
     except Exception as error:  # counted
         said.put((time.perf_counter() - began, repr(error)))
@@ -84,8 +86,8 @@ def opened(processes: int) -> None:
         rows = [said.get(timeout=600) for _ in running]
         for process in running:
             process.join()
-        client = tracking.connect(uri)
-        runs = client.search_runs([tracking.experiment_id(client, "fresh")])
+        client = connect(uri)
+        runs = client.search_runs([experiment_id(client, "fresh")])
     failed = [why for _, why in rows if why]
     print(
         f"{processes} processes open a fresh store: {len(failed)} failed, {len(runs)} study, {max(s for s, _ in rows):.1f} s"
@@ -93,7 +95,7 @@ def opened(processes: int) -> None:
 
 
 def _record(uri: str, folder: str, name: str, points: int, said: Any) -> None:
-    tracking.connect(uri)  # imports are not counted
+    connect(uri)  # imports are not counted
     began = time.perf_counter()
     with Recorder(uri, "rate", name, role="proxy", params={"N": 1}, folder=Path(folder)) as run:
         for i in range(points):
@@ -108,7 +110,7 @@ def rate(processes: int, points: int) -> None:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         uri, said = f"sqlite:///{folder}/mlflow.db", context.Queue()
-        tracking.study_run(tracking.connect(uri), "rate")
+        study_run(connect(uri), "rate")
         given = [(uri, f"{folder}/records", f"run-{i}", points, said) for i in range(processes)]
         running = [context.Process(target=_record, args=args) for args in given]
         for process in running:
@@ -126,15 +128,15 @@ def rate(processes: int, points: int) -> None:
 
 def logging(rounds: int) -> None:
     """What recording adds to a training: until its last step, and until MLflow has it all; wall and CPU time of the process."""
-    from hpo.study import load_study
-    from scaling.compute import Fidelity
+    from hpo.study.config import load_study
+    from scaling.laws.compute import Fidelity
 
     study, trainer = load_study(Path("studies/quickstart.toml"))
     fidelity, params = Fidelity(min(trainer.sizes), study.search.tokens.min), study.probes[1]
     described = trainer.describe(params, fidelity)
     with tempfile.TemporaryDirectory() as folder:
         uri = f"sqlite:///{folder}/mlflow.db"
-        tracking.study_run(tracking.connect(uri), "quickstart")
+        study_run(connect(uri), "quickstart")
 
         def train(run: Recorder | None) -> tuple[float, int]:
             points = 0
@@ -177,8 +179,8 @@ def logging(rounds: int) -> None:
 
 def fill(path: Path, runs: int, points: int) -> None:
     """A study "big" of so many runs of 8 sizes and 6 lengths, each with a curve of so many points."""
-    client = tracking.connect(f"sqlite:///{path}")
-    parent = tracking.study_run(client, "big")
+    client = connect(f"sqlite:///{path}")
+    parent = study_run(client, "big")
     draw, began, added = random.Random(0), time.perf_counter(), 0.0
     for i in range(runs):
         size, tokens = 1e6 * 2.0 ** draw.randrange(8), int(1e8 * 2.0 ** draw.randrange(6))
@@ -192,15 +194,13 @@ def fill(path: Path, runs: int, points: int) -> None:
             + draw.gauss(0, 0.003)
         )
         params = {"N": size, "lr": lr, "batch_tokens": batch, "seq_len": 1024, "config": i}
-        run = tracking.child_run(client, parent, f"config-{i:05d}", role="proxy", params=params)
+        run = child_run(client, parent, f"config-{i:05d}", role="proxy", params=params)
         now = time.perf_counter()
-        curve = [
-            ({"loss": loss + 2 / (1 + j)}, tokens * (j + 1) // (points + 1), tracking.now_ms()) for j in range(points)
-        ]
-        metrics, tags = tracking.result_of(rung=0, tokens=tokens, loss=loss, seconds=1.0, checkpoint=None)
-        tracking.log_records(client, run, [*curve, (metrics, tokens, tracking.now_ms())], tags)
+        curve = [({"loss": loss + 2 / (1 + j)}, tokens * (j + 1) // (points + 1), now_ms()) for j in range(points)]
+        metrics, tags = result_of(rung=0, tokens=tokens, loss=loss, seconds=1.0, checkpoint=None)
+        log_records(client, run, [*curve, (metrics, tokens, now_ms())], tags)
         added += time.perf_counter() - now
-        tracking.finish(client, run)
+        finish(client, run)
     took = time.perf_counter() - began
     print(
         f"{runs:,} runs, {runs * points:,} points: {took:.0f} s, {runs / took:.0f} runs a second, "

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from proxies.config import ProxyConfig
+from proxies.config.proxy import ProxyConfig
 
 Step = Callable[[Tensor, Tensor], Tensor]
 

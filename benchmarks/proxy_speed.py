@@ -27,10 +27,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from nano import Step, gpt2_flops_per_token, gpt2_step, llama_step
 
-from proxies.config import ProxyConfig
-from proxies.mixture import open_data
-from proxies.together import Stack
-from proxies.training import Run, plan
+from proxies.config.proxy import ProxyConfig
+from proxies.config.steps import plan
+from proxies.data.mixture import open_data
+from proxies.training.run_state import Run
+from proxies.training.stacked import Stack
 
 H100_BF16_FLOPS = 989e12  # dense, SXM
 FAMILIES = {

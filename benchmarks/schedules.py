@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from proxies.config import ProxyConfig
-from proxies.stagewise import autolrs
-from proxies.training import plan, train
+from proxies.config.proxy import ProxyConfig
+from proxies.config.steps import plan
+from proxies.training.auto_lr import autolrs
+from proxies.training.loop import train
 
 FIRST = (-7, -6, -5)  # log2 of the rates that every grid starts with
 Run = Callable[[float, int], float]  # rate, seed -> loss

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from scaling import tracking
+from scaling.tracking.client import connect
 
 
 class MLflow:
@@ -24,7 +24,7 @@ class MLflow:
         self.store, self.log = f"sqlite:///{folder}/mlflow.db", folder / "server.log"
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
-        tracking.connect(self.store)
+        connect(self.store)
 
     def start(self) -> None:
         options = ["--backend-store-uri", self.store, "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
@@ -124,7 +124,7 @@ def proxy(storage: str) -> Iterator[str]:
     """Optuna's gRPC proxy in front of a storage; its URL."""
     port = free_port()
     code = (
-        "import sys; from hpo.opening import open_storage; from optuna.storages import run_grpc_proxy_server; "
+        "import sys; from hpo.storage.connect import open_storage; from optuna.storages import run_grpc_proxy_server; "
         "run_grpc_proxy_server(open_storage(sys.argv[1], None, 'x')[0], host='127.0.0.1', port=int(sys.argv[2]))"
     )
     process = subprocess.Popen(

@@ -35,14 +35,17 @@ from optuna.trial import FrozenTrial
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.servers import MLflow, PostgreSQL, free_port
-from hpo.journal import Journal
-from hpo.opening import open_storage
-from hpo.patience import storage_errors
-from hpo.study import load_study
-from hpo.workers import StudyFiles, open_existing
-from scaling import tracking
-from scaling.compute import Fidelity
-from scaling.runs import Measurement, load_runs
+from hpo.storage.connect import open_storage
+from hpo.storage.journal import Journal
+from hpo.storage.retry import storage_errors
+from hpo.study.config import load_study
+from hpo.study.files import StudyFiles
+from hpo.study.lifecycle import open_existing
+from scaling.common.measurement import Measurement
+from scaling.laws.compute import Fidelity
+from scaling.runs.io import load_runs
+from scaling.tracking.client import connect, experiment_id
+from scaling.tracking.log import read_curve
 
 ROOT = Path(__file__).parents[1]
 INTERVAL = 5  # steps between two checkpoints
@@ -469,7 +472,7 @@ def soak(world: World, *, seconds: float, faults: int, deadline: float = 900.0) 
     )
 
 
-SEND = "import sys; from pathlib import Path; from scaling.spool import send; assert send(Path(sys.argv[1]), sys.argv[2]) == 0"
+SEND = "import sys; from pathlib import Path; from scaling.tracking.sender import send; assert send(Path(sys.argv[1]), sys.argv[2]) == 0"
 
 
 def counted(world: World) -> Counts:
@@ -556,12 +559,10 @@ def recorded(world: World, results: Sequence[FrozenTrial]) -> tuple[list[str], i
         got = rows.get(key)
         if got is None or got[1] != gone or (loss is not None and abs(got[0] - loss) > 1e-12):
             said.append(f"{key}: {(loss, gone)} in the study, {got} in MLflow")
-    client = tracking.connect(world.uri)
+    client = connect(world.uri)
     points: dict[str, set[int]] = defaultdict(set)
-    for run in client.search_runs(
-        [tracking.experiment_id(client, "soak")], "tags.`muscale.role` = 'proxy'", max_results=5000
-    ):
-        points[run.info.run_name or ""] |= {int(step) for step in tracking.read_curve(client, run.info.run_id)[0]}
+    for run in client.search_runs([experiment_id(client, "soak")], "tags.`muscale.role` = 'proxy'", max_results=5000):
+        points[run.info.run_name or ""] |= {int(step) for step in read_curve(client, run.info.run_id)[0]}
     tops: dict[str, int] = {}
     for (name, tokens), (loss, _) in wanted.items():
         if loss is not None:

@@ -29,9 +29,9 @@ import numpy as np
 import optuna
 from scipy.stats import norm, spearmanr
 
-from hpo.cube import Cube
-from hpo.samplers import MODELS
-from scaling.compute import Fidelity
+from hpo.samplers.names import MODELS
+from hpo.samplers.unit_cube import Cube
+from scaling.laws.compute import Fidelity
 
 MIX = {1 / 27: 9, 1 / 9: 6, 1 / 3: 4, 1.0: 1}  # fidelity: share of 20 runs
 
@@ -56,8 +56,8 @@ def searches(bench: ModuleType, problem: Any, sampler: str, seeds: Sequence[int]
 
 def fits(problem: Any, surrogate: str, seeds: Sequence[int], times: int) -> list[float]:
     """Median rank correlation, nlpd and seconds per fit, each fitted to 20 * times runs."""
-    from hpo.neural import fit_deep, fit_nngp
-    from hpo.surrogate import fidelity_coordinates, fit_bowl, fit_surrogate
+    from hpo.surrogate.deep_kernels import fit_deep, fit_nngp
+    from hpo.surrogate.gp import fidelity_coordinates, fit_bowl, fit_surrogate
 
     fitter = {"bowl": fit_bowl, "deep": fit_deep, "nngp": fit_nngp}[surrogate]
     cube, scores = Cube(problem.space()), []

@@ -6,27 +6,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpo.hyperband import Ladder as Ladder
-    from hpo.samplers import MultiFidelitySampler as MultiFidelitySampler
-    from hpo.search import Job as Job
-    from hpo.search import Search as Search
-    from hpo.study import StudyConfig as StudyConfig
-    from hpo.study import load_study as load_study
+    from hpo.samplers.multi_fidelity import MultiFidelitySampler as MultiFidelitySampler
+    from hpo.search.hyperband import Ladder as Ladder
+    from hpo.search.search import Search as Search
+    from hpo.search.view import Job as Job
+    from hpo.study.config import StudyConfig as StudyConfig
+    from hpo.study.config import load_study as load_study
 
 _HOME = {
-    "Job": "search",
-    "Ladder": "hyperband",
-    "MultiFidelitySampler": "samplers",
-    "Search": "search",
-    "StudyConfig": "study",
-    "load_study": "study",
+    "Job": "hpo.search.view",
+    "Ladder": "hpo.search.hyperband",
+    "MultiFidelitySampler": "hpo.samplers.multi_fidelity",
+    "Search": "hpo.search.search",
+    "StudyConfig": "hpo.study.config",
+    "load_study": "hpo.study.config",
 }
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(f"hpo.{_HOME[name]}"), name)
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'hpo' has no attribute {name!r}")
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaling.cli import Commands, DryRun, Json, Uri, refusing, say
+from scaling.common.cli import Commands, DryRun, Json, Uri, refusing, say
 
 if TYPE_CHECKING:
-    from hpo.workers import Estimate
+    from hpo.launch.estimate import Estimate
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
@@ -40,7 +40,8 @@ def validate(study: Study) -> None:
 
     Example: hpo validate studies/quickstart.toml
     """
-    from hpo.study import load_study, study_path
+    from hpo.study.config import load_study
+    from hpo.study.files import study_path
 
     with refusing():
         path = study_path(study)
@@ -64,29 +65,30 @@ def launch(
 
     Example: hpo launch studies/quickstart.toml
     """
-    from hpo import workers
-    from hpo.study import load_study, study_path
+    from hpo.launch.estimate import estimate
+    from hpo.launch.launcher import supervise
+    from hpo.study.config import load_study
+    from hpo.study.files import StudyFiles, study_path
+    from hpo.study.lifecycle import create, open_search, refuse_existing, resumable
 
     ray = ray_at(executor, address)
     with refusing():
-        files = workers.StudyFiles(study_path(study))
+        files = StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
         config = config.with_workers(count)
         trainer.manifest()  # reads the data: what cannot be read is refused before anything is written
         show_example(config, trainer)
         if not dry_run:
-            workers.refuse_existing(files, uri=tracking_uri)
-        cost = workers.estimate(workers.open_search(config, trainer, None), config, trainer)
+            refuse_existing(files, uri=tracking_uri)
+        cost = estimate(open_search(config, trainer, None), config, trainer)
     typer.echo(f"{files.name}: {describe(cost)}", err=True)
-    if not workers.resumable(trainer):
+    if not resumable(trainer):
         say("  a longer run cannot go on from a shorter one with this trainer: promotions start afresh")
     if dry_run:
         return
     with refusing():
-        search = workers.create(files, config, trainer, uri=tracking_uri, storage=storage)
-    finish(
-        workers.supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray), files.name
-    )
+        search = create(files, config, trainer, uri=tracking_uri, storage=storage)
+    finish(supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray), files.name)
 
 
 @app.command()
@@ -138,14 +140,13 @@ def worker(
 
     Example: hpo worker quickstart --storage postgresql://me@server/studies
     """
-    from hpo import rematch, workers, working
-    from hpo.study import study_path
+    from hpo.confirm import runs
+    from hpo.study.files import StudyFiles, study_path
+    from hpo.worker.loop import work
 
     with refusing():
-        files = workers.StudyFiles(study_path(study))
-        code = (
-            rematch.work(files, uri=tracking_uri) if confirm else working.work(files, uri=tracking_uri, storage=storage)
-        )
+        files = StudyFiles(study_path(study))
+        code = runs.work(files, uri=tracking_uri) if confirm else work(files, uri=tracking_uri, storage=storage)
     for number in (signal.SIGINT, signal.SIGTERM):
         # One more of many, while Python takes itself down, is no error to be shown.
         signal.signal(number, signal.SIG_IGN)
@@ -160,7 +161,7 @@ def status(study: Study, storage: Storage = None, as_json: Json = False) -> None
     """
     from dataclasses import asdict
 
-    from hpo.workers import spent_in_words
+    from hpo.launch.progress import spent_in_words
 
     search, _ = open_existing(study, storage)
     now = search.progress
@@ -184,8 +185,8 @@ def best(study: Study, storage: Storage = None, as_json: Json = False) -> None:
 
     Example: hpo best quickstart --json
     """
-    from hpo import rematch
-    from hpo.confirm import in_words, is_of, lead_in_words
+    from hpo.confirm.runs import read_confirmation
+    from hpo.confirm.verdict import in_words, is_of, lead_in_words
 
     search, files = open_existing(study, storage)
     with refusing():
@@ -200,7 +201,7 @@ def best(study: Study, storage: Storage = None, as_json: Json = False) -> None:
     for at, found in search.usefulness().items():
         warning = "" if found > 0.5 else ": its ranks say little about the target" if found > 0.1 else ": it misleads"
         typer.echo(f"N {at.N:,.0f}, D {at.D:,.0f}: losses go with the target's by {found:.2f}{warning}")
-    confirmed = rematch.read_confirmation(files)
+    confirmed = read_confirmation(files)
     if confirmed:
         of = (
             "confirmed"
@@ -231,17 +232,19 @@ def confirm(
     """
     from dataclasses import asdict
 
-    from hpo import rematch, workers
-    from hpo.confirm import in_words
-    from hpo.study import load_study, study_path
+    from hpo.confirm.runs import conclude, estimate, files_of, make_plan, supervise
+    from hpo.confirm.verdict import in_words
+    from hpo.study import lifecycle
+    from hpo.study.config import load_study
+    from hpo.study.files import StudyFiles, study_path
 
     with refusing():
-        files = workers.StudyFiles(study_path(study))
+        files = StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
-        search = workers.open_existing(files, config, trainer, storage=storage)
+        search = lifecycle.open_existing(files, config, trainer, storage=storage)
         show_example(config, trainer)
-        plan = rematch.make_plan(search, rematch.files_of(files), seeds, against)
-        cost = rematch.estimate(plan, rematch.files_of(files), config, trainer)
+        plan = make_plan(search, files_of(files), seeds, against)
+        cost = estimate(plan, files_of(files), config, trainer)
     say(f"{files.name}: {plan.answer} against {plan.rival}, {seeds} fresh seeds each at {plan.at}")
     say(f"{files.name}: {cost.evaluations} of {len(plan.runs)} runs left, {describe_work(cost)}")
     if not search.finished:
@@ -251,11 +254,11 @@ def confirm(
             typer.echo(plan.model_dump_json())
         return
     if cost.evaluations:
-        code = rematch.supervise(files, plan, config, cost, uri=tracking_uri)
+        code = supervise(files, plan, config, cost, uri=tracking_uri)
         if code:
             raise typer.Exit(code)
     with refusing():
-        outcome = asdict(rematch.conclude(files, plan, uri=tracking_uri))
+        outcome = asdict(conclude(files, plan, uri=tracking_uri))
     typer.echo(json.dumps(outcome) if as_json else in_words(outcome))
 
 
@@ -270,15 +273,15 @@ def forget(
 
     Example: hpo forget quickstart --yes
     """
-    from hpo import workers
-    from hpo.study import study_path
+    from hpo.study import lifecycle
+    from hpo.study.files import StudyFiles, study_path
 
     with refusing():
-        files = workers.StudyFiles(study_path(study))
+        files = StudyFiles(study_path(study))
     if not yes:
         typer.confirm(f"remove {files.folder} and the runs of study {files.name!r} in MLflow?", abort=True)
     with refusing():
-        gone = workers.forget(files, uri=tracking_uri, storage=storage)
+        gone = lifecycle.forget(files, uri=tracking_uri, storage=storage)
     typer.echo(f"{files.name}: " + ("removed" if gone else "there was nothing to remove"))
 
 
@@ -289,7 +292,7 @@ def ray_at(executor: str, address: str) -> str | None:
             raise ValueError(f"needed --executor local or ray, got {executor!r}")
         if executor == "local":
             return None
-        from hpo.cluster import Ray
+        from hpo.launch.ray_cluster import Ray
 
         with Ray(address):
             return address
@@ -304,22 +307,25 @@ def go_on(
     dry_run: bool,
     tracking_uri: str | None,
 ) -> None:
-    from hpo import workers
-    from hpo.outcome import ending_of, noted, target_of
-    from hpo.patience import patiently
-    from hpo.study import load_study, study_path
+    from hpo.launch.estimate import estimate
+    from hpo.launch.launcher import send_left, supervise
+    from hpo.storage.retry import patiently
+    from hpo.study import lifecycle
+    from hpo.study.config import load_study
+    from hpo.study.files import StudyFiles, study_path
+    from hpo.study.mlflow_run import ending_of, noted, target_of
 
     with refusing():
-        files = workers.StudyFiles(study_path(study))
+        files = StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
         config = config.with_workers(count)
-        search = workers.open_existing(files, config, trainer, storage=storage)
+        search = lifecycle.open_existing(files, config, trainer, storage=storage)
         show_example(config, trainer)
         if max_tokens is not None:
             problems = trainer.problems(config.distributions, (config.search.tokens.min, max_tokens))
             if problems:
                 raise ValueError("; ".join(problems))
-        cost = patiently(lambda: workers.estimate(search, config, trainer, max_tokens=max_tokens))
+        cost = patiently(lambda: estimate(search, config, trainer, max_tokens=max_tokens))
         if not dry_run:
             noted(files.name, tracking_uri, target_of(config, trainer))
             if max_tokens is not None:
@@ -328,30 +334,29 @@ def go_on(
     if dry_run:
         return
     if not cost.evaluations:
-        workers.send_left(files, tracking_uri)
+        send_left(files, tracking_uri)
         noted(files.name, tracking_uri, ending_of(search))
         typer.echo(f"nothing left to run; `hpo extend {files.name} --max-tokens ...` raises its budget", err=True)
         return
-    finish(
-        workers.supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray), files.name
-    )
+    finish(supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray), files.name)
 
 
 def open_existing(study: str, storage: str | None) -> tuple[Any, Any]:
-    from hpo import workers
-    from hpo.study import load_study, study_path
+    from hpo.study import lifecycle
+    from hpo.study.config import load_study
+    from hpo.study.files import StudyFiles, study_path
 
     with refusing():
-        files = workers.StudyFiles(study_path(study))
+        files = StudyFiles(study_path(study))
         config, trainer = load_study(files.toml)
-        search = workers.open_existing(files, config, trainer, storage=storage)
+        search = lifecycle.open_existing(files, config, trainer, storage=storage)
     return search, files
 
 
 def show_example(config: Any, trainer: Any) -> None:
     """What the smallest run with middling settings executes, of a trainer that is another program."""
     if hasattr(trainer, "example"):
-        from scaling.compute import Fidelity
+        from scaling.laws.compute import Fidelity
 
         smallest = Fidelity(min(trainer.sizes), config.search.tokens.min)
         say(f"  runs, for example: {trainer.example(config.probes[1], smallest)}")

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from proxies import grow_command, launch_command
-from proxies.commands import Study, configured, interrupted, numbers, read_family
-from scaling.cli import Commands, DryRun, Json, interrupted_code, refusing, sigterm_as_interrupt
+from proxies.cli import grow, launch
+from proxies.cli.shared import Study, configured, interrupted, numbers, read_family
+from scaling.common.cli import Commands, DryRun, Json, interrupted_code, refusing, sigterm_as_interrupt
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
@@ -42,8 +42,9 @@ def check(
 
     Example: proxies check studies/quickstart.toml
     """
-    from proxies.certificates import STEPS, STEPS_OF, write_certificate
-    from proxies.checks import coordinate_check
+    from proxies.config.optimizer_gate import STEPS, STEPS_OF
+    from proxies.diagnostics.certificate import write_certificate
+    from proxies.diagnostics.coord_check import coordinate_check
 
     with refusing():
         family, _ = read_family(study)
@@ -53,7 +54,7 @@ def check(
         head, base = config.d_head * config.q_per_kv, config.base_width
         usual = [w for w in (base // 2, *(base * 2**i for i in range(4))) if w % head == 0]
         if plot is not None:
-            from proxies.plots import check_figure, draw_check
+            from proxies.diagnostics.figures import check_figure, draw_check
 
             check_figure(plot)
         if certificate is not None and not certificate.parent.is_dir():
@@ -97,8 +98,8 @@ def transfer(
 
     Example: proxies transfer studies/quickstart.toml --sizes 32,64,128 --dry-run
     """
-    from proxies.transfers import arms_of, expected_cost
-    from proxies.transfers import transfer as run
+    from proxies.diagnostics.lr_transfer import arms_of, expected_cost
+    from proxies.diagnostics.lr_transfer import transfer as run
 
     with refusing():
         family, toml = read_family(study)
@@ -117,7 +118,7 @@ def transfer(
         if dry_run:
             return
         if plot is not None:
-            from proxies.plots import check_figure, draw_transfer
+            from proxies.diagnostics.figures import check_figure, draw_transfer
 
             check_figure(plot)
         try:
@@ -166,9 +167,9 @@ def train(
     """
     from dataclasses import asdict
 
-    from proxies.growing import Start, read_grown
-    from proxies.training import train as run
-    from proxies.usage import Usage
+    from proxies.growth.files import Start, read_grown
+    from proxies.training.loop import train as run
+    from proxies.training.throughput import Usage
 
     with refusing():
         family, _ = read_family(study)
@@ -210,7 +211,7 @@ def autolrs(
     """
     from dataclasses import asdict
 
-    from proxies.stagewise import autolrs as search
+    from proxies.training.auto_lr import autolrs as search
 
     with refusing():
         family, _ = read_family(study)
@@ -247,13 +248,13 @@ def recipe(
 
     Example: proxies recipe quickstart --width 1024 --set lr=0.0078 --for torchtitan
     """
-    from proxies.export import as_json, as_megatron, as_table, as_torchtitan
-    from proxies.recipe import Recipe
+    from proxies.model.export import as_json, as_megatron, as_table, as_torchtitan
+    from proxies.model.recipe import Recipe
 
     tuned: int | None
     with refusing():
         if study.endswith(".json"):
-            from proxies.launch import read_plan
+            from proxies.launch.plan import read_plan
 
             plan = read_plan(Path(study))
             if plan.config is None:
@@ -277,8 +278,8 @@ def recipe(
     typer.echo(text)
 
 
-app.command()(grow_command.grow)
-app.command()(launch_command.launch)
+app.command()(grow.grow)
+app.command()(launch.launch)
 
 
 def main() -> None:

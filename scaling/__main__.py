@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaling.cli import Commands, Json, Uri, refusing, say
-from scaling.counts import read_count
-from scaling.runs import is_file
-from scaling.secrets import without_passwords
+from scaling.common.cli import Commands, Json, Uri, refusing, say
+from scaling.common.quantities import read_count
+from scaling.common.redact import without_passwords
+from scaling.runs.io import is_file
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from scaling.report import TargetCurve
+    from scaling.report.figures import TargetCurve
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
@@ -42,12 +42,12 @@ def import_(
     """Read runs from a file (also as W&B exports them) or an MLflow experiment, check them, and write one run table.
 
     Diverged and unfinished runs stay in it, marked; laws leave them out. Units: N=params:total, D=step:steps, D=tokens:billions,
-    batch_tokens=batch_size:sequences, loss=val_loss:bits, ... (all of them: scaling/units.py).
+    batch_tokens=batch_size:sequences, loss=val_loss:bits, ... (all of them: scaling/runs/units.py).
 
     Example: scaling import sweep.csv --out sweep.parquet --map N=params --map D=step:steps --map batch_tokens=bs:sequences --set seq_len=2048
     """
-    from scaling.imports import import_runs, quarantine, read_mapping
-    from scaling.runs import check_writable, save_runs
+    from scaling.runs.importer import import_runs, quarantine, read_mapping
+    from scaling.runs.io import check_writable, save_runs
 
     with refusing():
         check_writable(out)
@@ -77,8 +77,8 @@ def fit(
     Example: scaling fit quickstart
     Example: scaling fit runs.csv --no-compare --json
     """
-    from scaling.overview import overview, overview_text
-    from scaling.runs import load_runs
+    from scaling.report.fit_summary import overview, overview_text
+    from scaling.runs.io import load_runs
 
     with refusing():
         said = overview(load_runs(source, tracking_uri=tracking_uri), compare=compare)
@@ -123,22 +123,24 @@ def recommend(
     Example: scaling recommend runs.csv --params 7B --tokens 1.4T --beside step-law
     Example: scaling recommend runs.csv --flops 1e21 --no-next --json
     """
-    from scaling.fit import FitError
-    from scaling.recommendation import UNTRUSTED
-    from scaling.recommendation import recommend as ask
-    from scaling.runs import load_runs
+    from scaling.advice.recommendation import UNTRUSTED
+    from scaling.advice.recommendation import recommend as ask
+    from scaling.fitting.loss_law import FitError
+    from scaling.runs.io import load_runs
 
     with refusing():
         runs = load_runs(source, tracking_uri=tracking_uri)
         space = None
         if not is_file(source):
-            from scaling import tracking
+            from scaling.tracking.client import connect
+            from scaling.tracking.experiment import find_study_run
+            from scaling.tracking.log import read_note
 
-            client = tracking.connect(tracking_uri)
-            parent = tracking.find_study_run(client, source)
-            space = tracking.read_note(client, parent, "space")
+            client = connect(tracking_uri)
+            parent = find_study_run(client, source)
+            space = read_note(client, parent, "space")
             if target:
-                wanted = tracking.read_note(client, parent, "target")
+                wanted = read_note(client, parent, "target")
                 if wanted is None:
                     raise ValueError(f"study {source!r} has no [target]: give --params and --tokens, or --flops")
                 params, tokens = wanted["N"], wanted["D"]
@@ -177,11 +179,13 @@ def report(
 
     Example: scaling report quickstart
     """
-    from scaling import tracking
-    from scaling.halfway import study_curves
-    from scaling.recommendation import Recommendation
-    from scaling.report import render
-    from scaling.runs import load_runs
+    from scaling.advice.recommendation import Recommendation
+    from scaling.curves.backtest import study_curves
+    from scaling.report.html import render
+    from scaling.runs.io import load_runs
+    from scaling.tracking.client import connect
+    from scaling.tracking.experiment import find_study_run
+    from scaling.tracking.log import log_file, read_note
 
     with refusing():
         runs = load_runs(source, tracking_uri=tracking_uri)
@@ -192,14 +196,14 @@ def report(
             return
         if out is None and Path(source).name != source:  # MLflow knows names that would lead elsewhere
             raise ValueError(f"{source!r} is no name of a folder in studies/: say --out")
-        client = tracking.connect(tracking_uri)
-        parent = tracking.find_study_run(client, source)
-        note = tracking.read_note(client, parent, "recommendation")
+        client = connect(tracking_uri)
+        parent = find_study_run(client, source)
+        note = read_note(client, parent, "recommendation")
         answer = Recommendation.from_dict(note) if note else None
-        warm = tracking.read_note(client, parent, "warm_start")
-        curves = target_curves(client, runs, tracking.read_note(client, parent, "targets") or {})
+        warm = read_note(client, parent, "warm_start")
+        curves = target_curves(client, runs, read_note(client, parent, "targets") or {})
         before = answer  # what was predicted before the target ran: since then laws may have learnt from it
-        if answer and (told := tracking.read_note(client, parent, "predicted")):
+        if answer and (told := read_note(client, parent, "predicted")):
             before = Recommendation.from_dict(answer.to_dict() | told)
         page = render(
             source,
@@ -213,7 +217,7 @@ def report(
         path = out or Path("studies") / source / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page)
-        tracking.log_file(client, parent, path)
+        log_file(client, parent, path)
     if answer and before:
         typer.echo(str(answer))
         lo, hi = before.loss_interval
@@ -252,25 +256,25 @@ def record(source: str, tracking_uri: str | None, name: str, value: dict[str, An
     """Keep an answer with the study that it came from (a file has no place for it)."""
     if is_file(source):
         return
-    from scaling import tracking
+    from scaling.tracking.client import connect
+    from scaling.tracking.experiment import find_study_run
+    from scaling.tracking.log import log_summary, write_note
 
-    client = tracking.connect(tracking_uri)
-    parent = tracking.find_study_run(client, source)
-    tracking.write_note(client, parent, name, json.loads(json.dumps(value, default=float)))
+    client = connect(tracking_uri)
+    parent = find_study_run(client, source)
+    write_note(client, parent, name, json.loads(json.dumps(value, default=float)))
     if name == "recommendation":
-        tracking.log_summary(
-            client, parent, {f"recommended_{k}": float(value[k]) for k in ("lr", "batch_tokens", "loss")}
-        )
+        log_summary(client, parent, {f"recommended_{k}": float(value[k]) for k in ("lr", "batch_tokens", "loss")})
 
 
 def target_curves(client: Any, runs: pd.DataFrame, arms: dict[str, str]) -> list[TargetCurve]:
     """The curves of the target launched last. arms: its name of each arm -> run id."""
-    from scaling import tracking
-    from scaling.report import TargetCurve
+    from scaling.report.figures import TargetCurve
+    from scaling.tracking.log import read_curve
 
     curves = []
     for arm, run_id in arms.items():
-        tokens, loss = tracking.read_curve(client, run_id)
+        tokens, loss = read_curve(client, run_id)
         end = runs[runs["run_id"] == run_id].iloc[0]
         curves.append(TargetCurve(arm, tokens, loss, float(end["D"]), float(end["loss"])))
     return curves

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from scaling import spool
+from scaling.tracking import recorder
 
 
 @pytest.fixture(autouse=True)
 def _no_commit_of_another_folder() -> Iterator[None]:
     """Records name the commit of the folder that a process began in, once found; tests change the folder."""
-    spool._commit.cache_clear()
+    recorder._commit.cache_clear()
     yield
-    spool._commit.cache_clear()
+    recorder._commit.cache_clear()

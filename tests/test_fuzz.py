@@ -23,13 +23,15 @@ def target(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, list[Kind]]]:
     """One target with what it needs; what it puts in place of other parts is taken back."""
-    import hpo.study
-    from hpo.tables import TrainerTable
-    from scaling import spool
+    from hpo.study import config
+    from hpo.study.schema import TrainerTable
+    from scaling.tracking import sender
 
-    before = hpo.study.say, TrainerTable.find, spool.tracking, spool.say
+    find, before = TrainerTable.find, [(module, dict(vars(module))) for module in (config, sender)]
     yield request.param, targets(request.param, tmp_path_factory.mktemp(request.param))
-    hpo.study.say, TrainerTable.find, spool.tracking, spool.say = before  # type: ignore[method-assign]
+    TrainerTable.find = find  # type: ignore[method-assign]
+    for module, names in before:
+        vars(module).update(names)
 
 
 def test_whole_files_are_read_and_damaged_ones_read_or_refused_by_name(
@@ -76,7 +78,7 @@ def test_any_bytes_at_all_are_refused(target: tuple[str, list[Kind]], tmp_path: 
     )
 )
 def test_json_of_any_shape_is_a_table_or_refused_by_name(tmp_path: Path, value: object) -> None:
-    from scaling.runs import load_runs
+    from scaling.runs.io import load_runs
 
     def read(data: bytes, here: Path) -> None:
         (here / "x.json").write_bytes(data)

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hpo import workers, working
 from hpo.__main__ import app
-from hpo.study import StudyError, load_study
-from hpo.workers import StudyFiles
-from proxies import training
-from proxies.family import ProxyFamily
+from hpo.study.config import StudyError, load_study
+from hpo.study.files import StudyFiles
+from hpo.study.lifecycle import create, open_search
+from hpo.worker.loop import work
+from proxies.trainers.proxy_family import ProxyFamily
+from proxies.training import loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # of MLflow's, by SQLAlchemy
 
@@ -48,18 +49,18 @@ def test_a_promotion_pays_its_full_price_under_a_horizon_and_the_difference_with
     assert ("promotions start afresh" in said.output) == (schedule == "cosine")
 
     asked: list[tuple[int, Path | None]] = []
-    train = training.train
+    train = loop.train
 
     def noting(config: Any, tokens: int, *, resume: Path | None = None, **rest: Any) -> Any:
         asked.append((tokens, resume))
         return train(config, tokens, resume=resume, **rest)
 
-    monkeypatch.setattr(training, "train", noting)
+    monkeypatch.setattr(loop, "train", noting)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     study, trainer = load_study(files.toml)
-    expected = workers.open_search(study, trainer, None).plan()
-    search = workers.create(files, study, trainer, uri=uri)
-    assert working.work(files, uri=uri, apart=False) == 0
+    expected = open_search(study, trainer, None).plan()
+    search = create(files, study, trainer, uri=uri)
+    assert work(files, uri=uri, apart=False) == 0
     assert search.finished
 
     levels = [tokens for tokens, _ in asked]

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from sqlalchemy.engine import URL
 from typer.testing import CliRunner
 
-from scaling.secrets import secrets_in, without_passwords
+from scaling.common.redact import secrets_in, without_passwords
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("scaling", "hpo", "proxies", "studies", "benchmarks")
@@ -93,8 +93,8 @@ def test_settings_that_are_credentials_are_named_and_no_others() -> None:
 
 
 def test_a_study_or_plan_with_a_credential_is_refused_before_it_is_recorded(tmp_path: Path) -> None:
-    from hpo.study import StudyError, load_study
-    from proxies.launch import read_plan
+    from hpo.study.config import StudyError, load_study
+    from proxies.launch.plan import read_plan
 
     text = (ROOT / "studies" / "external.toml").read_text()
     (tmp_path / "x.toml").write_text(
@@ -148,7 +148,7 @@ def test_no_command_shows_the_password_of_a_store_that_fails(
 
 
 def test_optuna_does_not_quote_the_password_of_a_storage() -> None:
-    from hpo.opening import open_storage
+    from hpo.storage.connect import open_storage
 
     for url in (
         f"foo://me:{HUSH}@h/d",
@@ -165,7 +165,8 @@ def test_the_records_hold_neither_addresses_nor_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Not in the database, nor in what waits for it, in a repository whose remote has a token."""
-    from scaling import spool, tracking
+    from scaling.tracking import recorder, sender
+    from scaling.tracking.client import connect
 
     monkeypatch.chdir(tmp_path)
     for words in ("init -q", f"remote add origin https://{HUSH}@example.org/x.git"):
@@ -175,13 +176,13 @@ def test_the_records_hold_neither_addresses_nor_the_environment(
     store = f"sqlite:///{tmp_path}/mlflow.db"
     for uri, folder in ((store, "sent"), (f"http://me:{HUSH}@127.0.0.1:1", "waiting")):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with spool.Recorder(None, "s", "run", role="proxy", params={"lr": 0.1}, folder=tmp_path / folder) as run:
+        with recorder.Recorder(None, "s", "run", role="proxy", params={"lr": 0.1}, folder=tmp_path / folder) as run:
             run.tag("note", "x")
             run.finish()
     assert "127.0.0.1" in (said := capfd.readouterr().err)
     assert "hush" not in said
-    assert spool.send(tmp_path / "waiting", store) == 0
-    tracking.connect(store)
+    assert sender.send(tmp_path / "waiting", store) == 0
+    connect(store)
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as db:
         assert "run" in (dumped := "\n".join(db.iterdump()))
     assert "hush" not in dumped
@@ -190,8 +191,8 @@ def test_the_records_hold_neither_addresses_nor_the_environment(
 
 def test_a_password_is_on_no_command_line(tmp_path: Path) -> None:
     """Every user of a machine can read those of all processes."""
-    from proxies.arms import commands, shown
-    from proxies.launch import LaunchPlan
+    from proxies.launch.arms import commands, shown
+    from proxies.launch.plan import LaunchPlan
 
     plan, uri = LaunchPlan.model_validate(PLAN), f"postgresql://me:{HUSH}@h/d"
     (words,) = commands(plan, tmp_path / "plan.json", "scratch", uri=uri)
@@ -239,10 +240,11 @@ def test_no_name_becomes_an_element_of_a_report() -> None:
 
 def page_of(names: Sequence[str]) -> str:
     """A report in which everything that can have a name has one of these."""
-    from scaling.flags import Flag
-    from scaling.halfway import RunCurve
-    from scaling.recommendation import recommend
-    from scaling.report import TargetCurve, render
+    from scaling.advice.flags import Flag
+    from scaling.advice.recommendation import recommend
+    from scaling.curves.backtest import RunCurve
+    from scaling.report.figures import TargetCurve
+    from scaling.report.html import render
     from tests.test_scaling.test_report import curves, planted
 
     runs = planted((1e4, 1e5), parametrization="mup", config="1", rung=0, checkpoint="x.pt")
@@ -271,14 +273,17 @@ import sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 from optuna.distributions import FloatDistribution
-from hpo.search import Search
-from hpo.repeats import write_result
-from proxies.arms import Ended
-from proxies.checkpoints import FORMAT, write_run
-from proxies.growth_runs import add_row
-from proxies.launch import LaunchPlan, write_plan
-from proxies.tokens import kept_file
-from scaling import spool, tracking
+from hpo.search.search import Search
+from hpo.worker.results import write_result
+from proxies.launch.arms import Ended
+from proxies.training.checkpoints import FORMAT, write_run
+from proxies.growth.runs import add_row
+from proxies.launch.plan import LaunchPlan, write_plan
+from proxies.data.token_files import kept_file
+from scaling.tracking.client import connect
+from scaling.tracking.experiment import study_run
+from scaling.tracking.log import log_file
+from scaling.tracking.recorder import Recorder
 import json, torch
 
 here, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -293,12 +298,12 @@ Ended(2.0, 100, 1.0, None).write(here / "target", "scratch")
 write_result(here / "result.json", 1.0)
 add_row(here / "ladders.jsonl", {})
 kept_file("key", ".txt", lambda: "text")
-run = spool.Recorder("http://127.0.0.1:1", "s", "run", role="proxy", params={}, folder=here / "records")
+run = Recorder("http://127.0.0.1:1", "s", "run", role="proxy", params={}, folder=here / "records")
 run.finish()
 run.close()
-client = tracking.connect(store)
-parent = tracking.study_run(client, "s", artifacts=here / "artifacts")
-tracking.log_file(client, parent, here / "result.json")
+client = connect(store)
+parent = study_run(client, "s", artifacts=here / "artifacts")
+log_file(client, parent, here / "result.json")
 """
 
 
@@ -344,7 +349,7 @@ def test_what_is_written_has_the_rights_that_the_umask_leaves(umask: int, tmp_pa
 def test_a_trainer_is_said_before_its_module_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hpo.study import StudyError, load_study
+    from hpo.study.config import StudyError, load_study
 
     (tmp_path / "loud_trainer.py").write_text(
         "import sys\nprint('imported', file=sys.stderr)\nraise RuntimeError('at import')\n"
@@ -362,8 +367,8 @@ def test_a_trainer_is_said_before_its_module_is_imported(
 
 
 def test_a_command_is_said_whole_with_its_folder_and_variables(tmp_path: Path) -> None:
-    from proxies.command_family import CommandFamily
-    from scaling.compute import Fidelity
+    from proxies.trainers.command_family import CommandFamily
+    from scaling.laws.compute import Fidelity
 
     family = CommandFamily(
         command="train --lr {lr} {tokens}", sizes=[{"N": 10}], cwd=tmp_path, environment={"LD_PRELOAD": "a b.so"}
@@ -374,7 +379,7 @@ def test_a_command_is_said_whole_with_its_folder_and_variables(tmp_path: Path) -
 
 @pytest.mark.parametrize("field", ["{lr.__class__}", "{lr.__init__.__globals__}", "{lr[0]}", "{lr!r}", "{lr:>30}"])
 def test_a_name_in_a_command_is_a_name_and_no_more(field: str) -> None:
-    from proxies.external import resolved
+    from proxies.trainers.command import resolved
 
     with pytest.raises(ValueError, match=r"a \{name\} and no more between braces"):
         resolved(f"train {field}", {"lr": 0.1})
@@ -412,7 +417,7 @@ def test_nothing_is_unpickled_but_by_the_readers_that_allow_it() -> None:
         for p in (ROOT / package).rglob("*.py")
         if "Unpickler" in p.read_text()
     }
-    assert text == {"proxies/sharded.py"}
+    assert text == {"proxies/training/shards.py"}
 
 
 # --- folders of a run made by someone who knows the checksums ---------------------------------------------------------
@@ -458,7 +463,7 @@ def test_a_table_of_tensors_runs_nothing_that_is_in_it(
 ) -> None:
     from torch.distributed.checkpoint.metadata import Metadata
 
-    from proxies.sharded import TABLE, open_tensors
+    from proxies.training.shards import TABLE, open_tensors
 
     monkeypatch.chdir(tmp_path)
     before = dict(vars(Metadata))
@@ -474,8 +479,8 @@ def test_a_tensor_that_a_table_calls_bytes_is_not_unpickled(tmp_path: Path) -> N
     import torch
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-    from proxies.checkpoints import FORMAT, HEADER, load_state, write_run, write_state
-    from proxies.sharded import TABLE, sums
+    from proxies.training.checkpoints import FORMAT, HEADER, load_state, write_run, write_state
+    from proxies.training.shards import TABLE, sums
 
     path = tmp_path / "run"
     write_run({"format": FORMAT, "trunk": {"c": torch.ones(3, 2)}}, path)
@@ -504,7 +509,7 @@ def test_a_tensor_that_a_table_calls_bytes_is_not_unpickled(tmp_path: Path) -> N
 def test_a_header_names_nothing_outside_its_folder(change: dict[str, Any], tmp_path: Path) -> None:
     import torch
 
-    from proxies.checkpoints import FORMAT, HEADER, load_state, write_run, write_state
+    from proxies.training.checkpoints import FORMAT, HEADER, load_state, write_run, write_state
 
     path = tmp_path / "run"
     write_run({"format": FORMAT, "trunk": {"c": torch.ones(3, 2)}}, path)
@@ -525,7 +530,7 @@ def test_a_study_of_mlflow_whose_name_is_a_path_is_not_written_to_that_path(
     from scaling.__main__ import app
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("scaling.runs.load_runs", lambda *_, **__: None)
+    monkeypatch.setattr("scaling.runs.io.load_runs", lambda *_, **__: None)
     told = CliRunner().invoke(app, ["report", name, "--tracking-uri", f"sqlite:///{tmp_path}/x.db"])
     assert told.exit_code == 2
     assert "is no name of a folder in studies/: say --out" in told.output
@@ -552,9 +557,9 @@ def test_moments_of_another_shape_are_refused_before_torch_writes_beside_them(
     """torch's fused Adam does not look: on CPU it ends in a segmentation fault, or in memory that is not its own."""
     import torch
 
-    from proxies.checkpoints import load_state, write_state
-    from proxies.config import ProxyConfig
-    from proxies.training import train
+    from proxies.config.proxy import ProxyConfig
+    from proxies.training.checkpoints import load_state, write_state
+    from proxies.training.loop import train
 
     (tmp_path / "corpus.txt").write_text("a few words " * 4000)
     small: dict[str, Any] = {

@@ -6,8 +6,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from hpo import acquisition
-from hpo import surrogate as s  # first: it imports BoTorch with a dependency's deprecation warning silenced
+from hpo.surrogate import acquisition
+from hpo.surrogate import gp as s  # first: it imports BoTorch with a dependency's deprecation warning silenced
 
 # isort: split
 import numpy as np
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from scipy.special import ndtri
 
-from hpo.acquisition import QUANTILES, USEFUL, Offer, knowledge_gradient, recommend, suggest, usefulness
-from hpo.cube import Cube
-from hpo.kernels import FidelityKernel, prior
-from tests.test_hpo.planted import PlainCube, drifting_runs
+from hpo.samplers.unit_cube import Cube
+from hpo.surrogate.acquisition import QUANTILES, USEFUL, Offer, knowledge_gradient, recommend, suggest, usefulness
+from hpo.surrogate.kernel import FidelityKernel, prior
+from tests.test_hpo.synthetic import PlainCube, drifting_runs
 
 Array = NDArray[np.float64]
 

@@ -11,11 +11,11 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hpo import MultiFidelitySampler, Search
-from hpo.belief import Law, belief_of, centre_of, check_belief, in_cube
-from hpo.cube import Cube
-from hpo.surrogate import BelievedBowl, fidelity_coordinates, fit_surrogate, join
-from scaling.compute import Fidelity
-from scaling.hpfit import fit_hp_law
+from hpo.samplers.belief import Law, belief_of, centre_of, check_belief, in_cube
+from hpo.samplers.unit_cube import Cube
+from hpo.surrogate.gp import BelievedBowl, fidelity_coordinates, fit_surrogate, join
+from scaling.fitting.lr_batch_law import fit_hp_law
+from scaling.laws.compute import Fidelity
 
 SPACE = {
     "kind": CategoricalDistribution(("a", "b", "c")),

@@ -10,8 +10,8 @@ import pytest
 from optuna.distributions import FloatDistribution
 
 from hpo import Search
-from hpo.study import SearchTable
-from scaling.compute import Fidelity
+from hpo.study.schema import SearchTable
+from scaling.laws.compute import Fidelity
 
 SPACE = {"x": FloatDistribution(0.0, 1.0)}
 

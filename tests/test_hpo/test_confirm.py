@@ -14,20 +14,12 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import RandomSampler
 from scipy.stats import norm
 
-from hpo.confirm import (
-    Contender,
-    confirmation,
-    contenders,
-    in_words,
-    is_of,
-    lead_from_model,
-    lead_from_seeds,
-    lead_in_words,
-    t_interval,
-)
-from hpo.rematch import FIRST_REPEAT, RematchFiles, make_plan
-from hpo.search import Search
-from scaling.compute import Fidelity
+from hpo.confirm.contenders import Contender, contenders
+from hpo.confirm.runs import FIRST_REPEAT, RematchFiles, make_plan
+from hpo.confirm.statistics import lead_from_model, lead_from_seeds, t_interval
+from hpo.confirm.verdict import confirmation, in_words, is_of, lead_in_words
+from hpo.search.search import Search
+from scaling.laws.compute import Fidelity
 
 SPACE: dict[str, BaseDistribution] = {"lr": FloatDistribution(1e-4, 1.0, log=True)}
 TOP = Fidelity(1000.0, 9000.0)

@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scaling import tracking
-from tests.test_hpo.test_workers import Study
+from scaling.tracking.client import connect
+from scaling.tracking.experiment import find_study_run
+from tests.test_hpo.test_launcher import Study
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -192,8 +193,8 @@ def test_without_mlflow_a_launch_is_refused_and_a_resume_goes_on(tmp_path: Path)
     in_optuna = sorted(t.value for t in study.trials if t.value is not None)
     assert sorted(runs.loc[~runs["diverged"], "loss"]) == pytest.approx(in_optuna)
     assert len(runs) == 44
-    client = tracking.connect(f"sqlite:///{study.folder}/mlflow.db")
-    run = client.get_run(tracking.find_study_run(client, "toy"))
+    client = connect(f"sqlite:///{study.folder}/mlflow.db")
+    run = client.get_run(find_study_run(client, "toy"))
     assert run.info.status == "FINISHED"
     assert run.data.metrics["evaluations"] == 44
     study.run("resume", "toy")

@@ -7,7 +7,7 @@ from statistics import mean
 
 import pytest
 
-from hpo.hyperband import (
+from hpo.search.hyperband import (
     VARIANTS,
     Bracket,
     Entry,

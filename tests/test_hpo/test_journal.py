@@ -14,7 +14,7 @@ from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from hpo.search import Search
+from hpo.search.search import Search
 
 
 def search(path: Path, worker: str = "me") -> Search:
@@ -58,7 +58,7 @@ def test_a_line_cut_by_a_kill_loses_itself_alone_and_stops_nobody(left: int, tmp
 
 
 def test_optuna_alone_appends_to_such_a_line_and_then_reads_no_more(tmp_path: Path) -> None:
-    """Why hpo.journal is there; when this fails, Optuna has learnt it."""
+    """Why hpo.storage.journal is there; when this fails, Optuna has learnt it."""
     path = str(tmp_path / "x.journal")
     study = optuna.create_study(storage=JournalStorage(JournalFileBackend(path)))
     with open(path, "ab") as file:

@@ -18,9 +18,9 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from hpo import locks
-from hpo.journal import Journal
-from hpo.locks import Flock
+from hpo.storage import locks
+from hpo.storage.journal import Journal
+from hpo.storage.locks import Flock
 
 
 def lines(path: Path, backend: Any = Journal) -> list[dict[str, Any]]:
@@ -65,7 +65,7 @@ def test_a_process_that_stands_still_with_the_lock_is_named_and_a_killed_one_has
 ) -> None:
     path = tmp_path / "lock"
     monkeypatch.setattr(locks, "LATE_SECONDS", 0.3)
-    code = f"from hpo.locks import Flock; import time; Flock({str(path)!r}).acquire(); print('held', flush=True); time.sleep(60)"
+    code = f"from hpo.storage.locks import Flock; import time; Flock({str(path)!r}).acquire(); print('held', flush=True); time.sleep(60)"
     root = Path(__file__).parents[2]
     holder = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(root)}

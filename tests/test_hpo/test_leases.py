@@ -14,8 +14,8 @@ import psutil
 import pytest
 from optuna.distributions import FloatDistribution
 
-from hpo.leases import Lost, Sightings, host, is_alive, process_name, process_of
-from hpo.search import Search
+from hpo.search.search import Search
+from hpo.storage.leases import Lost, Sightings, host, is_alive, process_name, process_of
 
 SPACE = {"lr": FloatDistribution(1e-4, 1.0, log=True)}
 
@@ -130,16 +130,16 @@ def test_a_lease_must_be_positive() -> None:
 
 
 def test_an_ask_that_broke_off_after_its_write_is_taken_up_by_the_same_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hpo import trials
+    from hpo.search import trial_writer
 
     mine = search(None, process_name())
-    create = trials.create
+    create = trial_writer.create
 
     def broken(*args: Any) -> int:
         create(*args)
         raise ConnectionError("the server has gone")
 
-    monkeypatch.setattr(trials, "create", broken)
+    monkeypatch.setattr(trial_writer, "create", broken)
     with pytest.raises(ConnectionError):
         mine.ask()
     monkeypatch.undo()

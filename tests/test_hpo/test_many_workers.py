@@ -17,12 +17,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from benchmarks.many_workers import crowd, faults, opened, search
 from benchmarks.servers import PostgreSQL, free_port, postgresql
-from hpo import locks, opening, workers
-from hpo.leases import Sightings
-from hpo.locks import Tickets, lock_of
-from hpo.study import StudyConfig, Trainer, load_study
+from hpo.storage import connect, locks
+from hpo.storage.leases import Sightings
+from hpo.storage.locks import Tickets, lock_of
+from hpo.study.config import StudyConfig, load_study
+from hpo.study.files import StudyFiles
+from hpo.study.lifecycle import create, forget, open_existing, studies_in
+from hpo.study.trainer import Trainer
+from tests.test_hpo.test_launcher import STUDY, Study
 from tests.test_hpo.test_leases import Clock
-from tests.test_hpo.test_workers import STUDY, Study
 
 POSTGRESQL = bool(shutil.which("postgres") or [*Path("/usr/lib/postgresql").glob("*/bin/postgres")])
 needs_postgresql = pytest.mark.skipif(not POSTGRESQL, reason="needs PostgreSQL's programs")
@@ -109,13 +112,13 @@ def test_a_killed_postgresql_is_waited_for(server: PostgreSQL, tmp_path: Path) -
     study.run("worker", "toy", "--storage", server.url)
 
 
-def toy_study(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[workers.StudyFiles, str, StudyConfig, Trainer]:
+def toy_study(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[StudyFiles, str, StudyConfig, Trainer]:
     """Its files, where its MLflow store will be, the study and its trainer, in a folder that is now the current one."""
     monkeypatch.chdir(folder)
     (folder / "studies").mkdir()
     toml = folder / "studies" / "toy.toml"
     toml.write_text(STUDY.format(pause=0.0, seeds=1, steps=folder))
-    return workers.StudyFiles(toml), f"sqlite:///{folder}/mlflow.db", *load_study(toml)
+    return StudyFiles(toml), f"sqlite:///{folder}/mlflow.db", *load_study(toml)
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader")  # Optuna's, when a study is deleted
@@ -124,25 +127,25 @@ def test_a_study_is_opened_only_where_it_was_launched_and_forgotten_there(
 ) -> None:
     files, uri, study, trainer = toy_study(tmp_path, monkeypatch)
     here, elsewhere = (f"sqlite:///{tmp_path}/{name}.db" for name in ("here", "elsewhere"))
-    workers.create(files, study, trainer, uri=uri, storage=here)
-    assert workers.open_existing(files, study, trainer, storage=here).progress.done == 0
+    create(files, study, trainer, uri=uri, storage=here)
+    assert open_existing(files, study, trainer, storage=here).progress.done == 0
     with pytest.raises(ValueError, match=r"was launched in sqlite:.*here\.db: needed that as --storage"):
-        workers.open_existing(files, study, trainer)
+        open_existing(files, study, trainer)
     with pytest.raises(ValueError, match=r"elsewhere\.db has none of that name: needed the same storage"):
-        workers.open_existing(files, study, trainer, storage=elsewhere)
-    assert workers.studies_in(elsewhere) == set(), "nothing was begun there"
+        open_existing(files, study, trainer, storage=elsewhere)
+    assert studies_in(elsewhere) == set(), "nothing was begun there"
     with pytest.raises(ValueError, match="needed that as --storage"):
-        workers.forget(files, uri=uri)
-    assert workers.forget(files, uri=uri, storage=here)
-    assert workers.studies_in(here) == set()
+        forget(files, uri=uri)
+    assert forget(files, uri=uri, storage=here)
+    assert studies_in(here) == set()
     assert not files.folder.exists()
-    workers.create(files, study, trainer, uri=uri)
+    create(files, study, trainer, uri=uri)
     with pytest.raises(ValueError, match=r"study\.journal: leave --storage and \$MUSCALE_STORAGE out"):
-        workers.open_existing(files, study, trainer, storage=here)
+        open_existing(files, study, trainer, storage=here)
 
 
 def test_a_server_that_does_not_answer_is_refused_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "SERVER_SECONDS", 0.2)
+    monkeypatch.setattr(connect, "SERVER_SECONDS", 0.2)
     with pytest.raises(ValueError, match=r"postgresql://me:\*\*\*@127\.0\.0\.1:9/x does not answer: .*refused") as said:
         search("postgresql://me:hush@127.0.0.1:9/x")
     assert "hush" not in str(said.value)
@@ -158,23 +161,23 @@ def test_a_server_that_goes_while_a_study_is_opened_is_a_refusal_too(
 
     files, uri, study, trainer = toy_study(tmp_path, monkeypatch)
     here = f"sqlite:///{tmp_path}/here.db"
-    workers.create(files, study, trainer, uri=uri, storage=here)
+    create(files, study, trainer, uri=uri, storage=here)
 
     def gone(*_: object, **__: object) -> None:
         raise StorageInternalError("the server closed the connection")
 
-    monkeypatch.setattr("hpo.trials.open_study", gone)
+    monkeypatch.setattr("hpo.search.trial_writer.open_study", gone)
     with pytest.raises(
         ValueError, match=r"here\.db does not answer any more \(StorageInternalError\): start it, and then"
     ):
-        workers.open_existing(files, study, trainer, storage=here)
+        open_existing(files, study, trainer, storage=here)
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hpo.trials.open_study", full)
+    monkeypatch.setattr("hpo.search.trial_writer.open_study", full)
     with pytest.raises(ValueError, match=r"cannot be read or written .*No space left.*make room"):
-        workers.open_existing(files, study, trainer, storage=here)
+        open_existing(files, study, trainer, storage=here)
 
 
 def test_tickets_let_one_in_at_a_time_and_everyone_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,11 @@ import pytest
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState
 
-from hpo.cube import Cube
-from hpo.samplers import SURE, MultiFidelitySampler, make_sampler
-from hpo.search import Search
-from scaling.compute import Fidelity
+from hpo.samplers.multi_fidelity import SURE, MultiFidelitySampler
+from hpo.samplers.registry import make_sampler
+from hpo.samplers.unit_cube import Cube
+from hpo.search.search import Search
+from scaling.laws.compute import Fidelity
 from tests.test_hpo.test_samplers import CHEAP, SPACE, TARGET, add, bowl
 
 LOW, TOP = Fidelity(1e6, 2e7), Fidelity(1e6, 8e7)
@@ -32,7 +33,7 @@ def scattered(n: int, seed: int = 0) -> optuna.Study:
 
 def test_differences_are_those_of_losses_drawn_from_the_joint_posterior() -> None:
     """A member of the ensemble, then both losses together: pairs near and far."""
-    from hpo.surrogate import fidelity_coordinates, fit_surrogate, join
+    from hpo.surrogate.gp import fidelity_coordinates, fit_surrogate, join
 
     study, cube, sampler = scattered(16), Cube(SPACE), MultiFidelitySampler(seed=0)
     runs = study.get_trials(deepcopy=False)

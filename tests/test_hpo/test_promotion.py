@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from hpo.hyperband import Bracket, Entry, Promote, Start, Variant, moves, remaining, replay, rung_sizes, standing
+from hpo.search.hyperband import Bracket, Entry, Promote, Start, Variant, moves, remaining, replay, rung_sizes, standing
 from tests.test_hpo.test_hyperband import Table, by_hand, ladder_of, run_to_the_end, tied_and_diverging
 
 # Asynchronous promotion

@@ -18,9 +18,10 @@ from optuna.study import StudyDirection
 from optuna.testing import pytest_samplers
 from optuna.trial import TrialState
 
-from hpo.cube import Cube
-from hpo.samplers import MultiFidelitySampler, make_sampler
-from scaling.compute import Fidelity
+from hpo.samplers.multi_fidelity import MultiFidelitySampler
+from hpo.samplers.registry import make_sampler
+from hpo.samplers.unit_cube import Cube
+from scaling.laws.compute import Fidelity
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -129,10 +130,10 @@ def test_a_fit_that_goes_on_from_the_first_runs_depends_on_nothing_but_the_trial
 ) -> None:
     """From 40 runs on most fits begin at an earlier one; a worker that has just come must decide as one that saw all, also
     when a run among the first ends late. And few fits begin anew: that is what it is for."""
-    from hpo import surrogate
+    from hpo.surrogate import gp
 
-    anew, fit = [], surrogate.fit_bowl
-    monkeypatch.setattr(surrogate, "fit_bowl", lambda x, z, near=None: anew.append(near is None) or fit(x, z, near))
+    anew, fit = [], gp.fit_bowl
+    monkeypatch.setattr(gp, "fit_bowl", lambda x, z, near=None: anew.append(near is None) or fit(x, z, near))
     rng, old = np.random.default_rng(5), MultiFidelitySampler(seed=3)
     study = optuna.create_study()
     for number in range(52):
@@ -332,7 +333,7 @@ def test_samplers_are_made_by_name() -> None:
 
 
 def test_importing_the_samplers_does_not_import_torch() -> None:
-    code = "import sys, hpo.samplers; print([m for m in ('torch', 'botorch', 'scipy.stats') if m in sys.modules])"
+    code = "import sys, hpo.samplers.multi_fidelity; print([m for m in ('torch', 'botorch', 'scipy.stats') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

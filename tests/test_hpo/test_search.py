@@ -17,9 +17,10 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from hpo.hyperband import rung_sizes
-from hpo.search import Job, Search
-from scaling.compute import Fidelity
+from hpo.search.hyperband import rung_sizes
+from hpo.search.search import Search
+from hpo.search.view import Job
+from scaling.laws.compute import Fidelity
 
 SPACE: dict[str, BaseDistribution] = {
     "lr": FloatDistribution(1e-4, 1e-1, log=True),
@@ -587,7 +588,7 @@ def test_threads_that_share_a_storage_never_run_the_same_twice() -> None:
 WORKER = """
 import sys, time, optuna
 from optuna.distributions import FloatDistribution
-from hpo.search import Search
+from hpo.search.search import Search
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 search = Search({"x": FloatDistribution(0, 1)}, tokens=(1, 27), iterations=1, sampler="random", storage=sys.argv[1])
 while not search.finished:

@@ -18,9 +18,11 @@ from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState
 
-from hpo.hyperband import rung_sizes
-from hpo.search import SETTINGS, Job, Search
-from scaling.compute import Fidelity
+from hpo.search.hyperband import rung_sizes
+from hpo.search.search import Search
+from hpo.search.trial_writer import SETTINGS
+from hpo.search.view import Job
+from scaling.laws.compute import Fidelity
 from tests.test_hpo.test_search import dead_process, loss_of, open_search, outline, run
 
 

@@ -11,11 +11,12 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from typer.testing import CliRunner
 
 from hpo.__main__ import app
-from hpo.samplers import SAMPLERS
-from hpo.study import StudyError, load_study, study_path
-from hpo.workers import StudyFiles, check_same_settings
-from proxies.family import ProxyFamily
-from tests.test_hpo.toy import ToyTrainer
+from hpo.samplers.names import SAMPLERS
+from hpo.study.config import StudyError, load_study
+from hpo.study.files import StudyFiles, study_path
+from hpo.study.lifecycle import check_same_settings
+from proxies.trainers.proxy_family import ProxyFamily
+from tests.test_hpo.toy_trainer import ToyTrainer
 
 GOOD = """
 seed = 3
@@ -172,7 +173,7 @@ class Unrepeatable(ToyTrainer):
 
 def test_a_trainer_that_takes_no_repeat_is_refused_before_it_is_started(tmp_path: Path) -> None:
     text = "[search]\ntokens = { min = 1_000, max = 9_000 }\n[space]\nlr = { low = 1.0, high = 2.0 }\n[trainer]\nuse = "
-    load_study(write(tmp_path, text + "'tests.test_hpo.toy:ToyTrainer'"))
+    load_study(write(tmp_path, text + "'tests.test_hpo.toy_trainer:ToyTrainer'"))
     said = problems(tmp_path, text + "'tests.test_hpo.test_study:Unrepeatable'")
     assert len(said) == 1
     assert "Unrepeatable's describe needs a keyword `repeat: int = 0`" in said[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from proxies.checkpoints import FORMAT, load_model, load_state, write_state
+from proxies.training.checkpoints import FORMAT, load_model, load_state, write_state
 
 STATE = {"format": FORMAT, "weights": torch.arange(4000.0), "step": 3}
 

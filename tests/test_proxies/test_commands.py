@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from proxies.__main__ import app
-from proxies.config import ProxyConfig
-from proxies.mup import rules
+from proxies.config.proxy import ProxyConfig
+from proxies.model.mup import rules
 
 runner = CliRunner()
 QUICKSTART = "studies/quickstart.toml"

@@ -11,10 +11,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from proxies import tokens as on_disk
-from proxies.data import BLOCK, DRAW, Windows, _load, check_corpus, held_out, load_corpus
-from proxies.sources import sizes_of
-from proxies.tokens import remembered
+from proxies.data import token_files as on_disk
+from proxies.data.corpora import _load, check_corpus, load_corpus
+from proxies.data.sources import BLOCK, sizes_of
+from proxies.data.token_files import remembered
+from proxies.data.windows import DRAW, Windows, held_out
 
 
 def words(n: int, seed: int = 0) -> str:
@@ -236,7 +237,7 @@ def test_the_parts_of_a_large_file_are_about_as_large_as_they_are_said(
 ) -> None:
     (tmp_path / "x.txt").write_bytes(b"a" * (4000 * BLOCK))
     exact = sizes_of(str(tmp_path / "x.txt"))
-    monkeypatch.setattr("proxies.sources.MANY", 1000)
+    monkeypatch.setattr("proxies.data.sources.MANY", 1000)
     about = sizes_of(str(tmp_path / "x.txt"))
     assert sum(about.values()) == sum(exact.values())
     assert about["val"] == pytest.approx(exact["val"], rel=0.15)

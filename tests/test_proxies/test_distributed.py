@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from proxies.checkpoints import load_model, load_state, write_run
-from proxies.checks import coordinate_check
-from proxies.config import ProxyConfig
-from proxies.ranks import ALONE, Ranks, spawned
-from proxies.state import Run
-from proxies.trails import Engine, Trail, Watch, follow
-from proxies.training import train
-from scaling.cli import sigterm_as_interrupt
+from proxies.config.proxy import ProxyConfig
+from proxies.diagnostics.coord_check import coordinate_check
+from proxies.diagnostics.coord_probe import Engine, Trail, Watch, follow
+from proxies.training.checkpoints import load_model, load_state, write_run
+from proxies.training.distributed import ALONE, Ranks, spawned
+from proxies.training.loop import train
+from proxies.training.run_state import Run
+from scaling.common.cli import sigterm_as_interrupt
 
 pytestmark = pytest.mark.slow
 
@@ -304,10 +304,10 @@ def failing_after_saving(ranks: Ranks, folder: Path) -> None:
 SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
-from proxies.ranks import joined
-from proxies.state import Run
-from proxies.training import train
-from scaling.cli import sigterm_as_interrupt
+from proxies.training.distributed import joined
+from proxies.training.run_state import Run
+from proxies.training.loop import train
+from scaling.common.cli import sigterm_as_interrupt
 from tests.test_proxies.test_distributed import LONG, config
 
 folder, life = Path(sys.argv[1]), sys.argv[2] + os.environ["TORCHELASTIC_RESTART_COUNT"]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from proxies.config import ProxyConfig
-from proxies.export import TORCHTITAN, absorbed, as_json, as_megatron, as_torchtitan, groups
-from proxies.model import Transformer, build, loss_of
-from proxies.mup import rules
-from proxies.optimizers import make_optimizer
+from proxies.config.proxy import ProxyConfig
+from proxies.model.export import TORCHTITAN, absorbed, as_json, as_megatron, as_torchtitan, groups
+from proxies.model.mup import rules
+from proxies.model.optimizers import make_optimizer
+from proxies.model.transformer import Transformer, build, loss_of
 
 WIDE: dict[str, Any] = {
     "d_model": 64,

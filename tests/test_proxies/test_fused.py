@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from proxies import fused
-from proxies.config import ProxyConfig
-from proxies.model import NORM_EPS, Transformer, build, loss_of, norm, rope_table, rotate
-from proxies.optimizers import make_optimizer
+from proxies.config.proxy import ProxyConfig
+from proxies.model import fused
+from proxies.model.optimizers import make_optimizer
+from proxies.model.transformer import NORM_EPS, Transformer, build, loss_of, norm, rope_table, rotate
 
 SHAPES: list[dict[str, Any]] = [
     {},

@@ -11,17 +11,18 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from proxies.arms import Ended, commands, shown
-from proxies.config import ProxyConfig
-from proxies.family import Target
-from proxies.launch import LaunchPlan, WarmStart, rates_of, read_plan, write_plan
-from proxies.launch_command import changed
-from proxies.planning import advised, best_proxy, older_than
-from proxies.preflight import bytes_needed, check_launch
-from proxies.watching import Excursion, Watch, expected_of, in_words, score
-from scaling.ahead import Band
-from scaling.recommendation import recommend, table_sha256
-from scaling.runs import Measurement, check_runs
+from proxies.cli.launch import changed
+from proxies.config.proxy import ProxyConfig
+from proxies.launch.arms import Ended, commands, shown
+from proxies.launch.monitor import Excursion, Watch, expected_of, in_words, score
+from proxies.launch.plan import LaunchPlan, WarmStart, rates_of, read_plan, write_plan
+from proxies.launch.planner import advised, best_proxy, older_than
+from proxies.launch.preflight import bytes_needed, check_launch
+from proxies.trainers.proxy_family import Target
+from scaling.advice.recommendation import recommend
+from scaling.common.measurement import Measurement
+from scaling.curves.planned import Band
+from scaling.runs.table import check_runs, table_sha256
 
 CONFIG = ProxyConfig(d_model=32, base_width=16, d_head=16, n_layers=1, seq_len=16, batch_seqs=4, warmup_tokens=64)
 TOKENS = 4096

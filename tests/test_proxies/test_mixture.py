@@ -12,14 +12,14 @@ import torch
 from optuna.distributions import FloatDistribution
 from pydantic import ValidationError
 
-from proxies.checkpoints import load_state
-from proxies.config import ProxyConfig
-from proxies.family import ProxyFamily
-from proxies.mixture import LONGEST, Mixed, counts_at, open_data, record
-from proxies.training import evaluate, train
-from proxies.weights import allotted, check_weights, shares_of
-from proxies.windows import Windows
-from scaling.compute import Fidelity
+from proxies.config.mixture_weights import allotted, check_weights, shares_of
+from proxies.config.proxy import ProxyConfig
+from proxies.data.mixture import LONGEST, Mixed, counts_at, open_data, record
+from proxies.data.windows import Windows
+from proxies.trainers.proxy_family import ProxyFamily
+from proxies.training.checkpoints import load_state
+from proxies.training.loop import evaluate, train
+from scaling.laws.compute import Fidelity
 
 
 def sources(tmp_path: Path, sizes: dict[str, int]) -> dict[str, str]:
@@ -219,7 +219,7 @@ def test_each_source_is_checked_by_name(three: dict[str, str]) -> None:
 
 
 def test_the_loss_by_source_is_that_of_its_own_windows(three: dict[str, str]) -> None:
-    from proxies.model import build
+    from proxies.model.transformer import build
 
     run = config(three)
     data, model = open_data(run), build(run)

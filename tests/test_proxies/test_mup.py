@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from proxies.config import ProxyConfig
-from proxies.model import build
-from proxies.mup import clean, param_groups, role_of, rule_of, rules
-from proxies.optimizers import make_optimizer, set_lr
+from proxies.config.proxy import ProxyConfig
+from proxies.model.mup import clean, param_groups, role_of, rule_of, rules
+from proxies.model.optimizers import make_optimizer, set_lr
+from proxies.model.transformer import build
 
 SETTINGS = {
     "base_width": 64,

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from proxies import mup
 from proxies.__main__ import app
-from proxies.certificates import SETTINGS, VERIFIED, refusal, write_certificate
-from proxies.checkpoints import write_state
-from proxies.checks import CoordCheck, Slope
-from proxies.config import OptimizerName, ProxyConfig
-from proxies.family import ProxyFamily
-from proxies.model import Transformer, build, loss_of
-from proxies.mup import role_of
-from proxies.optimizers import Joined, evaluation, make_optimizer, set_lr
-from tests.test_proxies.test_model import config, tile_twice, tokens, with_readout
+from proxies.config.optimizer_gate import SETTINGS, VERIFIED, refusal
+from proxies.config.proxy import OptimizerName, ProxyConfig
+from proxies.diagnostics.certificate import write_certificate
+from proxies.diagnostics.coord_check import CoordCheck, Slope
+from proxies.model import mup
+from proxies.model.mup import role_of
+from proxies.model.optimizers import Joined, evaluation, make_optimizer, set_lr
+from proxies.model.transformer import Transformer, build, loss_of
+from proxies.trainers.proxy_family import ProxyFamily
+from proxies.training.checkpoints import write_state
+from tests.test_proxies.test_transformer import config, tile_twice, tokens, with_readout
 
 ALL: tuple[str, ...] = get_args(OptimizerName)
 ADAM_LIKE = {

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxies.config import ProxyConfig
-from proxies.mup import rules
-from proxies.recipe import Recipe, timescale
+from proxies.config.proxy import ProxyConfig
+from proxies.model.mup import rules
+from proxies.model.recipe import Recipe, timescale
 
 BASE = ProxyConfig(lr=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, batch_seqs=16, d_model=64, n_layers=2)
 D = 2_000_000

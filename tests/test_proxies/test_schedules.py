@@ -11,9 +11,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from proxies.config import DecayName, ProxyConfig, ScheduleName
-from proxies.schedules import DECAYS, SCHEDULES, factor, unread
-from scaling import forecast
+from proxies.config.proxy import DecayName, ProxyConfig, ScheduleName
+from proxies.config.schedules import SCHEDULES, factor, unread
+from scaling.curves import in_progress
+from scaling.laws.decay_shapes import DECAYS
 
 WARMUP, BRANCH, END = 100, 800, 1000
 
@@ -42,7 +43,7 @@ def name_of(member: ProxyConfig) -> str:
 
 
 def promised_end(member: ProxyConfig) -> float:
-    """Where the table in proxies/schedules.py says that it ends; power and inverse-sqrt are at sqrt(400 / 800) at the branch."""
+    """Where the table in proxies/config/schedules.py says that it ends; power and inverse-sqrt are at sqrt(400 / 800) at the branch."""
     trunk = {"wsd": 1.0, "power": math.sqrt(0.5), "inverse-sqrt": math.sqrt(0.5)}
     if member.schedule in trunk:
         return trunk[member.schedule] * 0.1 if member.decay == "exponential" else 0.0
@@ -151,7 +152,7 @@ def test_the_mean_over_a_phase_is_that_of_the_schedule_when_sampled_in_the_middl
 
 def test_wsd_is_the_schedule_that_forecasts_are_made_with() -> None:
     ours = [at(settings("wsd"), t) for t in range(0, 1001, 7)]
-    theirs = forecast.cooldown(1000.0, share=0.2, warmup=100.0)(np.arange(0, 1001, 7.0))
+    theirs = in_progress.cooldown(1000.0, share=0.2, warmup=100.0)(np.arange(0, 1001, 7.0))
     assert ours == pytest.approx(theirs.tolist(), abs=1e-12)
 
 

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import tokenizers
 
-from proxies import tokenizer as module
-from proxies.config import ProxyConfig
-from proxies.data import _load, check_corpus, load_corpora, load_corpus
-from proxies.family import ProxyFamily
-from proxies.mixture import record
-from proxies.sources import open_source
-from proxies.tokenizer import trained
-from proxies.tokens import cache_folder, kept_tokens
+from proxies.config.proxy import ProxyConfig
+from proxies.data import tokenizer as module
+from proxies.data.corpora import _load, check_corpus, load_corpora, load_corpus
+from proxies.data.mixture import record
+from proxies.data.sources import open_source
+from proxies.data.token_files import cache_folder, kept_tokens
+from proxies.data.tokenizer import trained
+from proxies.trainers.proxy_family import ProxyFamily
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
@@ -100,7 +100,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
 
 
 def test_training_gives_the_same_file_in_another_process_with_other_threads(book: Path) -> None:
-    code = f"from proxies.sources import open_source; from proxies.tokenizer import trained; print(trained([open_source({str(book)!r})], 400))"
+    code = f"from proxies.data.sources import open_source; from proxies.data.tokenizer import trained; print(trained([open_source({str(book)!r})], 400))"
     here = trained([open_source(str(book))], 400)
     for threads in ("1", "3"):
         env = os.environ | {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
@@ -124,7 +124,7 @@ def test_the_second_reading_comes_from_the_cache(book: Path, monkeypatch: pytest
     first = load_corpus(str(book), vocab=300, tokenizer="bpe")
     _load.cache_clear()
     monkeypatch.setattr(module, "trained", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr("proxies.data._write_tokens", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr("proxies.data.corpora._write_tokens", lambda *_: pytest.fail("tokenized again"))
     again = load_corpus(str(book), vocab=300, tokenizer="bpe")
     np.testing.assert_array_equal(again.train, first.train)
     assert (again.sha256, again.files, again.bytes_per_token) == (first.sha256, first.files, first.bytes_per_token)
@@ -159,7 +159,7 @@ def test_text_that_changes_is_tokenized_again(book: Path) -> None:
 
 
 def test_text_that_changes_meanwhile_is_refused(book: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxies.data.digest_of", lambda _: "0" * 64)  # as it was before it changed
+    monkeypatch.setattr("proxies.data.corpora.digest_of", lambda _: "0" * 64)  # as it was before it changed
     with pytest.raises(ValueError, match="stay as it is"):
         load_corpus(str(book), vocab=300, tokenizer="bpe")
     assert [p for p in cache.iterdir() if p.is_dir()] == []
@@ -170,7 +170,7 @@ def test_a_disk_that_fails_leaves_no_half_cache(book: Path, cache: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("proxies.data._write_tokens", full)
+        patch.setattr("proxies.data.corpora._write_tokens", full)
         with pytest.raises(OSError, match="No space left"):
             load_corpus(str(book), vocab=300, tokenizer="bpe")
     assert [p for p in cache.iterdir() if p.is_dir()] == []
@@ -180,8 +180,8 @@ def test_a_disk_that_fails_leaves_no_half_cache(book: Path, cache: Path, monkeyp
 def test_large_text_is_mapped_and_has_the_tokens_of_small(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = load_corpus(str(book))
     _load.cache_clear()
-    monkeypatch.setattr("proxies.data.IN_MEMORY", 1000)
-    monkeypatch.setattr("proxies.sources.PIECE", 100)  # so that the file is mapped, not read
+    monkeypatch.setattr("proxies.data.corpora.IN_MEMORY", 1000)
+    monkeypatch.setattr("proxies.data.sources.PIECE", 100)  # so that the file is mapped, not read
     large = load_corpus(str(book))
     assert isinstance(large.train, np.memmap)
     np.testing.assert_array_equal(large.train, small.train)
@@ -195,8 +195,8 @@ def test_a_large_file_of_a_folder_is_read_in_pieces(tmp_path: Path, monkeypatch:
         (tmp_path / "text" / f"{i}.txt").write_text(prose(200, seed=i), encoding="utf-8")
     small = load_corpus(str(tmp_path / "text"))
     _load.cache_clear()
-    monkeypatch.setattr("proxies.data.IN_MEMORY", 1000)
-    monkeypatch.setattr("proxies.sources.PIECE", 50)
+    monkeypatch.setattr("proxies.data.corpora.IN_MEMORY", 1000)
+    monkeypatch.setattr("proxies.data.sources.PIECE", 50)
     large = load_corpus(str(tmp_path / "text"))
     np.testing.assert_array_equal(large.train, small.train)
     assert (large.sha256, large.files) == (small.sha256, small.files)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from proxies.windows import DRAW, ROUNDS, Windows, share, shuffled
+from proxies.data.windows import DRAW, ROUNDS, Windows, share, shuffled
 
 TOKENS = np.arange(60_001, dtype=np.uint16)
 

@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from scaling.__main__ import app
-from scaling.overview import overview, overview_text
-from scaling.recommendation import recommend
-from scaling.runs import check_runs, save_runs
+from scaling.advice.recommendation import recommend
+from scaling.report.fit_summary import overview, overview_text
+from scaling.runs.io import save_runs
+from scaling.runs.table import check_runs
 from tests.test_scaling.test_recommend import FLOOR, RUNS, table
 
 

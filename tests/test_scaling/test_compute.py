@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from proxies.config import ProxyConfig
-from proxies.model import build
-from scaling.compute import Fidelity, count_transformer, flops_per_token
+from proxies.config.proxy import ProxyConfig
+from proxies.model.transformer import build
+from scaling.laws.compute import Fidelity, count_transformer, flops_per_token
 
 
 def test_compute_does_not_overflow() -> None:

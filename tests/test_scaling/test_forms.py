@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from scaling.fit import FitError, fit_loss_law
-from scaling.forms import PARAMETERS, _log_worth, compare_forms, fit_form
-from scaling.laws import DataConstrainedLaw, KaplanLaw, LogLinearLaw, LossLaw
+from scaling.fitting.forms import PARAMETERS, _log_worth, compare_forms, fit_form
+from scaling.fitting.loss_law import FitError, fit_loss_law
+from scaling.laws.formulas import DataConstrainedLaw, KaplanLaw, LogLinearLaw, LossLaw
 
 CHINCHILLA = LossLaw(E=1.82, A=480.0, B=2100.0, alpha=0.348, beta=0.366)
 KAPLAN = KaplanLaw(N_c=8.8e13, D_c=5.4e13, alpha_N=0.076, alpha_D=0.103)

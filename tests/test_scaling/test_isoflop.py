@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling.envelope import approaches_table, compare_approaches, fit_envelope, law_frontier
-from scaling.fit import FitError, fit_loss_law
-from scaling.isoflop import Frontier, fit_isoflop
-from scaling.laws import LossLaw
+from scaling.fitting.envelope import approaches_table, compare_approaches, fit_envelope, law_frontier
+from scaling.fitting.isoflop import Frontier, fit_isoflop
+from scaling.fitting.loss_law import FitError, fit_loss_law
+from scaling.laws.formulas import LossLaw
 
 CHINCHILLA = LossLaw(E=1.82, A=480.0, B=2100.0, alpha=0.348, beta=0.366)
 LOPSIDED = LossLaw(E=1.5, A=60.0, B=9.0e4, alpha=0.22, beta=0.5)

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling.curves import fit_curve
-from scaling.fit import fit_loss_law
-from scaling.forecast import Finished, cooldown, learn_prior, predict_end
-from scaling.forms import PARAMETERS, fit_form
-from scaling.hpfit import fit_hp_law
-from scaling.isoflop import fit_isoflop
-from scaling.laws import Array, DataConstrainedLaw, HPLaw, LossLaw
+from scaling.common.arrays import Array
+from scaling.curves.in_progress import Finished, cooldown, learn_prior, predict_end
+from scaling.curves.loss_curve import fit_curve
+from scaling.fitting.forms import PARAMETERS, fit_form
+from scaling.fitting.isoflop import fit_isoflop
+from scaling.fitting.loss_law import fit_loss_law
+from scaling.fitting.lr_batch_law import fit_hp_law
+from scaling.laws.formulas import DataConstrainedLaw, HPLaw, LossLaw
 
 LAW = LossLaw(E=1.7, A=420.0, B=900.0, alpha=0.34, beta=0.31)
 T = np.geomspace(2e7, 1e9, 30)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from scaling.published import LAWS, names, published
+from scaling.laws.published import LAWS, names, published
 
 
 def test_step_law_at_a_billion_parameters_and_a_hundred_billion_tokens() -> None:

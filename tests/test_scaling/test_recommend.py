@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scaling.counts import say_count
-from scaling.fit import FitError
-from scaling.flags import optimum_doubts
-from scaling.hpfit import fit_hp_law
-from scaling.laws import HPLaw
-from scaling.recommendation import Recommendation, loss_fit, recommend
-from scaling.runs import check_runs
-from tests.test_scaling.test_hpfit import FLOOR, MUP, sweep
+from scaling.advice.flags import optimum_doubts
+from scaling.advice.recommendation import Recommendation, recommend
+from scaling.common.quantities import say_count
+from scaling.fitting.loss_law import FitError
+from scaling.fitting.lr_batch_law import fit_hp_law, loss_fit
+from scaling.laws.formulas import HPLaw
+from scaling.runs.table import check_runs
+from tests.test_scaling.test_lr_batch_law import FLOOR, MUP, sweep
 
 
 def table(**changes: Any) -> pd.DataFrame:

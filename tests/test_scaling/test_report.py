@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scaling import plots, tables
-from scaling.halfway import RunCurve, check_forecasts, study_curves, table_curves
-from scaling.hpfit import fit_hp_law
-from scaling.published import names, published
-from scaling.recommendation import Recommendation, recommend
-from scaling.report import TargetCurve, gather, render
-from scaling.runs import check_runs
+from scaling.advice.recommendation import Recommendation, recommend
+from scaling.curves.backtest import RunCurve, check_forecasts, study_curves, table_curves
+from scaling.fitting.lr_batch_law import fit_hp_law
+from scaling.laws.published import names, published
+from scaling.report import figures, tables
+from scaling.report.figures import TargetCurve
+from scaling.report.html import gather, render
+from scaling.runs.table import check_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -242,12 +243,12 @@ def test_a_studys_curves_stop_where_the_cooldown_branches_off() -> None:
 
 def test_colours_tell_sizes_apart_and_few_keeps_the_ends() -> None:
     for sizes in (range(1, 5), range(1, 40)):
-        colours = plots.palette(float(N) for N in sizes)
+        colours = figures.palette(float(N) for N in sizes)
         assert len(set(colours.values())) == len(sizes)
-    assert plots.few(list(range(100)), 4) == [0, 33, 66, 99]
-    assert plots.few([3.0, 1.0, 2.0], 4) == [1.0, 2.0, 3.0]
+    assert figures.few(list(range(100)), 4) == [0, 33, 66, 99]
+    assert figures.few([3.0, 1.0, 2.0], 4) == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize(("value", "text"), [(12_345_678, "12.3M"), (1e9, "1B"), (512, "512"), (34_816, "34.8K")])
 def test_counts_are_read_at_a_glance(value: float, text: str) -> None:
-    assert plots.count(value) == text
+    assert figures.count(value) == text

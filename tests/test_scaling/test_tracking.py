@@ -12,9 +12,14 @@ from typing import Any
 
 import pytest
 
-from scaling import records, tracking
-from scaling.imports import import_runs, quarantine
-from scaling.runs import Measurement, load_runs, usable
+from scaling.common.measurement import Measurement
+from scaling.runs.importer import import_runs, quarantine
+from scaling.runs.io import load_runs
+from scaling.runs.table import usable
+from scaling.tracking import records
+from scaling.tracking.client import connect
+from scaling.tracking.experiment import child_run, finish, forget_study, study_run
+from scaling.tracking.log import log_records, metrics_of, now_ms, read_curve, read_note, result_of, write_note
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
@@ -28,8 +33,8 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def log_two_configurations(uri: str, study: str, folder: Path) -> str:
-    client = tracking.connect(uri)
-    parent = tracking.study_run(client, study, artifacts=folder, params={"seed": 0})
+    client = connect(uri)
+    parent = study_run(client, study, artifacts=folder, params={"seed": 0})
     for config, lr in enumerate((0.01, 0.5)):
         params = {
             "N": 1000,
@@ -40,16 +45,16 @@ def log_two_configurations(uri: str, study: str, folder: Path) -> str:
             "config": config,
             "none": None,
         }
-        run = tracking.child_run(client, parent, f"config-{config:04d}", role="proxy", params=params)
+        run = child_run(client, parent, f"config-{config:04d}", role="proxy", params=params)
         points = [Measurement(t, 4.0 - t / 1000, lr=lr, train_loss=math.nan) for t in (1000, 2000, 3000)]
-        curve = [(tracking.metrics_of(p), p.tokens, tracking.now_ms()) for p in points]
-        tracking.log_records(client, run, curve, {})
+        curve = [(metrics_of(p), p.tokens, now_ms()) for p in points]
+        log_records(client, run, curve, {})
         rungs = [(0, 3000, 1.5), (1, 9000, 1.25)] if config == 0 else [(0, 3000, math.nan)]
         for rung, tokens, loss in rungs:
             path = None if math.isnan(loss) else folder / f"{config}-{tokens}.pt"
-            metrics, tags = tracking.result_of(rung=rung, tokens=tokens, loss=loss, seconds=2.0, checkpoint=path)
-            tracking.log_records(client, run, [(metrics, tokens, tracking.now_ms())], tags)
-        tracking.finish(client, run)
+            metrics, tags = result_of(rung=rung, tokens=tokens, loss=loss, seconds=2.0, checkpoint=path)
+            log_records(client, run, [(metrics, tokens, now_ms())], tags)
+        finish(client, run)
     return parent
 
 
@@ -77,18 +82,18 @@ def test_logging_again_finds_the_same_runs(uri: str, tmp_path: Path) -> None:
 def test_a_curve_comes_back_in_order_of_tokens(uri: str, tmp_path: Path) -> None:
     log_two_configurations(uri, "curve", tmp_path)
     run = load_runs("curve", tracking_uri=uri)["run_id"].iloc[0]
-    assert tracking.read_curve(tracking.connect(uri), run) == ([1000.0, 2000.0, 3000.0], [3.0, 2.0, 1.0])
+    assert read_curve(connect(uri), run) == ([1000.0, 2000.0, 3000.0], [3.0, 2.0, 1.0])
 
 
 def test_notes_are_replaced_not_added(uri: str, tmp_path: Path) -> None:
-    client = tracking.connect(uri)
+    client = connect(uri)
     parent = log_two_configurations(uri, "notes", tmp_path)
-    assert tracking.read_note(client, parent, "best") is None
+    assert read_note(client, parent, "best") is None
     for value in ({"lr": 0.1}, {"lr": 0.2, "deep": {"list": [1, 2.5]}}):
-        tracking.write_note(client, parent, "best", value)
-        assert tracking.read_note(client, parent, "best") == value
+        write_note(client, parent, "best", value)
+        assert read_note(client, parent, "best") == value
     with pytest.raises(ValueError, match="8000"):
-        tracking.write_note(client, parent, "best", {"x": "y" * 9000})
+        write_note(client, parent, "best", {"x": "y" * 9000})
 
 
 def test_an_unknown_study_is_refused_with_the_nearest_name(uri: str, tmp_path: Path) -> None:
@@ -112,7 +117,7 @@ def log_foreign_runs(uri: str, experiment: str, rows: int = 6) -> tuple[Any, lis
     """(client, run ids) of another program's runs: the third blew up, the fourth is still running, the last is deleted."""
     from mlflow.entities import Metric, Param, RunTag
 
-    client = tracking.connect(uri)
+    client = connect(uri)
     e = client.create_experiment(experiment)
     ids = []
     for i in range(rows):
@@ -190,7 +195,7 @@ def test_every_change_of_a_store_is_seen_by_the_next_reading(uri: str) -> None:
 
 def test_random_histories_are_read_alike_both_ways(uri: str) -> None:
     r = random.Random(0)
-    client = tracking.connect(uri)
+    client = connect(uri)
     e = client.create_experiment("random")
     ids: list[str] = []
     for _ in range(60):
@@ -275,11 +280,11 @@ def test_a_study_of_ours_needs_no_mapping(uri: str, tmp_path: Path) -> None:
 
 
 def test_a_study_that_was_forgotten_and_made_again_has_a_run_of_its_own(uri: str) -> None:
-    client = tracking.connect(uri)
-    first = tracking.study_run(client, "again")
-    assert tracking.study_run(client, "again") == first
-    child = tracking.child_run(client, first, "config-0", role="proxy", params={})
-    tracking.forget_study(client, "again")
-    second = tracking.study_run(client, "again")
+    client = connect(uri)
+    first = study_run(client, "again")
+    assert study_run(client, "again") == first
+    child = child_run(client, first, "config-0", role="proxy", params={})
+    forget_study(client, "again")
+    second = study_run(client, "again")
     assert second != first
-    assert tracking.child_run(client, second, "config-0", role="proxy", params={}) != child
+    assert child_run(client, second, "config-0", role="proxy", params={}) != child

@@ -1,0 +1,35 @@
+"""Draw settings at random, and complete settings that a user has fixed in part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.storages import BaseStorage
+from optuna.trial import Trial, TrialState, create_trial
+
+
+def draw(space: Mapping[str, BaseDistribution], study: optuna.Study, sampler: RandomSampler) -> dict[str, Any]:
+    """Parameters for a trial that is not there yet, the same as fill_in would choose."""
+    nobody = create_trial(state=TrialState.RUNNING)
+    return {name: sampler.sample_independent(study, nobody, name, dist) for name, dist in space.items()}
+
+
+def fill_in(
+    space: Mapping[str, BaseDistribution], study: str, storage: BaseStorage, sampler: BaseSampler, trial_id: int
+) -> None:
+    """Have an Optuna sampler choose all parameters that a running trial does not have yet."""
+    # A study object of its own, because Optuna caches the list of trials between ask and tell.
+    trial = Trial(optuna.load_study(study_name=study, storage=storage, sampler=sampler), trial_id)
+    for name, dist in space.items():
+        if isinstance(dist, FloatDistribution):
+            trial.suggest_float(name, dist.low, dist.high, step=dist.step, log=dist.log)
+        elif isinstance(dist, IntDistribution):
+            trial.suggest_int(name, dist.low, dist.high, step=dist.step, log=dist.log)
+        elif isinstance(dist, CategoricalDistribution):
+            trial.suggest_categorical(name, dist.choices)
+        else:
+            raise ValueError(f"parameter {name!r} must be a float, int or categorical distribution, got {dist}")

@@ -1,0 +1,6 @@
+"""The names of the samplers. No imports, so that a study file can be checked fast."""
+
+from __future__ import annotations
+
+MODELS = {"mfbo": "bowl", "mfbo-deep": "deep", "mfbo-nngp": "nngp"}  # sampler: surrogate
+SAMPLERS = (*MODELS, "random", "qmc", "tpe", "gp")

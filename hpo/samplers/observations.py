@@ -1,0 +1,79 @@
+"""What a model-based sampler sees of a study: settings in the unit cube, fidelities, losses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.samplers.unit_cube import Cube
+from hpo.storage.trial_attributes import stopped_of, violates
+from scaling.common.arrays import Array
+from scaling.laws.compute import Fidelity
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the trials of a study say: finished runs, then pending ones."""
+
+    cube: Array  # [n + q, p]
+    levels: list[Fidelity]  # n + q
+    loss: Array  # [n], minimised; NaN when diverged; a forecast where stopped
+    stopped: NDArray[np.bool_]  # [n]
+    resumed: Array  # [n + q], tokens that a run did not train itself
+    configurations: int  # distinct ones ever started, also those that failed
+
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """[n], which losses were measured."""
+        return np.isfinite(self.loss) & ~self.stopped
+
+
+def _fidelity(trial: FrozenTrial, default: Fidelity) -> Fidelity:
+    attrs = trial.user_attrs
+    return Fidelity(float(attrs["N"]), float(attrs["tokens"])) if "N" in attrs and "tokens" in attrs else default
+
+
+def _look(study: optuna.Study, cube: Cube, target: Fidelity, asking: int | None = None) -> _Seen:
+    """Read all trials but the one that asks."""
+    sign = -1.0 if _direction(study) == StudyDirection.MAXIMIZE else 1.0
+    done: list[tuple[FrozenTrial, float]] = []
+    pending: list[tuple[FrozenTrial, float]] = []
+    configurations = set()
+    for trial in study.get_trials(deepcopy=False):
+        if trial.number == asking or trial.state == TrialState.WAITING:
+            continue
+        configurations.add(trial.user_attrs.get("config", trial.number))
+        if not cube.holds(trial):
+            continue
+        if trial.state == TrialState.COMPLETE and trial.value is not None:
+            broken = not math.isfinite(trial.value) or violates(trial)
+            done.append((trial, math.nan if broken else sign * trial.value))
+        elif (stopped := stopped_of(trial)) is not None:
+            done.append((trial, sign * stopped.mean))
+        elif trial.state == TrialState.FAIL and trial.user_attrs.get("diverged") is True:
+            done.append((trial, math.nan))
+        elif trial.state == TrialState.RUNNING:
+            pending.append((trial, math.nan))
+    trials = [trial for trial, _ in done + pending]
+    return _Seen(
+        np.array([cube.unit(t.params) for t in trials], float).reshape(-1, len(cube.space)),
+        [_fidelity(t, target) for t in trials],
+        np.array([loss for _, loss in done], float),
+        np.array([stopped_of(trial) is not None for trial, _ in done], bool),
+        np.array([float(t.user_attrs.get("resumed_tokens") or 0) for t in trials], float),
+        len(configurations),
+    )
+
+
+def _direction(study: optuna.Study) -> StudyDirection:
+    if len(study.directions) != 1:
+        raise ValueError(
+            f"MultiFidelitySampler minimises one loss, got a study with {len(study.directions)} directions"
+        )
+    return study.direction

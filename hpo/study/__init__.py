@@ -1,0 +1,2 @@
+"""The study file, the `Trainer` protocol, a study's folder, creating, opening and forgetting it, and its run in MLflow. Imports
+the rooms `surrogate` to `search`."""

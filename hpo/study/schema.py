@@ -1,0 +1,217 @@
+"""The tables of a study file, as frozen models: each checks what it can see by itself."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Annotated, Any, Literal, Self
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from hpo.samplers.belief import Law
+from hpo.samplers.names import MODELS, SAMPLERS
+from hpo.search.hyperband import Ladder
+from hpo.search.settings import Promotion, checked_seeds
+from scaling.laws.compute import Fidelity
+
+
+def meant(given: str, known: Iterable[str], *, before: str = "", cutoff: float = 0.4) -> str:
+    """`did you mean ...?` with the nearest known name, behind `before`; empty when none is near."""
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
+    return f"{before}did you mean {near[0]}?" if near else ""
+
+
+class Table(BaseModel):
+    """Frozen; unknown keys are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tokens(Table):
+    """The smallest and largest run of the search, in training tokens."""
+
+    min: int = Field(gt=0, le=10**18)
+    max: int = Field(gt=0, le=10**18)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min must not exceed max, got min {self.min:,} > max {self.max:,}")
+        return self
+
+
+class SearchTable(Table):
+    """How to spend compute."""
+
+    tokens: Tokens
+    eta: int = Field(3, ge=2, description="each rung keeps the best 1/eta and trains them eta times longer")
+    sampler: str = Field("mfbo", description=", ".join(SAMPLERS))
+    scheduler: Literal["incremental-hyperband"] = "incremental-hyperband"
+    variant: Literal["discarding", "preserving", "efficient"] = "discarding"
+    iterations: PositiveInt | None = Field(
+        None, description="how often Hyperband runs through its brackets at every size; 1 unless there is a budget"
+    )
+    budget: PositiveFloat | None = Field(
+        None,
+        description="instead of iterations, in runs of the largest proxy for tokens.max: no brackets, the sampler's model "
+        "chooses what to run and how far",
+    )
+    seeds: Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda x: (x,) if type(x) is int else x)] = Field(
+        (1,),
+        min_length=1,
+        description="trainings of a configuration with different seeds: one number, or one per rung, cheapest first",
+    )
+    promote: Promotion = Field("rank", description="by the losses of the rung, or by the model's at the target")
+    stop: float = Field(
+        0.0,
+        ge=0,
+        le=0.2,
+        description="a run ends early when the forecast gives it less than this chance of beating the best of its rung; 0: never",
+    )
+    asynchronous: bool = Field(False, description="promote the best so far instead of waiting for their rung")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_hyperband_by_default(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("iterations") is None and data.get("budget") is None:
+            return {**data, "iterations": 1}
+        return data
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, name: str) -> str:
+        if name not in SAMPLERS:
+            raise ValueError(f"needed one of {', '.join(SAMPLERS)}, got {name!r}{meant(name, SAMPLERS, before='; ')}")
+        return name
+
+    @model_validator(mode="after")
+    def _whole_rungs(self) -> Self:
+        ladder = Ladder.make(self.tokens.min, self.tokens.max, self.eta)
+        levels = ladder.levels
+        problems = []
+        if levels[0] != self.tokens.min:
+            up = self.tokens.min * self.eta ** (len(levels) - 1)
+            problems.append(
+                f"tokens.max must be tokens.min times a power of eta, got {self.tokens.max:,} = {self.tokens.min:,} x "
+                f"{self.tokens.max / self.tokens.min:.4g}: the nearest are {up:,} and {up * self.eta:,}"
+            )
+        try:
+            Ladder(levels, self.eta, checked_seeds(self.seeds, levels))
+        except ValueError as error:
+            problems.append(str(error))
+        if self.budget is not None and self.iterations is not None:
+            problems.append(
+                "needed iterations (Hyperband's brackets) or budget (the model decides), got both: remove one"
+            )
+        if self.promote == "predicted" and self.sampler not in MODELS:
+            problems.append(
+                f"promote = 'predicted' needs a model of the loss, which sampler = 'mfbo' has, got {self.sampler!r}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class Dimension(Table):
+    """One searched parameter: a range, or choices."""
+
+    type: Literal["float", "int"] = "float"
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
+    log: bool = False
+    step: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    choices: tuple[str | float | int | bool, ...] | None = None
+
+    @model_validator(mode="after")
+    def _range_or_choices(self) -> Self:
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log or self.step is not None:
+                raise ValueError("choices stand alone: remove low, high, log and step")
+            if len(set(self.choices)) < 2:
+                raise ValueError(
+                    f"needed at least 2 different choices, got {list(self.choices)}: fix it under [trainer]"
+                )
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("needed low and high, or choices")
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high, got low {self.low:g} >= high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range needs low > 0, got {self.low:g}")
+        if self.log and self.step is not None:
+            raise ValueError("a log range has no step: remove one of them")
+        if self.type == "int" and (self.low != int(self.low) or self.high != int(self.high)):
+            raise ValueError(f"an int range needs whole low and high, got {self.low:g} and {self.high:g}")
+        if self.type == "int" and self.step is not None and self.step != int(self.step):
+            raise ValueError(f"an int range needs a whole step, got {self.step:g}")
+        return self
+
+    def distribution(self) -> BaseDistribution:
+        """The same as Optuna has it."""
+        if self.choices is not None:
+            return CategoricalDistribution(self.choices)
+        assert self.low is not None
+        assert self.high is not None
+        if self.type == "int":
+            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
+        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+
+
+class LawTable(Table):
+    """Where the optimum of a searched parameter is believed to lie: value (N / at.N)^exponent_N (D / at.D)^exponent_D."""
+
+    value: PositiveFloat
+    at: Mapping[Literal["N", "D"], PositiveFloat]
+    exponent_N: float = 0.0
+    exponent_D: float = 0.0
+
+    @model_validator(mode="after")
+    def _both_sizes(self) -> Self:
+        if len(self.at) < 2:
+            raise ValueError(f"at needs N and D, got {sorted(self.at)}")
+        return self
+
+    @property
+    def law(self) -> Law:
+        return Law(self.value, Fidelity(self.at["N"], self.at["D"]), self.exponent_N, self.exponent_D)
+
+
+class TrainerTable(BaseModel):
+    """Which trainer, and its settings (all other keys)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    use: str = Field(default="proxies:ProxyFamily", pattern=r"^\w+(\.\w+)*:\w+$")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.model_extra or {}
+
+    def find(self) -> Any:
+        """What `use` names, imported: which runs that module. ImportError or AttributeError when it is not there."""
+        module, _, name = self.use.partition(":")
+        return getattr(import_module(module), name)
+
+
+class Workers(Table):
+    """Local processes that train, and the CPU threads each may use."""
+
+    count: PositiveInt = 1
+    threads: PositiveInt = 1
+    timeout: PositiveFloat | None = Field(
+        default=None, description="seconds without a measurement after which a run hangs: it is killed; default: never"
+    )
+    lease: PositiveFloat = Field(
+        default=60.0, description="seconds without a sign of life after which a worker's run is another's"
+    )

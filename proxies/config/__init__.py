@@ -1,0 +1,2 @@
+"""Settings, without torch: of a proxy, its schedule, its steps, mixture weights, growth rules, and which optimizers may be used.
+Imports `scaling` only."""

@@ -1,0 +1,1 @@
+"""The coordinate check, learning-rate transfer, and their figures. Imports the rooms `config` to `training`."""

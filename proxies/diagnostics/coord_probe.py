@@ -1,0 +1,214 @@
+"""A few steps of training, watched: how large every activation is, and how far eps and decay act. For `proxies check`.
+
+The steps are those of an engine (plain, compiled, DDP, FSDP2); what is looked at is a plain twin with the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from proxies.config.proxy import ProxyConfig
+from proxies.data.mixture import open_data
+from proxies.model.dtensors import whole
+from proxies.model.mup import clean, role_of
+from proxies.model.optimizers import make_optimizer, set_lr
+from proxies.model.transformer import Block, Transformer, build, loss_of, norm
+from proxies.training.distributed import ALONE, Ranks, spawned, wrapped
+
+Engine = Literal["plain", "compile", "ddp", "fsdp2"]
+ENGINES: tuple[Engine, ...] = ("plain", "compile", "ddp", "fsdp2")
+# Optimizers that divide by sqrt(v) + eps, so that eps must follow the gradients.
+DIVIDE_BY_EPS = ("adamw", "adamw8bit", "ademamix", "schedule-free")
+# Those that multiply weights by 1 - lr * decay. Prodigy has a rate of its own, LAMB scales the decay with the update.
+DECAY_BY_RATE = (*DIVIDE_BY_EPS, "lion", "muon", "muon-rms", "soap")
+DECAYED = 0.05  # of a hidden matrix at base size, per step of the decay stress
+
+
+@dataclass(frozen=True)
+class Trail:
+    """One run of a few steps."""
+
+    seen: tuple[dict[str, tuple[float, float]], ...]  # per step from 0: mean |x|, mean |x - x at step 0| by quantity
+    losses: tuple[float, ...]  # training loss of every step, nats per token
+
+
+@dataclass(frozen=True)
+class Watch:
+    """One run to be made: which model, what is watched, for how long."""
+
+    config: ProxyConfig
+    what: Literal["activations", "eps", "decay"]
+    steps: int
+    batch_seqs: int
+    scales: Mapping[str, float] | None = None  # eps: RMS gradient by role at base size. decay: factor on every decay
+    double: bool = False  # float64
+
+
+@torch.no_grad()
+def coordinates(model: Transformer, x_bt: Tensor) -> dict[str, Tensor]:
+    """Every quantity of the check, by name, on one batch; branches before they are added to the stream."""
+    rope = model.rope_for(x_bt)
+    stream = model.stem(x_bt)
+    seen = {"embedding": stream}
+    for i, block in enumerate(cast(Iterable[Block], model.blocks)):
+        normed = norm(stream, block.attn_norm)
+        seen[f"block {i} attention scores"] = block.attention_logits(normed, rope)
+        seen[f"block {i} attention"] = block.attention(normed, rope)
+        stream = block.add(stream, seen[f"block {i} attention"])
+        seen[f"block {i} mlp"] = block.mlp(norm(stream, block.mlp_norm))
+        stream = block.add(stream, seen[f"block {i} mlp"])
+        seen[f"block {i} stream"] = stream
+    seen["logits"] = model.head(stream)
+    return seen
+
+
+def gradient_scales(watch: Watch) -> dict[str, float]:
+    """RMS gradient of each role, the median over the steps of a plain run in which it is not zero."""
+    model = _start(watch)
+    found: dict[str, list[float]] = {}
+
+    def look() -> None:
+        squares: dict[str, list[Tensor]] = {}
+        for name, parameter in model.named_parameters():
+            squares.setdefault(role_of(name), []).append(parameter.grad.double().square().flatten())  # type: ignore[union-attr]
+        for role, parts in squares.items():
+            found.setdefault(role, []).append(float(torch.cat(parts).mean().sqrt()))
+
+    _steps(watch, model, make_optimizer(model, watch.config, verified=False), before_step=look)
+    return {role: float(torch.tensor([v for v in values if v > 0] or [0.0]).median()) for role, values in found.items()}
+
+
+def follow(watches: Sequence[Watch], engine: Engine = "plain", ranks: int = 2) -> list[Trail]:
+    """Make the runs, in this process or on `ranks` processes of one thread each (gloo)."""
+    if engine not in ENGINES:
+        raise ValueError(f"needed an engine out of {', '.join(ENGINES)}, got {engine!r}")
+    if engine == "plain" or engine == "compile":
+        return [_follow(watch, ALONE, compiled=engine == "compile") for watch in watches]
+    if any(watch.batch_seqs % ranks for watch in watches):
+        raise ValueError(
+            f"needed batches of a multiple of {ranks} sequences for {ranks} ranks, got {watches[0].batch_seqs}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "trails"
+        spawned(_of_ranks, ranks, engine, list(watches), out)
+        found = json.loads(out.read_text())
+    return [
+        Trail(tuple({k: (at, change) for k, (at, change) in step.items()} for step in seen), tuple(losses))
+        for seen, losses in found
+    ]
+
+
+def _of_ranks(ranks: Ranks, watches: Sequence[Watch], out: Path) -> None:
+    """What one process of several does; the first writes what it saw."""
+    trails = [_follow(watch, ranks) for watch in watches]
+    if ranks.rank == 0:
+        out.write_text(json.dumps([(trail.seen, trail.losses) for trail in trails]))
+
+
+@torch.no_grad()
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Whole weights by their own names, whatever wraps or shards the model. All ranks ask together."""
+    return {clean(name): whole(p).detach().clone() for name, p in model.named_parameters()}
+
+
+def _start(watch: Watch) -> Transformer:
+    model = build(watch.config)
+    return model.double() if watch.double else model
+
+
+def _follow(watch: Watch, ranks: Ranks, *, compiled: bool = False) -> Trail:
+    twin = _start(watch)
+    model = wrapped(_start(watch), ranks.engine, torch.device("cpu"))
+    if compiled:
+        torch.compiler.reset()  # every model is another one: past eight, calls would go on uncompiled
+        model = cast(nn.Module, torch.compile(model))
+    optimizer = make_optimizer(model, watch.config, verified=False)  # to find out is what this is for
+    if watch.what == "activations":
+        return _activations(watch, model, optimizer, twin, ranks)
+    assert watch.scales is not None
+    for group in optimizer.param_groups:
+        if watch.what == "eps":
+            group["eps"] *= watch.scales[group["role"]] / watch.config.eps
+            group["weight_decay"] = 0.0
+        else:
+            group["weight_decay"] *= watch.scales["factor"]
+    losses = _steps(watch, model, optimizer, ranks)
+    return Trail((_moved(watch, twin, weights_of(model), optimizer),), losses)
+
+
+def _activations(watch: Watch, model: nn.Module, optimizer: Any, twin: Transformer, ranks: Ranks) -> Trail:
+    probe, _ = open_data(watch.config).windows.batch(watch.steps * watch.batch_seqs, watch.batch_seqs)  # not trained on
+    first = coordinates(twin, probe)
+    seen: list[dict[str, tuple[float, float]]] = []
+
+    def look() -> None:
+        weights = weights_of(model)
+        with torch.no_grad():
+            for name, parameter in twin.named_parameters():
+                parameter.copy_(weights[name])
+        now = coordinates(twin, probe)
+        seen.append({name: (float(x.abs().mean()), float((x - first[name]).abs().mean())) for name, x in now.items()})
+
+    look()
+    losses = _steps(watch, model, optimizer, ranks, after_step=look)
+    return Trail(tuple(seen), losses)
+
+
+def _steps(
+    watch: Watch,
+    model: nn.Module,
+    optimizer: Any,
+    ranks: Ranks = ALONE,
+    *,
+    before_step: Callable[[], None] | None = None,
+    after_step: Callable[[], None] | None = None,
+) -> tuple[float, ...]:
+    """Steps at the peak rate; rank r takes its part of every batch. The losses are those of the whole batch."""
+    windows = open_data(watch.config).windows
+    set_lr(optimizer, 1.0)
+    losses = []
+    for step in range(watch.steps):
+        loss = loss_of(
+            model, *windows.batch(step * watch.batch_seqs, watch.batch_seqs, rank=ranks.rank, ranks=ranks.world)
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        if before_step is not None:
+            before_step()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(ranks.total(loss.detach().double())) / ranks.world)
+        if after_step is not None:
+            after_step()
+    return tuple(losses)
+
+
+def _moved(
+    watch: Watch, twin: Transformer, weights: Mapping[str, Tensor], optimizer: Any
+) -> dict[str, tuple[float, float]]:
+    """eps: mean |w - w at start| over the peak rate, by role. decay: the share of the start that is gone, by role.
+
+    In its second place, as a change. The share gone is 1 - <w, w0> / <w0, w0>: what training adds is almost orthogonal
+    to the start. Nothing can be said of the decay of a readout that starts at zero.
+    """
+    rates = {group["role"]: group["peak_lr"] for group in optimizer.param_groups}
+    decayed = {group["role"] for group in optimizer.param_groups if group["weight_decay"] > 0}
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, start in twin.named_parameters():
+        pairs.setdefault(role_of(name), []).append((start.detach().flatten(), weights[name].flatten()))
+    moved = {}
+    for role, both in pairs.items():
+        w0, w = (torch.cat(part) for part in zip(*both, strict=True))
+        if watch.what == "eps":
+            moved[role] = float((w - w0).abs().mean()) / rates[role]
+        elif role in decayed and bool(w0.any()):
+            moved[role] = 1 - float(w @ w0) / float(w0 @ w0)
+    return {role: (math.nan, value) for role, value in moved.items()}

@@ -1,0 +1,296 @@
+"""Does the best learning rate transfer? Grids of short runs at several sizes, grown where they are needed, resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+from proxies.config.proxy import ProxyConfig
+from proxies.diagnostics.lr_optimum import FURTHER, MASS, WINDOW, Arm, best_window, fit_arm, next_rates
+
+Submit = Callable[[Sequence[tuple[ProxyConfig, int]]], Iterator[tuple[int, float]]]
+Over = Literal["width", "depth"]
+Losses = dict[tuple[int, int], float]  # (rate, seed) -> final loss
+TYPICAL_RATES = 8  # tried per size with the first seed; for the cost beforehand
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What the runs say; the first arm is the study's own, the second its control."""
+
+    over: Over
+    tokens: int
+    seeds: int
+    arms: tuple[Arm, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.arms[0].misses
+
+    @property
+    def text(self) -> str:
+        """A table per arm, and a verdict."""
+        lines = []
+        for arm in self.arms:
+            lines += [f"{arm.name}: {self.tokens:,} tokens, {self.seeds} seeds, {MASS:.0%} intervals"]
+            lines += [f"{self.over:>8}{'log2 best lr':>30}{'best lr':>10}{'loss':>9}{'nats/octave²':>14}"]
+            for b in arm.bowls:
+                lines.append(f"{b.size:>8}{b.best!s:>30}{2**b.best.value:10.5f}{b.loss:9.4f}{b.curvature:14.4f}")
+            noise = arm.bowls[0].noise
+            lines += [
+                f"  gamma {arm.gamma} (best lr ~ {self.over}^-gamma); shift {arm.shift} octaves; noise of a run {noise:.4f} nats",
+                f"  regret of the smallest's rate at the largest {arm.regret} nats = {arm.relative_regret:.2%}; "
+                f"{FURTHER} times further {arm.penalty} nats",
+                f"  {'meets all goals' if not arm.misses else 'misses ' + ', '.join(arm.misses)}",
+            ]
+        return "\n".join(lines)
+
+    @property
+    def json(self) -> dict[str, Any]:
+        from proxies.diagnostics.coord_check import without_nan
+
+        more = {
+            "passed": self.passed,
+            "misses": {arm.name: list(arm.misses) for arm in self.arms},
+            "relative_regret": {arm.name: arm.relative_regret for arm in self.arms},
+        }
+        plain: dict[str, Any] = without_nan(asdict(self) | more)  # a loss or regret that is null: it diverged
+        return plain
+
+
+def arms_of(
+    config: ProxyConfig, over: Over, sizes: Sequence[int], *, control: bool = True
+) -> dict[str, dict[int, ProxyConfig]]:
+    """The configurations of each arm by size: over width muP and the standard table, over depth with and without a rule.
+
+    The depth rule's base is that of `config`, or the smallest depth where it has none. Raises ValueError for fewer than
+    two sizes and for a size that the family cannot have.
+    """
+    if len(set(sizes)) < 2:
+        raise ValueError(f"needed at least two sizes to compare, got {list(sizes)}: add sizes")
+    changes: dict[str, dict[str, Any]]
+    if over == "width":
+        field = "d_model"
+        changes = {"mup": {"parametrization": "mup"}, "standard": {"parametrization": "standard"}}
+    else:
+        field = "n_layers"
+        base = config.base_layers or min(sizes)
+        changes = {
+            f"depth power {config.depth_power:g}": {"parametrization": "mup", "base_layers": base},
+            "no depth rule": {"parametrization": "mup", "base_layers": None},
+        }
+    return {
+        name: {s: ProxyConfig.model_validate(config.model_dump() | change | {field: s}) for s in sorted(set(sizes))}
+        for name, change in list(changes.items())[: 2 if control else 1]
+    }
+
+
+def expected_cost(arms: Mapping[str, Mapping[int, ProxyConfig]], tokens: int, seeds: int) -> tuple[float, float]:
+    """FLOPs and seconds of one core for a typical number of runs; the speed of each size is measured now."""
+    from proxies.training.throughput import measure_speed
+
+    runs = TYPICAL_RATES + WINDOW * (seeds - 1)
+    flops = seconds = 0.0
+    for members in arms.values():
+        for member in members.values():
+            flops += runs * tokens * member.flops_per_token
+            seconds += runs * tokens / measure_speed(member, threads=1)
+    return flops, seconds
+
+
+def transfer(
+    config: ProxyConfig,
+    sizes: Sequence[int],
+    tokens: int,
+    *,
+    over: Over = "width",
+    seeds: int = 2,
+    control: bool = True,
+    runs: Path | None = None,
+    workers: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> Transfer:
+    """The transfer report: the best learning rate at each size of each arm, and what keeping the smallest's costs.
+
+    Rates are config.lr * 2^(j/2). The first seed finds the best five of each size, the other seeds repeat these; a size
+    begins where the next smaller one ended. The largest size is also run around the smallest's best rate.
+
+    sizes: widths or depths. tokens: of every run, cooldown included. runs: a JSONL file; what it holds is not run
+    again, and every run is added as it ends. workers: processes of one thread each.
+    """
+    from proxies.config.steps import plan
+
+    if seeds < 1 or workers < 1:
+        raise ValueError(f"needed at least one seed and one worker, got {seeds} and {workers}")
+    arms = arms_of(config, over, sizes, control=control)
+    for members in arms.values():
+        for member in members.values():
+            plan(member, tokens)  # refuses runs too short for their warm-up
+    say = progress or (lambda _: None)
+    store = _Store(runs, tokens, config)
+    found: dict[str, dict[int, Losses]] = {}
+    with _pool(workers) as submit:
+        for name, members in arms.items():
+            found[name] = {}
+            start, coarse = 0, None
+            for size, member in members.items():
+                losses: Losses = {}
+                while jobs := _wanted(losses, config.seed, seeds, start, coarse):
+                    _run(jobs, member, tokens, store, submit, losses, partial(_said, say, f"{name}, {over} {size}"))
+                found[name][size] = losses
+                first = {j: loss for (j, seed), loss in losses.items() if seed == config.seed}
+                start, coarse = min(first, key=lambda j: first[j]), 2
+            # Where the smallest's best rate falls between those that the largest tried, it is run there, too.
+            arm = fit_arm(name, found[name], math.log2(config.lr))
+            at = 2 * (arm.bowls[0].best.value - math.log2(config.lr))
+            largest = max(members)
+            losses = found[name][largest]
+            around = [(j, config.seed) for j in (math.floor(at), math.ceil(at)) if (j, config.seed) not in losses]
+            _run(
+                around,
+                members[largest],
+                tokens,
+                store,
+                submit,
+                losses,
+                partial(_said, say, f"{name}, {over} {largest}"),
+            )
+    return Transfer(over, tokens, seeds, tuple(fit_arm(name, found[name], math.log2(config.lr)) for name in arms))
+
+
+def _wanted(losses: Losses, seed: int, seeds: int, start: int, coarse: int | None) -> list[tuple[int, int]]:
+    """(rate, seed) to run next: first the grid of the first seed, then the best five with all, then theirs if they move."""
+    first = {j: loss for (j, s), loss in losses.items() if s == seed}
+    if rates := next_rates(first, start, coarse) if coarse else next_rates(first, start):
+        return [(j, seed) for j in rates]
+    others = range(seed, seed + seeds)
+    low, high = best_window(first)
+    missing = [(j, s) for j in range(low, high + 1) for s in others if (j, s) not in losses and j in first]
+    if missing:
+        return missing
+    full = {j: sum(losses[j, s] for s in others) / seeds for j in first if all((j, s) in losses for s in others)}
+    return [(j, s) for j in next_rates(full) for s in others if (j, s) not in losses]
+
+
+def _run(
+    jobs: Sequence[tuple[int, int]],
+    member: ProxyConfig,
+    tokens: int,
+    store: _Store,
+    submit: Submit,
+    losses: Losses,
+    say: Callable[[str], None],
+) -> None:
+    """Run what the store does not hold, and put the losses of all jobs into `losses`."""
+    configs = {(j, s): member.model_copy(update={"lr": store.lr0 * 2 ** (j / 2), "seed": s}) for j, s in jobs}
+    left = []
+    for job, config in configs.items():
+        known = store.get(config)
+        if known is None:
+            left.append(job)
+        else:
+            losses[job] = known
+    for index, loss in submit([(configs[job], tokens) for job in left]):
+        job = left[index]
+        store.put(configs[job], loss)
+        losses[job] = loss
+        say(f"lr {configs[job].lr:.5f}, seed {job[1]}: {loss:.4f}")
+
+
+def _said(say: Callable[[str], None], where: str, text: str) -> None:
+    say(f"{where}: {text}")
+
+
+def final_loss(config: ProxyConfig, tokens: int) -> float:
+    """Held-out loss of a run after its cooldown, nats per token; inf if it diverged."""
+    from proxies.training.loop import train
+
+    *_, last = train(config, tokens)
+    return math.inf if last.diverged else last.loss
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[Submit]:
+    """A function that runs (config, tokens) pairs and yields (index, loss) as they end: here, or in processes.
+
+    One thread each, here too: small matrices are no faster with more, and a loss does not depend on the machine's cores.
+    """
+    import torch
+
+    if workers == 1:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield lambda jobs: ((i, final_loss(*job)) for i, job in enumerate(jobs))
+        finally:
+            torch.set_num_threads(before)
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+        def submit(jobs: Sequence[tuple[ProxyConfig, int]]) -> Iterator[tuple[int, float]]:
+            futures = {pool.submit(final_loss, *job): i for i, job in enumerate(jobs)}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+
+        yield submit
+
+
+class _Store:
+    """Runs that have ended, one JSON object per line: settings, tokens, hash of the data, loss (null: diverged)."""
+
+    def __init__(self, path: Path | None, tokens: int, config: ProxyConfig) -> None:
+        from proxies.data.mixture import open_data
+
+        self.path, self.tokens, self.lr0 = path, tokens, config.lr
+        self.data = open_data(config).sha256
+        self.known: dict[str, float] = {}
+        if path is None or not path.is_file():
+            return
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            if not line:
+                continue
+            try:
+                row = json.loads(line)
+                settings = ProxyConfig.model_validate(row["config"])  # settings younger than the file: their defaults
+                loss = math.inf if row["loss"] is None else float(row["loss"])
+                self.known[self._key(settings, row["tokens"], row["data_sha256"])] = loss
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"needed one run per line, got something else in line {number} of {path} ({error}): remove that line"
+                ) from error
+
+    def get(self, config: ProxyConfig) -> float | None:
+        return self.known.get(self._key(config, self.tokens, self.data))
+
+    def put(self, config: ProxyConfig, loss: float) -> None:
+        self.known[self._key(config, self.tokens, self.data)] = loss
+        if self.path is None:
+            return
+        row = {"loss": loss if math.isfinite(loss) else None, "tokens": self.tokens, "data_sha256": self.data}
+        line = json.dumps(row | {"config": config.model_dump()}, allow_nan=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:  # one write: lines of two processes do not mix
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+
+    @staticmethod
+    def _key(config: ProxyConfig, tokens: int, data: str) -> str:
+        # The data's hash is compared instead of its path; how much memory a run took is no part of it.
+        same = {"corpus", "coordinate_check", "early_points", "micro_seqs", "recompute"}
+        if config.m == config.r == 1:
+            same |= {"parametrization", "base_layers", "depth_power"}  # at base width and depth every table is the same
+        settings = config.model_dump(exclude=same)
+        return sha256(json.dumps([settings, tokens, data], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,216 @@
+"""The proxy: a small decoder-only transformer with pre-RMSNorm, rotary positions, SwiGLU, grouped queries.
+
+No biases. Every matrix is its own named parameter [out, in], so that growth can pad each one:
+
+    embed [v, d]    blocks.i.attn_norm [d]    blocks.i.q [h·k, d]    blocks.i.k, .v [g·k, d]     blocks.i.o [d, h·k]
+                    blocks.i.mlp_norm [d]     blocks.i.gate, .up [f, d]                          blocks.i.down [d, f]
+    final_norm [d]  readout [v, d] unless tied; blocks.i.q_norm, .k_norm [k] with QK-norm
+
+Query head i reads key/value head i // (h / g); the rows of one head are adjacent.
+"""
+
+# b batch, t time, s time (keys), d model, h query heads, g key/value heads, k per head, f hidden, v vocabulary
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from proxies.config.proxy import ProxyConfig
+from proxies.model import fused, mup
+
+NORM_EPS = 1e-6
+ROPE_BASE = 10_000.0
+
+
+def rope_table(seq_len: int, d_head: int) -> Tensor:
+    """e^(i t w_j), complex128 [t, 1, k/2], with w_j = 10000^(-2j / d_head) (RoFormer, arXiv 2104.09864)."""
+    angle_tj = _angles(seq_len, d_head, torch.device("cpu"))
+    return torch.polar(torch.ones_like(angle_tj), angle_tj)[:, None, :]
+
+
+def _angles(seq_len: int, d_head: int, device: torch.device) -> Tensor:
+    w_j = ROPE_BASE ** (-torch.arange(0, d_head, 2, dtype=torch.float64, device=device) / d_head)
+    return torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), w_j)
+
+
+def rotate(x_bthk: Tensor, table: Tensor) -> Tensor:
+    """Turn channels (2j, 2j + 1) of every head by the angle of their position.
+
+    As complex numbers: measured two to three times as fast on CPU as pairing the halves.
+    """
+    if not table.is_complex():  # compiled
+        even, odd = x_bthk.reshape(*x_bthk.shape[:-1], -1, 2).unbind(-1)
+        cos, sin = table.unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+    if fused.applies(x_bthk):
+        return fused.rotate(x_bthk, table)
+    pairs = torch.view_as_complex(x_bthk.reshape(*x_bthk.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * table).flatten(-2)
+
+
+class Block(nn.Module):
+    """One layer: x + branch * attention(norm(x)), then x + branch * swiglu(norm(x)); branch depends on depth alone."""
+
+    def __init__(self, config: ProxyConfig) -> None:
+        super().__init__()
+        d, k, f = config.d_model, config.d_head, config.d_ff
+        self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, k
+        self.scale = config.alpha_attn / math.sqrt(k)
+        self.branch = mup.rules(config)["hidden"].multiplier
+        self.attn_norm = _empty(d)
+        self.q = _empty(self.n_heads * k, d)
+        self.k = _empty(self.n_kv_heads * k, d)
+        self.v = _empty(self.n_kv_heads * k, d)
+        self.o = _empty(d, self.n_heads * k)
+        self.q_norm: nn.Parameter | None = _empty(k) if config.qk_norm else None
+        self.k_norm: nn.Parameter | None = _empty(k) if config.qk_norm else None
+        self.mlp_norm = _empty(d)
+        self.gate = _empty(f, d)
+        self.up = _empty(f, d)
+        self.down = _empty(d, f)
+
+    def qk(self, x_btd: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated queries [b, t, h, k] and keys [b, t, g, k] of a normed stream."""
+        return self._turned(F.linear(x_btd, self.q), F.linear(x_btd, self.k), rope)
+
+    def _turned(self, q_btd: Tensor, k_btd: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        q_bthk, k_btgk = self._heads(q_btd, self.n_heads), self._heads(k_btd, self.n_kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_bthk, k_btgk = norm(q_bthk, self.q_norm), norm(k_btgk, self.k_norm)
+        if q_bthk.dtype in (torch.bfloat16, torch.float16):  # autocast; there are no complex numbers of that size
+            kind = q_bthk.dtype
+            return rotate(q_bthk.float(), rope).to(kind), rotate(k_btgk.float(), rope).to(kind)
+        return rotate(q_bthk, rope), rotate(k_btgk, rope)
+
+    def _heads(self, x_btd: Tensor, n: int) -> Tensor:
+        return x_btd.view(*x_btd.shape[:2], n, self.d_head)
+
+    def attention(self, x_btd: Tensor, rope: Tensor) -> Tensor:
+        q_btd, k_btd, v_btd = (F.linear(x_btd, w) for w in (self.q, self.k, self.v))
+        return F.linear(self._mixed(q_btd, k_btd, v_btd, rope), self.o)
+
+    def _mixed(self, q_btd: Tensor, k_btd: Tensor, v_btd: Tensor, rope: Tensor) -> Tensor:
+        """Values mixed by every head, [b, t, h·k]."""
+        q_bthk, k_btgk = self._turned(q_btd, k_btd, rope)
+        v_btgk = self._heads(v_btd, self.n_kv_heads)
+        out_bhtk = F.scaled_dot_product_attention(
+            q_bthk.transpose(1, 2),
+            k_btgk.transpose(1, 2),
+            v_btgk.transpose(1, 2),
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=self.n_heads != self.n_kv_heads,
+        )
+        return out_bhtk.transpose(1, 2).flatten(-2)
+
+    def attention_logits(self, x_btd: Tensor, rope: Tensor) -> Tensor:
+        """Scaled scores [b, h, t, s] before mask and softmax; the training path never forms them. For checks only."""
+        q_bthk, k_btgk = self.qk(x_btd, rope)
+        k_bthk = k_btgk.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2)
+        return self.scale * torch.einsum("bthk,bshk->bhts", q_bthk, k_bthk)
+
+    def mlp(self, x_btd: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x_btd, self.gate)) * F.linear(x_btd, self.up), self.down)
+
+    def forward(self, x_btd: Tensor, rope: Tensor) -> Tensor:
+        if fused.applies(x_btd):  # the same, with fewer passes over memory
+            q_btd, k_btd, v_btd = fused.normed_linears(x_btd, self.attn_norm, (self.q, self.k, self.v), NORM_EPS)
+            x_btd = fused.add_linear(x_btd, self._mixed(q_btd, k_btd, v_btd, rope), self.o, self.branch)
+            gate_btf, up_btf = fused.normed_linears(x_btd, self.mlp_norm, (self.gate, self.up), NORM_EPS)
+            return fused.add_linear(x_btd, fused.swiglu(gate_btf, up_btf), self.down, self.branch)
+        x_btd = self.add(x_btd, self.attention(norm(x_btd, self.attn_norm), rope))
+        return self.add(x_btd, self.mlp(norm(x_btd, self.mlp_norm)))
+
+    def add(self, x_btd: Tensor, branch_btd: Tensor) -> Tensor:
+        """The stream after a branch: CompleteP scales each by a power of depth."""
+        return x_btd + branch_btd if self.branch == 1 else torch.add(x_btd, branch_btd, alpha=self.branch)
+
+
+class Transformer(nn.Module):
+    """Tokens [b, t] (int64) to logits [b, t, v]."""
+
+    def __init__(self, config: ProxyConfig) -> None:
+        super().__init__()
+        self.config = config
+        table = mup.rules(config)
+        self.multiplier_in = table["embedding"].multiplier
+        self.multiplier_out = table["readout"].multiplier
+        self.embed = _empty(config.vocab, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = _empty(config.d_model)
+        self.readout = None if config.tied else _empty(config.vocab, config.d_model)
+        # No buffer: it follows from the shape, and `.double()` would cast complex numbers to real ones.
+        self._ropes: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def rope_for(self, tokens_bt: Tensor) -> Tensor:
+        """The rotary table for this many positions, in the precision of the weights."""
+        seq_len = tokens_bt.shape[-1]
+        if seq_len > self.config.seq_len:
+            raise ValueError(
+                f"needed at most seq_len = {self.config.seq_len} tokens in a sequence, got {seq_len}: "
+                "cut the input or raise seq_len"
+            )
+        if (
+            torch.compiler.is_compiling()
+        ):  # pairs of real numbers [t, 1, k/2, 2]: its code generator knows no complex ones
+            angle_tj = _angles(seq_len, self.config.d_head, tokens_bt.device)
+            return torch.stack((angle_tj.cos(), angle_tj.sin()), -1)[:, None].to(self.embed.dtype)
+        kind = torch.complex128 if self.embed.dtype == torch.float64 else torch.complex64
+        key = (tokens_bt.device, kind)
+        if key not in self._ropes:
+            self._ropes[key] = rope_table(self.config.seq_len, self.config.d_head).to(*key)
+        return self._ropes[key][:seq_len]
+
+    def stem(self, tokens_bt: Tensor) -> Tensor:
+        x_btd = F.embedding(tokens_bt, self.embed)
+        return x_btd if self.multiplier_in == 1 else x_btd * self.multiplier_in
+
+    def head(self, x_btd: Tensor) -> Tensor:
+        weight_vd = self.embed if self.readout is None else self.readout
+        gain_d = self.final_norm if self.multiplier_out == 1 else self.final_norm * self.multiplier_out
+        if fused.applies(x_btd):
+            return fused.normed_linears(x_btd, gain_d, (weight_vd,), NORM_EPS)[0]
+        return F.linear(norm(x_btd, gain_d), weight_vd)
+
+    def forward(self, tokens_bt: Tensor) -> Tensor:
+        rope = self.rope_for(tokens_bt)
+        x_btd = self.stem(tokens_bt)
+        for block in self.blocks:
+            if self.config.recompute and torch.is_grad_enabled():  # nothing here is random: no generator to keep
+                x_btd = checkpoint(block, x_btd, rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_btd = block(x_btd, rope)
+        return self.head(x_btd)
+
+
+def norm(x_btd: Tensor, gain_d: Tensor) -> Tensor:
+    """RMSNorm: x / rms(x) * gain."""
+    return F.rms_norm(x_btd, gain_d.shape, gain_d, NORM_EPS)
+
+
+def loss_of(model: nn.Module, x_bt: Tensor, y_bt: Tensor) -> Tensor:
+    """Mean cross-entropy, nats per token."""
+    return mean_loss(model(x_bt), y_bt)
+
+
+def mean_loss(logits_btv: Tensor, y_bt: Tensor) -> Tensor:
+    if logits_btv.dtype in (torch.bfloat16, torch.float16):
+        logits_btv = logits_btv.float()
+    logits_nv, y_n = logits_btv.flatten(0, 1), y_bt.flatten()
+    return fused.cross_entropy(logits_nv, y_n) if fused.applies(logits_nv) else F.cross_entropy(logits_nv, y_n)
+
+
+def build(config: ProxyConfig) -> Transformer:
+    """A fresh model on CPU, float32, initialised from `config.seed` alone."""
+    model = Transformer(config)
+    mup.init(model, config)
+    return model
+
+
+def _empty(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape))  # filled by mup.init, so that the global generator is never asked

@@ -1,0 +1,94 @@
+"""What a run took: peak memory, tokens and FLOPs per second, and the share of the device's peak (MFU)."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+
+from proxies.config.proxy import ProxyConfig
+from scaling.common.measurement import Measurement
+
+# FLOPs per second, dense bfloat16, by a part of the device's name (NVIDIA's data sheets, SXM versions).
+PEAKS = {"H100": 989e12, "A100": 312e12}
+
+
+class Usage:
+    """Watches a run's measurements go by. peak_flops: of the device; default: known by its name, else no MFU is told."""
+
+    def __init__(self, config: ProxyConfig, peak_flops: float | None = None) -> None:
+        self.config = config
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        self.peak_flops = peak_flops or next((peak for name, peak in PEAKS.items() if name in self.device), None)
+        self.first: Measurement | None = None
+        self.last: Measurement | None = None
+
+    def of(self, points: Iterator[Measurement]) -> Iterator[Measurement]:
+        for point in points:
+            self.first, self.last = self.first or point, point
+            yield point
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Between the first and the last measurement, evaluation included: what came before the first may have been
+        trained by another process, and has the start-up in it. None with fewer than two.
+        """
+        if self.first is None or self.last is None or self.last.seconds <= self.first.seconds:
+            return None
+        return (self.last.tokens - self.first.tokens) / (self.last.seconds - self.first.seconds)
+
+    @property
+    def mfu(self) -> float | None:
+        """PaLM FLOPs (2204.02311, appendix B) done over those that the device could do."""
+        if self.tokens_per_second is None or self.peak_flops is None:
+            return None
+        return self.tokens_per_second * self.config.flops_per_token / self.peak_flops
+
+    def __str__(self) -> str:
+        said = [f"peak memory {peak_memory() / 2**20:,.0f} MiB"]
+        if (speed := self.tokens_per_second) is not None:
+            said.append(f"{speed:,.0f} tokens/s")
+            said.append(f"{speed * self.config.flops_per_token / 1e12:.4g} TFLOP/s (PaLM)")
+        if self.mfu is not None:
+            said.append(f"MFU {100 * self.mfu:.1f} % of {self.peak_flops:.3g} FLOP/s")
+        return f"{self.device}: " + ", ".join(said)
+
+
+def peak_memory() -> int:
+    """Bytes: allocated on the GPU if there is one, else the process's resident memory; the most there has been."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measure_speed(config: ProxyConfig, *, threads: int, min_seconds: float = 0.15) -> float:
+    """Training tokens per second with this configuration on this machine's CPU, from a few steps: the median one's.
+
+    Never compiled: that takes longer than all else here, and was measured to gain a quarter at most.
+    """
+    import torch
+
+    from proxies.config.steps import Plan
+    from proxies.training.run_state import Run
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    config = config.model_copy(update={"compile": False})
+    run = Run(config, Plan(config.batch_tokens, 1, 1), "", torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(config.vocab, (config.batch_seqs, config.seq_len), generator=generator)
+    run.backward(x, x)  # the first pass allocates
+    took: list[float] = []
+    while sum(took) < min_seconds:
+        began = time.perf_counter()
+        run.backward(x, x)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        took.append(time.perf_counter() - began)
+    torch.set_num_threads(before)
+    return config.batch_tokens / statistics.median(took)

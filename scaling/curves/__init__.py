@@ -1,0 +1,2 @@
+"""Loss along one run: its shape, the forecast for a run in progress and for a planned run, and a backtest of both. Imports the
+rooms `common` to `runs`."""

@@ -1,0 +1,1 @@
+"""What people read: the HTML page with its figures and tables, and the text of `scaling fit`. Imports every other room."""

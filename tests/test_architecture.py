@@ -1,0 +1,241 @@
+"""The structure of the packages: rooms import only rooms before them, big dependencies have one place, commands have help."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each room may import the rooms that stand before it. A comma joins rooms that may not import each other.
+ORDER = {
+    "scaling": ("common", "laws", "tracking", "fitting", "runs", "curves", "advice", "report", "__main__"),
+    "hpo": ("surrogate, storage", "samplers", "search", "study", "worker", "launch", "confirm", "__main__"),
+    "proxies": (
+        "config",
+        "data, model",
+        "training",
+        "trainers, diagnostics",
+        "growth",
+        "launch",
+        "cli",
+        "__main__",
+    ),
+}
+PACKAGES = tuple(ORDER)
+LONGEST_MODULE = 450
+MODULES_IN_A_ROOM = 12
+COMMANDS = {
+    "hpo": ("validate", "launch", "resume", "extend", "worker", "status", "best", "forget", "confirm"),
+    "scaling": ("import", "fit", "recommend", "report"),
+    "proxies": ("check", "transfer", "train", "recipe", "grow", "launch", "autolrs"),
+}
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {name_of(path): path for package in PACKAGES for path in files(package)}
+
+
+def imports(path: Path, *, everywhere: bool) -> Iterator[str]:
+    """Dotted names that a file imports: at module level, or anywhere, deferred and type-only imports included."""
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        if not everywhere and (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        ):
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES or f"{inner}.__init__" in MODULES else node.module
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    yield from visit(ast.parse(path.read_text()))
+
+
+def tops(path: Path, *, everywhere: bool) -> set[str]:
+    return {name.split(".")[0] for name in imports(path, everywhere=everywhere)}
+
+
+def internal() -> Iterator[tuple[str, str]]:
+    """Each (module, module that it imports) within the three packages; a package's own __init__ only re-exports."""
+    for module, path in MODULES.items():
+        if module.count(".") == 1 and module.endswith("__init__"):
+            continue
+        for name in imports(path, everywhere=True):
+            if name.split(".")[0] in PACKAGES:
+                yield module, name
+
+
+def position(module: str) -> tuple[int, str]:
+    """The place of a module's room in the order, and the room."""
+    package, room = module.split(".")[:2]
+    return next(i for i, rooms in enumerate(ORDER[package]) if room in rooms.split(", ")), room
+
+
+def test_packages_import_only_lower_packages() -> None:
+    forbidden = {
+        "scaling": {"hpo", "proxies", "torch", "optuna", "botorch", "gpytorch"},
+        "hpo": {"proxies"},
+        "proxies": {"hpo", "optuna"},
+    }
+    up = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for package, names in forbidden.items()
+        for path in files(package)
+        for name in tops(path, everywhere=package == "scaling") & names
+    ]
+    assert up == []
+
+
+def test_rooms_import_only_rooms_before_them() -> None:
+    up = []
+    for module, other in internal():
+        if module.split(".")[0] != other.split(".")[0] or module.count(".") == 1:
+            continue
+        # `import scaling` names no room: the public interface is for users, not for the rooms themselves
+        if other.count(".") == 0:
+            up.append(f"{module} imports the package {other}")
+            continue
+        (here, room), (there, other_room) = position(module), position(other)
+        if other_room != room and there >= here:
+            up.append(f"{module} imports {other}")
+    assert up == []
+
+
+def test_every_folder_is_a_room_in_the_order() -> None:
+    for package, rooms in ORDER.items():
+        folders = {p.name for p in (ROOT / package).iterdir() if p.is_dir() and p.name != "__pycache__"}
+        assert folders == {room for names in rooms for room in names.split(", ")} - {"__main__"}
+        assert {p.name for p in (ROOT / package).glob("*.py")} == {"__init__.py", "__main__.py"}
+
+
+def test_no_circle_of_modules() -> None:
+    """Deferred and type-only imports included: a circle that works today is one reordering from an ImportError."""
+    graph: dict[str, set[str]] = {}
+    for module, other in internal():
+        graph.setdefault(module, set()).add(other)
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_a_room_is_one_paragraph_and_a_few_modules_of_a_readable_length() -> None:
+    for package in PACKAGES:
+        for room in (p for p in (ROOT / package).iterdir() if p.is_dir() and p.name != "__pycache__"):
+            (paragraph,) = ast.parse((room / "__init__.py").read_text()).body
+            assert isinstance(paragraph, ast.Expr), f"{room.name}/__init__.py holds its paragraph and nothing else"
+            assert isinstance(paragraph.value, ast.Constant)
+            assert "\n\n" not in str(paragraph.value.value)
+            assert len(list(room.glob("*.py"))) - 1 <= MODULES_IN_A_ROOM, room
+    long = {module: n for module, p in MODULES.items() if (n := len(p.read_text().splitlines())) > LONGEST_MODULE}
+    assert long == {}
+
+
+@pytest.mark.parametrize(
+    ("dependency", "rooms"),
+    [
+        ("mlflow", {"scaling.tracking"}),
+        ("botorch", {"hpo.surrogate", "proxies.training"}),
+        ("gpytorch", {"hpo.surrogate", "proxies.training"}),
+    ],
+)
+def test_big_dependencies_are_imported_in_one_room(dependency: str, rooms: set[str]) -> None:
+    """Imports for type checking aside. AutoLRS in proxies.training has a Gaussian process of its own."""
+    importers = set()
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        for node in [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]:
+            node.body = []
+        names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        if dependency in {name.split(".")[0] for name in names}:
+            importers.add(".".join(module.split(".")[:2]))
+    assert importers == rooms
+
+
+def test_torch_has_its_rooms() -> None:
+    hpo = {
+        module.split(".")[1]
+        for module, p in MODULES.items()
+        if "torch" in tops(p, everywhere=True) and "hpo." in module
+    }
+    assert hpo == {"surrogate"}
+    config = [module for module in MODULES if module.startswith("proxies.config.")]
+    assert len(config) > 1
+    assert [m for m in config if "torch" in tops(MODULES[m], everywhere=True)] == []
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "proxies.config.proxy"])
+def test_importing_a_package_imports_no_heavy_library(package: str) -> None:
+    heavy = ("torch", "optuna", "mlflow", "botorch")
+    code = f"import sys, {package}; print([m for m in {heavy!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_packages_are_built_and_each_has_its_command() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["packages"]["find"]["include"] == [
+        f"{p}*" for p in ("hpo", "scaling", "proxies")
+    ]
+    assert project["project"]["scripts"] == {p: f"{p}.__main__:app" for p in ("hpo", "scaling", "proxies")}
+
+
+@pytest.mark.parametrize(("package", "command"), [(p, c) for p, names in COMMANDS.items() for c in names])
+def test_every_command_has_help_that_ends_with_an_example(package: str, command: str) -> None:
+    from typer.main import get_command
+
+    module = __import__(f"{package}.__main__", fromlist=["app"])
+    group = get_command(module.app)
+    assert command in group.commands, f"`{package} {command}` is documented but does not exist"  # type: ignore[attr-defined]
+    text = group.commands[command].help or ""  # type: ignore[attr-defined]
+    last = text.strip().splitlines()[-1]
+    assert last.startswith(f"Example: {package} {command}"), text
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_command_in_the_readme_exists(package: str) -> None:
+    texts = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]
+    said = {m for t in texts for m in re.findall(rf"`{package} ([a-z]+)", t.read_text())}
+    assert said <= set(COMMANDS[package]), f"documented but unknown: {said - set(COMMANDS[package])}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_help_answers_without_the_heavy_libraries(package: str) -> None:
+    heavy = ("torch", "mlflow", "botorch", "optuna", "pandas", "scipy")
+    code = f"import sys, {package}.__main__; print([m for m in {heavy!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_names_are_there(package: str) -> None:
+    module = __import__(package)
+    for name in module.__all__:
+        assert callable(getattr(module, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = module.nonsense
+
+
+def test_no_room_hides_a_public_function() -> None:
+    """`import scaling.x` sets scaling.x, so a lazily imported function of that name would turn into a module."""
+    for package in PACKAGES:
+        rooms = {p.name for p in (ROOT / package).iterdir() if p.is_dir()}
+        assert rooms.isdisjoint(__import__(package).__all__)

@@ -1,0 +1,543 @@
+"""Hopeless runs end early, and everything else goes on as if they had diverged."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import optuna
+import pytest
+from mlflow import MlflowClient
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from hpo.__main__ import app
+from hpo.launch.progress import spent_in_words
+from hpo.samplers import observations
+from hpo.samplers.protocols import Predictor
+from hpo.samplers.unit_cube import Cube
+from hpo.search.hyperband import VARIANTS, Variant
+from hpo.search.search import Search
+from hpo.search.view import Job
+from hpo.storage.trial_attributes import Stopped, stopped_of
+from hpo.study.config import load_study
+from hpo.study.files import StudyFiles
+from hpo.study.lifecycle import create
+from hpo.study.schema import SearchTable
+from hpo.worker import early_stopping, loop
+from hpo.worker.early_stopping import judge, watch_of
+from hpo.worker.job import run_job
+from hpo.worker.signals import StopSignals
+from scaling.common.measurement import Measurement
+from scaling.curves.in_progress import CurvePrior, Finished, cooldown
+from scaling.laws.compute import Fidelity
+from scaling.runs.from_mlflow import read_runs
+from scaling.runs.table import check_runs, usable
+from scaling.tracking.client import connect, experiment_id
+from scaling.tracking.experiment import study_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # of MLflow's, by SQLAlchemy
+
+SPACE: dict[str, BaseDistribution] = {"lr": FloatDistribution(1e-4, 1.0, log=True)}
+TOKENS = (16_000, 48_000)
+GIVEN_UP = Stopped(9_000, 4.0, 3.8, 0.02)
+
+
+def points(D: float) -> list[int]:
+    """Where the trunk is measured: four an octave, from 1000 tokens to the cooldown."""
+    return [round(1000 * 2 ** (j / 4)) for j in range(80) if 1000 * 2 ** (j / 4) <= 0.8 * D]
+
+
+def floor(lr: float) -> float:
+    return 2 + math.log(lr / 0.01) ** 2 / 20
+
+
+class Planted:
+    """Loss floor(lr) + 0.8 (t / 1000)^-0.5 on the trunk, 4 % less after the cooldown. Diverges above lr 0.7."""
+
+    sizes = (1000.0,)
+
+    def __init__(self) -> None:
+        self.trained: list[tuple[float, int]] = []  # (lr, tokens) of every point that was made
+
+    def problems(self, space: Mapping[str, Any], tokens: tuple[int, int] | None) -> list[str]:
+        return []
+
+    def manifest(self) -> list[dict[str, Any]]:
+        return []
+
+    def target(self, **table: Any) -> Fidelity:
+        return Fidelity(float(table["N"]), float(table["D"]))
+
+    def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity], *, threads: int) -> list[float]:
+        return [1.0 for _ in fidelities]
+
+    def describe(self, params: Mapping[str, Any], fidelity: Fidelity, *, repeat: int = 0) -> dict[str, Any]:
+        return {"N": fidelity.N, "lr": params["lr"], "schedule": "wsd", "cooldown": 0.2, "warmup_tokens": 0}
+
+    def end(self, params: Mapping[str, Any], D: float) -> float:
+        return float(0.96 * (floor(params["lr"]) + 0.8 * (D / 1000) ** -0.5))
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        fidelity: Fidelity,
+        *,
+        resume: Path | None = None,
+        save: Path | None = None,
+        keep: Path | None = None,
+        repeat: int = 0,
+    ) -> Iterator[Measurement]:
+        done = json.loads(resume.read_text()) if resume else 0
+        assert save is not None
+        assert keep is not None
+        try:
+            for tokens in points(fidelity.D):
+                if tokens > done:
+                    done = tokens
+                    self.trained.append((params["lr"], tokens))
+                    yield Measurement(tokens, floor(params["lr"]) + 0.8 * (tokens / 1000) ** -0.5)
+        except GeneratorExit:
+            keep.write_text(json.dumps(done))
+            raise
+        save.write_text(json.dumps(done))
+        lost = params["lr"] > 0.7
+        yield Measurement(
+            int(fidelity.D), math.nan if lost else self.end(params, fidelity.D), final=True, diverged=lost
+        )
+
+
+class Study:
+    """A study worked on in this process, as `hpo worker` does."""
+
+    def __init__(self, folder: Path, client: MlflowClient, chance: float, **settings: Any) -> None:
+        self.folder, self.client, self.chance = folder, client, chance
+        self.settings: dict[str, Any] = {"tokens": TOKENS, "sampler": "random", "iterations": 2, "seed": 3} | settings
+        self.trainer = Planted()
+        self.name = f"{folder.name}-{chance}"
+        self.files = StudyFiles(folder / f"{self.name}.toml")
+        self.parent = study_run(client, self.name)
+        self.search = self.open()
+
+    def open(self) -> Search:
+        """As after a restart."""
+        return Search(SPACE, storage=self.folder / f"{self.chance}.journal", worker="w", **self.settings)
+
+    def run(self, job: Job) -> None:
+        watch = watch_of(self.search, job, self.trainer, self.chance)
+        outcome = run_job(job, self.trainer, self.files, self.client.tracking_uri, StopSignals(), watch)
+        if isinstance(outcome, Stopped):
+            self.search.stop(job, outcome)
+        else:
+            self.search.tell(job, outcome)
+
+    def work(self) -> list[Job]:
+        jobs = []
+        while (job := self.search.ask()) is not None:
+            jobs.append(job)
+            self.run(job)
+        return jobs
+
+    @property
+    def stopped(self) -> dict[int, Stopped]:
+        found = {t.number: stopped_of(t) for t in self.search.study.get_trials(deepcopy=False)}
+        return {number: x for number, x in found.items() if x is not None}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+    return connect(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+
+
+@pytest.fixture
+def study(tmp_path: Path, client: MlflowClient) -> Callable[..., Study]:
+    def make(chance: float, **settings: Any) -> Study:
+        return Study(tmp_path, client, chance, **settings)
+
+    return make
+
+
+# The decision
+
+
+def family(rng: np.random.Generator, level: float, D: float = 1e6) -> tuple[dict[int, float], float]:
+    """(trunk, end) of a run with a slope, a bend and a gain of its own, .1 % noise on every measurement."""
+    t = np.linspace(0.05 * D, 0.8 * D, 16)
+    k, alpha, gain = 0.5 * math.exp(0.2 * rng.standard_normal()), rng.uniform(0.3, 0.6), rng.uniform(0.03, 0.05)
+    noise = np.exp(1e-3 * rng.standard_normal(17))
+    trunk = (level + k * (t / 1e5) ** -alpha) * noise[:-1]
+    end = (level + k * (D / 1e5) ** -alpha) * (1 - gain) * noise[-1]
+    return {int(a): float(b) for a, b in zip(t, trunk, strict=True)}, float(end)
+
+
+def ended(curve: dict[int, float], end: float, D: float = 1e6) -> Finished:
+    return Finished([*curve, D], [*curve.values(), end], cooldown(D))
+
+
+def decide(
+    curve: dict[int, float],
+    others: list[tuple[dict[int, float], float]],
+    priors: dict[int, CurvePrior] | None = None,
+    *,
+    every: int = 1,
+) -> Stopped | None:
+    """The first point, of every so many, at which the run of this curve is stopped."""
+    finished = [ended(*other) for other in others]
+    best = min(end for _, end in others)
+    for i in range(max(every, 3), len(curve) + 1, every):
+        known = dict(list(curve.items())[:i])
+        stopped = judge(known, 10**6, cooldown(1e6), finished, best, 0.01, {} if priors is None else priors)
+        if stopped is not None:
+            return stopped
+    return None
+
+
+@pytest.mark.slow
+def test_of_a_hundred_runs_that_end_best_none_is_stopped_and_of_a_hundred_far_above_nearly_all() -> None:
+    lost, caught, saved = 0, 0, []
+    for seed in range(20):
+        rng, priors = np.random.default_rng(seed), dict[int, CurvePrior]()
+        others = [family(rng, level) for level in rng.uniform(2.0, 2.6, 6)]
+        best = min(end for _, end in others)
+        for _ in range(5):
+            winner = family(rng, rng.uniform(1.9, 2.1))
+            while winner[1] >= best:
+                winner = family(rng, rng.uniform(1.9, 2.1))
+            lost += decide(winner[0], others, priors, every=5) is not None
+            stopped = decide(family(rng, 3.0)[0], others, priors, every=5)
+            if stopped is not None:
+                caught += 1
+                saved.append(1 - stopped.tokens / 1e6)
+    assert lost == 0
+    assert caught >= 95
+    assert np.median(saved) == 0.5
+
+
+def test_fewer_than_five_ended_runs_stop_nothing() -> None:
+    rng = np.random.default_rng(0)
+    others, hopeless = [family(rng, 2.0) for _ in range(5)], family(rng, 9.0)[0]
+    assert decide(hopeless, others) is not None
+    assert decide(hopeless, others[:4]) is None
+    early = dict(list(hopeless.items())[:6])
+    assert max(early) < 0.5e6
+    assert decide(early, others) is None, "before half of its tokens"
+    late = [({t: loss for t, loss in curve.items() if t > 7.6e5}, end) for curve, end in others]
+    stopped = decide(hopeless, late + others[:4])
+    assert stopped is None, "runs without points up to here are none to compare with"
+
+
+def test_what_is_kept_is_the_forecast_and_the_last_point_before_it() -> None:
+    rng = np.random.default_rng(1)
+    curve, end = family(rng, 3.5)
+    stopped = decide(curve, [family(rng, 2.0) for _ in range(8)])
+    assert stopped is not None
+    assert stopped.loss == curve[stopped.tokens]
+    assert abs(stopped.mean - end) < 4 * stopped.sd < 0.4 * end
+
+
+# In a search
+
+
+def test_hopeless_runs_end_early_and_the_best_is_found_all_the_same(study: Callable[..., Study]) -> None:
+    plain, saving = study(0.0), study(0.01)
+    plain.work()
+    saving.work()
+    assert saving.stopped
+    assert len(saving.trainer.trained) < len(plain.trainer.trained)
+    assert saving.search.best() == plain.search.best()
+    for number, at in saving.stopped.items():
+        trial = saving.search.study.trials[number]
+        assert (trial.state, trial.value) == (TrialState.PRUNED, None)
+        assert at.tokens == max(t for lr, t in saving.trainer.trained if lr == trial.params["lr"])
+        truth = saving.trainer.end(trial.params, trial.user_attrs["tokens"])
+        rung = [t for t in plain.search.study.trials if t.user_attrs["tokens"] == trial.user_attrs["tokens"]]
+        assert truth > min(t.value for t in rung if t.value is not None)
+
+    now = saving.search.progress
+    assert (now.stopped, now.diverged) == (
+        len(saving.stopped),
+        sum("diverged" in t.user_attrs for t in saving.search.study.trials),
+    )
+    assert now.tokens_stopped == sum(
+        saving.search.study.trials[i].user_attrs["tokens"] - at.tokens for i, at in saving.stopped.items()
+    )
+    assert f"stopping {now.stopped} hopeless runs saved {now.tokens_stopped:,}" in spent_in_words(now)
+    assert "stopping" not in spent_in_words(plain.search.progress)
+    ends = {i: at.tokens for i, at in saving.stopped.items()}
+    assert now.tokens_spent == sum(
+        ends.get(t.number, t.user_attrs["tokens"]) - t.user_attrs["resumed_tokens"] for t in saving.search.study.trials
+    )
+
+
+def test_the_run_table_says_stopped_and_no_law_takes_it(study: Callable[..., Study], client: MlflowClient) -> None:
+    saving = study(0.01)
+    saving.work()
+    table = check_runs(read_runs(saving.name, uri=client.tracking_uri))
+    rows = table[table["excluded"] == "stopped"]
+    assert sorted(zip(rows["D"], rows["loss"], strict=True)) == sorted(
+        (at.tokens, at.loss) for at in saving.stopped.values()
+    )
+    assert not rows["final"].any()
+    assert not rows["diverged"].any()
+    laws = usable(table)
+    assert set(laws["D"]) <= set(map(float, saving.search.ladder.levels))
+    done = [t.value for t in saving.search.study.trials if t.value is not None]
+    assert sorted(laws["loss"]) == pytest.approx(sorted(done))
+    states = {run.info.run_id: run.info.status for run in client.search_runs([experiment_id(client, saving.name)])}
+    assert {states[run] for run in rows["run_id"]} == {"KILLED"}
+    assert "KILLED" not in {states[run] for run in set(table["run_id"]) - set(rows["run_id"])}
+
+
+def test_no_stop_changes_nothing(study: Callable[..., Study]) -> None:
+    worked = study(0.0)
+    worked.work()
+    by_hand = Search(SPACE, **worked.settings)
+    while (job := by_hand.ask()) is not None:
+        lost = job.params["lr"] > 0.7
+        by_hand.tell(job, math.nan if lost else worked.trainer.end(job.params, job.fidelity.D))
+    here, there = worked.search.study.trials, by_hand.study.trials
+    assert len(here) == len(there) > 10
+    for a, b in zip(here, there, strict=True):
+        assert (a.params, a.state, a.value) == (b.params, b.state, b.value)
+        assert not a.intermediate_values
+        names = a.user_attrs.keys() | b.user_attrs.keys()
+        assert {n for n in names if a.user_attrs.get(n) != b.user_attrs.get(n)} <= {"worker"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stopped_run_is_treated_as_one_that_diverged_also_after_a_raise(variant: Variant) -> None:
+    """The same jobs, one by one, whichever way the bad ones are told; none of them is asked again."""
+    searches = [Search(SPACE, tokens=TOKENS, sampler="random", iterations=1, seed=5, variant=variant) for _ in range(2)]
+    trainer, bad = Planted(), set()
+    for raised in (False, True):
+        if raised:
+            for search in searches:
+                search.extend(3 * TOKENS[1])
+        while True:
+            one, other = (search.ask() for search in searches)
+            assert one == other
+            if one is None or other is None:
+                break
+            assert one.config not in bad
+            if floor(one.params["lr"]) > 2.5:
+                bad.add(one.config)
+                searches[0].tell(one, math.inf)
+                searches[1].stop(other, GIVEN_UP)
+            else:
+                loss = trainer.end(one.params, one.fidelity.D)
+                searches[0].tell(one, loss)
+                searches[1].tell(other, loss)
+        assert all(search.finished for search in searches)
+    assert bad
+    progress = searches[1].progress
+    assert (progress.stopped, progress.diverged) == (len(bad), 0)
+
+
+def test_the_model_takes_a_stopped_run_at_its_forecast_but_no_answer_is_taken_from_it() -> None:
+    searches = [Search(SPACE, tokens=TOKENS, iterations=2, seed=7) for _ in range(2)]
+    told, gave_up = searches
+    for i in range(8):
+        one, other = (search.ask() for search in searches)
+        assert one == other
+        assert one is not None
+        assert other is not None
+        loss = floor(one.params["lr"])
+        if i == 7:  # the last: to the model these are the same
+            told.tell(one, 1.5)
+            gave_up.stop(other, Stopped(9_000, 2.0, 1.5, 0.02))  # absurdly good, so that a slip would show
+        else:
+            for search in searches:
+                search.tell(one, loss)
+    grid = [{"lr": float(lr)} for lr in np.geomspace(1e-4, 1.0, 9)]
+    predicted = [cast(Predictor, s._sampler).predict(s.study, SPACE, grid, s.target) for s in searches]
+    assert predicted[0] is not None
+    assert predicted[1] is not None
+    np.testing.assert_allclose(predicted[0], predicted[1])
+    seen = [observations._look(s.study, Cube(SPACE), s.target) for s in searches]
+    assert [int((~x.finite).sum()) for x in seen] == [0, 1], "what was not measured is neither continued nor an answer"
+    assert gave_up.progress.stopped == 1
+
+
+def test_a_free_search_neither_continues_nor_repeats_a_stopped_run() -> None:
+    search = Search(SPACE, tokens=TOKENS, budget=4.0, cost=lambda f: f.D / TOKENS[1], seed=4)
+    trainer, gone, settings = Planted(), set[int](), set[float]()
+    while (job := search.ask()) is not None:
+        assert job.config not in gone
+        assert job.params["lr"] not in settings
+        if floor(job.params["lr"]) > 2.2:
+            gone.add(job.config)
+            settings.add(job.params["lr"])
+            search.stop(job, Stopped(int(0.6 * job.fidelity.D), 4.0, trainer.end(job.params, job.fidelity.D), 0.02))
+        else:
+            search.tell(job, trainer.end(job.params, job.fidelity.D))
+    assert gone
+    assert search.progress.stopped == len(gone)
+    assert floor(search.best()["lr"]) < 2.1
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc"])
+def test_optunas_samplers_go_on_beside_stopped_runs(sampler: str) -> None:
+    search = Search(SPACE, tokens=TOKENS, sampler=sampler, iterations=3, seed=7)
+    for i in range(12):
+        job = search.ask()
+        assert job is not None
+        search.report(job, 9_000, 4.0)
+        if i % 3:
+            search.tell(job, floor(job.params["lr"]))
+        else:
+            search.stop(job, GIVEN_UP)
+    assert search.progress.stopped == 4
+    assert math.isfinite(floor(search.best()["lr"]))
+
+
+def test_a_worker_stops_runs_when_the_study_file_says_so_and_status_counts_them(
+    tmp_path: Path, client: MlflowClient
+) -> None:
+    files = StudyFiles(tmp_path / "planted.toml")
+    files.toml.write_text(
+        """
+        seed = 3
+        [search]
+        tokens = { min = 16_000, max = 48_000 }
+        sampler = "random"
+        iterations = 2
+        stop = 0.01
+        [space]
+        lr = { low = 1e-4, high = 1.0, log = true }
+        [trainer]
+        use = "tests.test_hpo.test_early_stopping:Planted"
+        """
+    )
+    config, trainer = load_study(files.toml)
+    search = create(files, config, trainer, uri=client.tracking_uri)
+    assert loop.work(files, uri=client.tracking_uri, apart=False) == 0
+    now = search.progress
+    assert search.finished
+    assert now.stopped
+    said = CliRunner().invoke(app, ["status", str(files.toml)]).output
+    assert f"stopping {now.stopped} hopeless runs saved {now.tokens_stopped:,}" in said
+    as_json = json.loads(CliRunner().invoke(app, ["status", str(files.toml), "--json"]).stdout)
+    assert (as_json["stopped"], as_json["tokens_stopped"]) == (now.stopped, now.tokens_stopped)
+
+
+def test_a_run_that_was_killed_is_judged_as_it_was(
+    study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when its last point was kept and nothing was decided yet; then once more between the two writes of the end."""
+
+    class Killed(BaseException):
+        pass
+
+    whole, broken = study(0.01), study(0.0100001)
+    whole.work()
+    broken.search = broken.open()
+    right = early_stopping.judge
+
+    def judge_or_die(*given: Any) -> Stopped | None:
+        if right(*given) is None:
+            return None
+        raise Killed
+
+    monkeypatch.setattr(early_stopping, "judge", judge_or_die)
+    with pytest.raises(Killed):
+        broken.work()
+    monkeypatch.setattr(early_stopping, "judge", right)
+    (hanging,) = [t.number for t in broken.search.study.trials if t.state == TrialState.RUNNING]
+    trained = list(broken.trainer.trained)
+
+    broken.search = broken.open()
+    job = broken.search.ask()
+    assert job is not None
+    assert job.number == hanging
+    write = broken.search._opened.storage.set_trial_state_values
+
+    def die(trial_id: int, state: TrialState, *rest: Any) -> bool:
+        if state == TrialState.PRUNED:
+            raise Killed
+        return write(trial_id, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken.search._opened.storage, "set_trial_state_values", die)
+        with pytest.raises(Killed):
+            broken.run(job)
+    assert broken.trainer.trained == trained, "what was known sufficed"
+    assert not broken.files.partial(job.config, int(job.fidelity.D)).exists()
+
+    broken.search = broken.open()
+    broken.work()
+    assert broken.stopped == whole.stopped
+    assert broken.trainer.trained == whole.trainer.trained
+    assert broken.search.best() == whole.search.best()
+
+
+def test_only_runs_of_one_seed_are_watched(study: Callable[..., Study]) -> None:
+    many = study(0.01, seeds=[1, 2], iterations=4)
+    jobs = many.work()
+    assert many.stopped
+    assert {many.search.study.trials[i].user_attrs["seeds"] for i in many.stopped} == {1}
+    job = next(job for job in jobs if job.seeds == 2)
+    assert watch_of(many.search, job, many.trainer, 0.01) is None
+    other = Search(SPACE, tokens=TOKENS, sampler="random", seeds=2)
+    asked = other.ask()
+    assert asked is not None
+    with pytest.raises(ValueError, match="only a run of one seed"):
+        other.stop(asked, GIVEN_UP)
+    assert other.progress.running == 1
+
+
+def test_a_budget_pays_a_stopped_run_up_to_where_it_stopped() -> None:
+    search = Search(SPACE, tokens=TOKENS, budget=100.0, cost=lambda f: f.D / 1000, seed=1)
+    job = search.ask()
+    assert job is not None
+    before = search._left(search._read())
+    search.stop(job, GIVEN_UP)
+    assert before == pytest.approx(100 - job.fidelity.D / 1000)
+    assert search._left(search._read()) == pytest.approx(100 - 9)
+    with pytest.raises(ValueError, match="told once"):
+        search.stop(job, GIVEN_UP)
+
+
+def test_a_trial_pruned_by_hand_is_no_result_and_is_asked_again() -> None:
+    search = Search(SPACE, tokens=TOKENS, sampler="random", iterations=1, seed=2)
+    job = search.ask()
+    assert job is not None
+    search.study.tell(job.number, state=optuna.trial.TrialState.PRUNED)
+    again = search.ask()
+    assert again is not None
+    assert (again.config, again.params) == (job.config, job.params)
+    assert search.progress.stopped == 0
+
+
+def test_a_chance_that_is_none_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"stop\b"):
+        SearchTable.model_validate({"tokens": {"min": 1000, "max": 9000}, "stop": 0.6})
+    assert SearchTable.model_validate({"tokens": {"min": 1000, "max": 9000}}).stop == 0
+
+
+def test_a_run_is_judged_by_those_that_had_ended_before_it_began_whatever_ended_since() -> None:
+    noon = datetime(2026, 1, 1, 12)
+
+    def run(began: int, ended: int | None, loss: float = 2.0, tokens: int = 9000) -> FrozenTrial:
+        """Minutes after noon; None: it runs."""
+        trial = create_trial(
+            state=TrialState.RUNNING if ended is None else TrialState.COMPLETE,
+            value=None if ended is None else loss,
+            user_attrs={"N": 1e3, "tokens": tokens, "bracket": [0, 0, 0], "seeds": 1},
+        )
+        trial.datetime_start = noon + timedelta(minutes=began)
+        trial.datetime_complete = None if ended is None else noon + timedelta(minutes=ended)
+        return trial
+
+    one = run(10, None)
+    before, earlier = run(1, 9), run(0, 8)
+    others = [before, earlier, run(2, 10), run(3, 30), run(4, 5, tokens=3000), run(5, None)]
+    for number, trial in enumerate([*others, one]):
+        trial.number = number
+    assert early_stopping.rivals([*others, one], one) == [earlier, before]

@@ -1,0 +1,285 @@
+"""The coordinate check: its arithmetic by hand, and that it fails where it should when a rule is broken."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from proxies.__main__ import app
+from proxies.cli.shared import numbers
+from proxies.config.proxy import ProxyConfig
+from proxies.diagnostics.coord_check import CoordCheck, Slope, _slope, _slopes, coordinate_check
+from proxies.diagnostics.coord_probe import Trail, Watch, coordinates, gradient_scales
+from proxies.diagnostics.figures import draw_check
+from proxies.model import mup
+from proxies.model.mup import Role, Rule
+from proxies.model.transformer import Block, build
+
+WIDTHS = (32, 64, 128)
+
+
+def tiny(**changes: Any) -> ProxyConfig:
+    return ProxyConfig(base_width=32, d_model=32, d_head=8, seq_len=16, vocab=256, **changes)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("all the world's a stage, and all the men and women merely players " * 400)
+    return str(path)
+
+
+def flat(where: str, value: float, low: float = math.nan, high: float = math.nan) -> Slope:
+    return Slope("width", where, "size", value, low, high, ((1.0,), (1.0,), (1.0,)))
+
+
+def made(*slopes: Slope, losses: tuple[tuple[float, ...], ...] = ((3.0, 3.1), (2.9, 3.0), (2.8, 2.9))) -> CoordCheck:
+    return CoordCheck(slopes, WIDTHS, (), 0.01, 10, 2, "plain", losses)
+
+
+def test_the_slope_of_a_power_law_is_its_exponent_with_students_interval() -> None:
+    widths = (32, 64, 128, 256)
+    exponents = np.array([0.2, 0.3, 0.7])
+    values = 5.0 * np.array(widths)[:, None, None] ** exponents[None, :, None] * np.ones((1, 1, 4))
+    slope = _slope("width", "a", "size", widths, values)
+    assert slope.value == pytest.approx(0.4)
+    half = 4.302652729911275 * math.sqrt(0.07) / math.sqrt(3)  # t of 2 degrees of freedom at 97.5 %, by a table
+    assert (slope.low, slope.high) == pytest.approx((0.4 - half, 0.4 + half))
+    assert np.array(slope.levels).shape == (4, 4)
+
+
+def test_a_step_at_which_nothing_moves_is_left_out_and_a_lonely_zero_is_a_failure() -> None:
+    values = np.ones((3, 2, 2)) * np.array(WIDTHS)[:, None, None]
+    values[:, :, 0] = 0
+    assert _slope("width", "a", "change", WIDTHS, values).value == pytest.approx(1.0)
+    assert _slope("width", "a", "change", WIDTHS, 0 * values).value == 0
+    values[1, 1, 1] = 0
+    assert math.isnan(_slope("width", "a", "change", WIDTHS, values).value)
+    assert _slope("width", "a", "change", WIDTHS, values).steep
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "steep"),
+    [
+        (0.4, 0.2, 0.6, False),  # the interval is not beyond 1/4
+        (0.4, 0.3, 0.5, True),
+        (-0.4, -0.5, -0.3, True),
+        (0.51, -3.0, 4.0, True),
+        (-0.51, -3.0, 4.0, True),
+        (0.24, 0.23, 0.25, False),
+        (0.49, math.nan, math.nan, False),  # one seed: no interval
+        (math.nan, math.nan, math.nan, True),
+        (math.inf, math.inf, math.inf, True),
+    ],
+)
+def test_what_is_too_steep(value: float, low: float, high: float, steep: bool) -> None:
+    check = made(flat("a", 0.0), flat("b", value, low, high))
+    assert check.passed is not steep
+    assert check.modules == {"a": True, "b": not steep}
+    assert check.failures == (("b size over width",) if steep else ())
+    assert ("too steep" in check.text) is steep
+
+
+def test_wider_is_worse_only_beyond_the_noise_of_seeds() -> None:
+    # standard deviation of a seed 0.0707, so a rise up to 0.141 is noise
+    assert made(losses=((3.0, 3.1), (3.1, 3.2), (2.8, 2.9))).wider_is_worse == ()
+    assert made(losses=((3.0, 3.1), (3.2, 3.3), (2.8, 2.9))).wider_is_worse == (64,)
+    assert made(losses=((3.0, 3.1), (2.9, 3.0), (math.nan, 2.9))).wider_is_worse == (128,)
+
+
+def test_what_rounding_leaves_of_a_change_is_no_change() -> None:
+    def trail(width: int, change: float) -> Trail:
+        name = "logits"
+        return Trail(({name: (1.0, 0.0)}, {name: (1.0, change)}, {name: (1.0, 0.5)}), (3.0, 3.0))
+
+    (_, early, change) = _slopes("width", WIDTHS, [[trail(w, 1e-8 * w**2)] for w in WIDTHS])
+    assert (early.value, change.value) == pytest.approx((0.0, 0.0))
+    (_, early, change) = _slopes("width", WIDTHS, [[trail(w, 1e-2 * w)] for w in WIDTHS])
+    assert (early.value, change.value) == pytest.approx((0.5, 0.5))  # mean of a step of slope 1 and one of slope 0
+
+
+def test_over_depth_the_first_and_the_last_block_are_watched(text: str) -> None:
+    check = coordinate_check(
+        tiny(corpus=text, n_layers=1, base_layers=1), (16, 32, 64), depths=(1, 2, 3), seeds=1, steps=2
+    )
+    deep = [s.where for s in check.slopes if s.over == "depth" and s.what == "size"]
+    inner = ("attention scores", "attention", "mlp")
+    # one layer's share of the stream falls as 1 / depth where all is well, so only the whole of it is watched
+    first, last = ([f"{which} block {what}" for what in inner] for which in ("first", "last"))
+    assert deep == ["embedding", *first, *last, "last block stream", "logits"]
+    wide = [s.where for s in check.slopes if s.over == "width" and s.what == "size"]
+    assert wide == ["embedding", *(f"block 0 {what}" for what in (*inner, "stream")), "logits"]
+    assert check.depths == (1, 2, 3)
+    assert "slope in log2 depth (1, 2, 3)" in check.text
+
+
+def test_the_last_coordinate_is_what_the_model_computes() -> None:
+    model = build(ProxyConfig(base_width=64, d_model=64, base_layers=1))
+    with torch.no_grad():
+        model.readout.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(1))
+    seen = coordinates(model, x)
+    torch.testing.assert_close(seen["logits"], model(x))
+    branches = sum(seen[f"block {i} {branch}"] for i in (0, 1) for branch in ("attention", "mlp"))
+    torch.testing.assert_close(seen["block 1 stream"], seen["embedding"] + 0.5 * branches)
+
+
+def test_the_scale_of_a_gradient_is_its_root_mean_square(text: str) -> None:
+    from proxies.data.mixture import open_data
+    from proxies.model.transformer import loss_of
+
+    config = tiny(corpus=text, tied=True, embed_std=0.1)
+    scales = gradient_scales(Watch(config, "eps", 1, 4))
+    model = build(config)
+    loss_of(model, *open_data(config).windows.batch(0, 4)).backward()
+    assert scales["embedding"] == pytest.approx(float(model.embed.grad.square().mean().sqrt()), rel=1e-5)
+    assert set(scales) == {"embedding", "hidden", "norm", "final_norm"}
+
+
+def test_a_check_is_plain_json_and_a_figure(tmp_path: Path) -> None:
+    check = made(flat("a", math.nan), flat("b", 0.1, 0.0, 0.2))
+    said = json.loads(json.dumps(check.json, allow_nan=False))
+    assert said["passed"] is False
+    assert [s["value"] for s in said["slopes"]] == [None, 0.1]
+    draw_check(check, tmp_path / "check.png")
+    assert (tmp_path / "check.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bad_questions_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    config = ProxyConfig(base_width=64, d_model=64)
+    with pytest.raises(ValueError, match="at least three"):
+        coordinate_check(config, (32, 64))
+    with pytest.raises(ValueError, match="depths: needed at least three"):
+        coordinate_check(config, WIDTHS, depths=(2, 4))
+    with pytest.raises(ValueError, match="multiple of d_head"):
+        coordinate_check(config, (32, 64, 65))
+    with pytest.raises(ValueError, match="one seed and one step"):
+        coordinate_check(config, WIDTHS, seeds=0)
+    with pytest.raises(ValueError, match=r"out of plain, compile, ddp, fsdp2, got 'jax'"):
+        coordinate_check(config, WIDTHS, engine="jax")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a multiple of 3 sequences for 3 ranks"):
+        coordinate_check(config, WIDTHS, engine="ddp", ranks=3)
+    with pytest.raises(ValueError, match="--widths: needed whole numbers"):
+        numbers("--widths", "32;64")
+    study = tmp_path / "small.toml"
+    study.write_text("[trainer]\nwidths = [32, 64]\n")
+    answer = CliRunner().invoke(app, ["check", str(study), "--plot", str(tmp_path / "check.gif")])
+    assert answer.exit_code == 2
+
+
+@pytest.mark.slow
+def test_the_command_says_what_the_function_says(tmp_path: Path, text: str) -> None:
+    study = tmp_path / "small.toml"
+    study.write_text(f'[trainer]\nwidths = [32]\nbase_width = 32\nd_head = 8\nseq_len = 16\ncorpus = "{text}"\n')
+    words = ["check", str(study), "--widths", "16,32,64", "--seeds", "1", "--json", "--plot", str(tmp_path / "c.svg")]
+    answer = CliRunner().invoke(app, words)
+    said = json.loads(answer.stdout)
+    direct = coordinate_check(tiny(corpus=text), (16, 32, 64), seeds=1)
+    assert said["slopes"] == json.loads(json.dumps(direct.json))["slopes"]
+    assert answer.exit_code == (0 if direct.passed else 1)
+    assert "<svg" in (tmp_path / "c.svg").read_text()
+
+
+# Broken on purpose, one at a time: what is wrong, and which failures it must cause, of those with that ending.
+
+Change = Callable[[Role, Rule, ProxyConfig], dict[str, float]]
+BROKEN: dict[str, tuple[Change, set[str], str]] = {
+    "eps forgotten": (
+        lambda role, rule, c: {"eps": c.eps},
+        {f"{role} eps over width" for role in ("embedding", "hidden", "norm", "final_norm", "readout")},
+        "",
+    ),
+    "decay not scaled": (
+        lambda role, rule, c: {"weight_decay": c.weight_decay} if role == "hidden" else {},
+        {"hidden decay over width"},
+        "",
+    ),
+    "embedding lr / m": (
+        lambda role, rule, c: {"lr": rule.lr / c.m} if role == "embedding" else {},
+        {"embedding change over width"},
+        "",
+    ),
+    "readout not divided by m": (
+        lambda role, rule, c: {"multiplier": c.alpha_out} if role == "readout" else {},
+        {"logits early over width"},
+        " early over width",
+    ),
+    "readout lr / m": (
+        lambda role, rule, c: {"lr": rule.lr / c.m} if role == "readout" else {},
+        {"logits early over width"},
+        " early over width",
+    ),
+    "hidden lr not scaled": (
+        lambda role, rule, c: {"lr": c.lr} if role == "hidden" else {},
+        {f"block {i} stream {what} over width" for i in (0, 1) for what in ("size", "change")},
+        " over width",
+    ),
+    "hidden init not scaled": (
+        lambda role, rule, c: {"init_std": c.init_std} if role == "hidden" else {},
+        {"block 0 mlp size over width", "block 1 mlp size over width"},
+        " over width",
+    ),
+    "hidden init / m": (
+        lambda role, rule, c: {"init_std": c.init_std / c.m} if role == "hidden" else {},
+        {"block 0 mlp size over width", "block 1 mlp size over width"},
+        " over width",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_rule_fails_at_its_module(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, expected, ending = BROKEN[what]
+    right = mup.rules
+    monkeypatch.setattr(
+        mup, "rules", lambda config: {k: replace(v, **change(k, v, config)) for k, v in right(config).items()}
+    )
+    check = coordinate_check(ProxyConfig(), WIDTHS)
+    failed = {f for f in check.failures if f.endswith(ending)}
+    if ending == " over width":
+        assert expected <= failed, check.text
+    else:  # these, and no others of the kind
+        assert failed == expected, check.text
+
+
+@pytest.mark.slow
+def test_an_attention_scale_that_falls_with_width_fails_at_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = Block.__init__
+
+    def wrong(self: Block, config: ProxyConfig) -> None:
+        init(self, config)
+        self.scale /= math.sqrt(config.m)  # 1 / sqrt(d_model), as if the heads grew
+
+    monkeypatch.setattr(Block, "__init__", wrong)
+    check = coordinate_check(ProxyConfig(), WIDTHS)
+    assert "block 0 attention scores size over width" in check.failures, check.text
+    assert not [f for f in check.failures if f.startswith(("embedding", "logits", "hidden"))], check.text
+
+
+@pytest.mark.slow
+def test_mup_passes_and_the_standard_table_fails() -> None:
+    check = coordinate_check(ProxyConfig(), (32, 64, 128, 256))
+    assert check.passed, check.text
+    standard = coordinate_check(ProxyConfig(parametrization="standard"), (32, 64, 128, 256))
+    # hidden rates should fall as 1/m and do not: the stream explodes in spite of the norms
+    assert {f"block {i} stream {what} over width" for i in (0, 1) for what in ("size", "change")} <= set(
+        standard.failures
+    )
+
+
+@pytest.mark.slow
+def test_over_depth_completep_is_flat_and_no_rule_is_not() -> None:
+    deep = coordinate_check(ProxyConfig(base_layers=2), WIDTHS, depths=(2, 4, 8))
+    assert not [f for f in deep.failures if f.endswith("over depth")], deep.text
+    without = coordinate_check(ProxyConfig(), WIDTHS, depths=(2, 4, 8))
+    assert "last block stream change over depth" in without.failures, without.text

@@ -1,0 +1,106 @@
+"""Data sets of rows: parquet, jsonl, saved to disk. Made here, read without a network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from proxies.data.corpora import _load, check_corpus, load_corpus
+from proxies.data.sources import held_block
+
+ROWS = [f"<{i}> été {'word ' * (i % 7 + 3)}" for i in range(400)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUSCALE_CACHE", str(tmp_path / "cache"))
+    _load.cache_clear()
+
+
+def made(kind: str, folder: Path, table: dict[str, list[Any]]) -> str:
+    """The table in one of the forms, and how it is called."""
+    data = datasets.Dataset.from_dict(table)
+    if kind == "jsonl":
+        names = list(table)
+        rows = [json.dumps(dict(zip(names, row, strict=True))) for row in zip(*table.values(), strict=True)]
+        (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+        return str(folder / "rows.jsonl")
+    if kind == "parquet":
+        data.to_parquet(folder / "rows.parquet")
+        return str(folder / "rows.parquet")
+    if kind == "saved":
+        data.save_to_disk(folder / "saved")
+        return str(folder / "saved")
+    datasets.DatasetDict({"train": data, "test": data.select(range(30))}).save_to_disk(folder / "saved")
+    return f"hf:{folder / 'saved'}"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved", "splits"])
+def test_rows_are_read_as_lines_and_split_by_number(kind: str, tmp_path: Path) -> None:
+    datasets.disable_progress_bars()
+    spec = made(kind, tmp_path, {"id": list(range(400)), "text": ROWS})
+    corpus = load_corpus(spec)
+    lines = {held: "".join(r + "\n" for i, r in enumerate(ROWS) if held_block(i) == held) for held in (False, True)}
+    assert corpus.train.tobytes().decode() == lines[False]
+    assert corpus.val.tobytes().decode() == lines[True]
+    assert check_corpus(spec, seq_len=32) == []
+    assert all(f.split == "both" for f in corpus.files)
+    assert len(corpus.sha256) == 64
+
+
+def test_all_forms_of_the_same_rows_have_one_hash(tmp_path: Path) -> None:
+    datasets.disable_progress_bars()
+    hashes = {load_corpus(made(k, tmp_path, {"text": ROWS})).sha256 for k in ("jsonl", "parquet", "saved")}
+    assert len(hashes) == 1
+    _load.cache_clear()
+    assert load_corpus(made("jsonl", tmp_path, {"text": ROWS[1:]})).sha256 not in hashes
+
+
+def test_another_column_and_split_may_be_named(tmp_path: Path) -> None:
+    datasets.disable_progress_bars()
+    spec = made("splits", tmp_path, {"body": ROWS})
+    assert load_corpus(f"{spec}::test:body").train.tobytes().startswith(ROWS[0].encode())
+    assert "needed a column 'text' of text" in check_corpus(spec)[0]
+    assert "got body: name it, hf:" in check_corpus(spec)[0]
+    assert "needed a split 'valid', got train, test" in check_corpus(f"{spec}::valid:body")[0]
+
+
+def test_a_data_set_without_text_is_refused(tmp_path: Path) -> None:
+    datasets.disable_progress_bars()
+    spec = made("parquet", tmp_path, {"text": list(range(50))})
+    assert "needed text in column 'text'" in check_corpus(spec)[0]
+    with pytest.raises(ValueError, match="got int64"):
+        load_corpus(spec)
+    spec = made("saved", tmp_path, {"text": ["", ""] * 20})
+    with pytest.raises(ValueError, match="got nothing"):
+        load_corpus(spec)
+
+
+def test_rows_are_tokenized_too(tmp_path: Path) -> None:
+    datasets.disable_progress_bars()
+    corpus = load_corpus(made("saved", tmp_path, {"text": ROWS}), vocab=300, tokenizer="bpe")
+    assert isinstance(corpus.train, np.memmap)
+    assert corpus.bytes_per_token is not None
+    assert corpus.bytes_per_token > 1.5
+
+
+def test_a_data_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert "no such path" in check_corpus(str(tmp_path / "none.parquet"))[0]
+    assert "no such path" in check_corpus(f"hf:{tmp_path / 'none'}")[0]
+    assert "needed 'hf:NAME[:CONFIG][:SPLIT][:COLUMN]'" in check_corpus("hf:a:b:c:d:e")[0]
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
+    assert "cannot open data set" in check_corpus(str(tmp_path / "bad.parquet"))[0]
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = made("jsonl", tmp_path, {"text": ROWS})
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for corpus in (spec, "hf:somebody/something"):
+        assert "needed the package datasets" in check_corpus(corpus)[0]
+        assert "pip install 'muscale[data]'" in check_corpus(corpus)[0]

@@ -1,0 +1,165 @@
+"""The run table: what is written comes back to the last bit, every mistake is named, unfit rows stay but are not used."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scaling.runs.io import load_runs, save_runs
+from scaling.runs.table import check_runs, usable
+
+
+def table() -> pd.DataFrame:
+    return pd.DataFrame(
+        {"N": [1e6, 2e6], "D": [1e7, 1e7], "loss": [3.0, 2.5], "lr": [0.01, 0.02], "batch_tokens": [256, 512]}
+    )
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl", ".json"])
+def test_a_file_comes_back_as_it_was(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"runs{suffix}"
+    save_runs(table(), path)
+    runs = load_runs(path)
+    pd.testing.assert_frame_equal(runs[list(table())], table().astype(float))
+    assert runs["role"].tolist() == ["proxy", "proxy"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl", ".json"])
+def test_every_bit_of_a_checked_table_comes_back(suffix: str, tmp_path: Path) -> None:
+    r = random.Random(0)
+    rows = 50
+    runs = check_runs(
+        pd.DataFrame(
+            {
+                "N": [r.lognormvariate(20, 3) for _ in range(rows)],
+                "D": [r.lognormvariate(25, 3) for _ in range(rows)],
+                "loss": [math.nan if i % 7 == 0 else r.lognormvariate(1, 0.5) for i in range(rows)],
+                "lr": [r.lognormvariate(-30, 9) for _ in range(rows)],
+                "run_id": [f"{i:05d}" for i in range(rows)],
+                "final": [i % 5 > 0 for i in range(rows)],
+            }
+        )
+    )
+    path = tmp_path / f"runs{suffix}"
+    save_runs(runs, path)
+    there = load_runs(path)
+    for name in ("N", "D", "loss", "lr"):
+        assert np.array_equal(there[name].to_numpy(), runs[name].to_numpy(), equal_nan=True), name
+    for name in ("run_id", "role", "diverged", "final", "excluded"):
+        assert there[name].tolist() == runs[name].tolist(), name
+
+
+def test_all_mistakes_of_a_table_are_named_at_once() -> None:
+    wrong = table().rename(columns={"loss": "losss"}).assign(N=[-1.0, 2e6], lr=["fast", "0.02"], final=[True, "maybe"])
+    with pytest.raises(ValueError, match="cannot be used") as error:
+        check_runs(wrong, origin="runs.csv")
+    said = str(error.value)
+    assert "no column loss (is it losss? rename it)" in said
+    assert "row 0, column N: needed a positive number, got -1.0" in said
+    assert "row 0, column lr: needed a positive number, got 'fast'" in said
+    assert "row 1, column final: needed true or false, got 'maybe'" in said
+
+
+def test_a_missing_loss_is_a_diverged_run_and_a_missing_size_is_a_mistake() -> None:
+    runs = check_runs(table().assign(loss=[3.0, math.nan]))
+    assert runs["diverged"].tolist() == [False, True]
+    with pytest.raises(ValueError, match="row 1, column D"):
+        check_runs(table().assign(D=[1e7, math.nan]))
+
+
+@pytest.mark.parametrize("value", [math.inf, 0.0, -3.0])
+@pytest.mark.parametrize("name", ["N", "D", "lr", "batch_tokens"])
+def test_a_size_that_is_not_positive_and_finite_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"row 1, column {name}: needed a positive number"):
+        check_runs(table().astype(float).assign(**{name: [1.0, value]}))
+
+
+@pytest.mark.parametrize(("cell", "hint"), [("1,000,000", True), ("1_000", True), ("1 000", True), ("1,5", False)])
+def test_separators_of_thousands_are_refused_with_row_and_column(cell: str, hint: bool) -> None:
+    with pytest.raises(ValueError, match="row 1, column N: needed a positive number, got") as error:
+        check_runs(table().assign(N=["1e6", cell]))
+    assert ("without separators of thousands" in str(error.value)) is hint
+
+
+def test_truth_written_as_text_is_read_as_truth() -> None:
+    """As plain Python `bool("False")` is True."""
+    runs = check_runs(table().assign(diverged=["False", "true"], final=["1", "no"]))
+    assert runs["diverged"].tolist() == [False, True]
+    assert runs["final"].tolist() == [True, False]
+
+
+def test_laws_get_no_excluded_row_and_of_targets_those_from_scratch() -> None:
+    seven = pd.DataFrame(
+        {
+            "N": 1e6,
+            "D": 1e7,
+            "loss": [3.0, math.nan, 3.1, 3.2, 3.3, 3.4, 3.5],
+            "final": [True, True, False, True, True, True, True],
+            "role": ["proxy", "proxy", "proxy", "target", "proxy", "target", "target"],
+            "arm": [None, None, None, None, None, "scratch", "warm"],
+            "excluded": ["", "", "", "", "a spike in the data", "", ""],
+        }
+    )
+    runs = check_runs(seven)
+    unknown = "target whose start is not recorded"
+    assert runs["excluded"].tolist() == ["", "diverged", "not final", unknown, "a spike in the data", "", "warm start"]
+    assert usable(runs)["loss"].tolist() == [3.0, 3.4]
+    assert len(runs) == 7, "what is not used is not thrown away"
+    unchecked = seven.drop(columns="excluded").assign(diverged=seven["loss"].isna())
+    assert usable(unchecked)["loss"].tolist() == [3.0, 3.3, 3.4]
+    assert usable(check_runs(seven.drop(columns="arm")))["loss"].tolist() == [3.0], (
+        "a table without the column is as before"
+    )
+    assert check_runs(runs)["excluded"].tolist() == runs["excluded"].tolist()
+    assert len(usable(table())) == 2, "a bare table is all used"
+
+
+def test_an_excluded_row_may_lack_what_a_used_one_needs() -> None:
+    runs = check_runs(table().assign(D=[1e7, math.nan], final=[True, False]))
+    assert len(usable(runs)) == 1
+
+
+def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        load_runs(tmp_path / "none.csv")
+    (tmp_path / "runs.tsv").write_text("N\n1")
+    with pytest.raises(ValueError, match=r"needed a table of runs \(\.csv, .* got .*runs\.tsv"):
+        load_runs(tmp_path / "runs.tsv")
+    with pytest.raises(ValueError, match=r"\.jsonl or \.json, got runs\.xlsx"):
+        save_runs(table(), tmp_path / "runs.xlsx")
+    with pytest.raises(ValueError, match="folder that exists"):
+        save_runs(table(), tmp_path / "nowhere" / "runs.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.csv", "N,D,loss\n1,2,3\n1,2,000,3\n", "row 1: needed 3 cells, got 4: a separator of thousands"),
+        ("a.csv", "N,N,loss\n1,2,3\n", "column N appears twice"),
+        ("a.csv", "", "no rows"),
+        ("a.jsonl", '{"N": 1}\n{"N": \n[1]\n', r"line 2: not JSON[\s\S]*line 3: needed an object"),
+        ("a.json", '{"N": 1}', "needed a list of runs"),
+        ("a.json", "[1]", "row 0: needed an object"),
+        ("a.jsonl", '{"a.b": 1, "a": {"b": 2}}', "row 0: two values for a.b"),
+        ("a.parquet", "not parquet", "cannot be read as parquet"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(name: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_runs(tmp_path / name)
+
+
+def test_json_lines_may_be_ragged(tmp_path: Path) -> None:
+    rows = [{"N": 1e6, "D": 1e7, "loss": 3.0}, {"loss": 2.0, "D": 2e7, "N": 1e6, "lr": 0.1}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    runs = load_runs(tmp_path / "a.jsonl")
+    assert runs["D"].tolist() == [1e7, 2e7]
+    assert math.isnan(runs["lr"][0])
+    assert runs["lr"][1] == 0.1

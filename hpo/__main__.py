@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaling.common.cli import Commands, DryRun, Json, Uri, refusing, say
+from scaling.common.cli import DryRun, Json, Uri, make_app, refusing, say
+from scaling.common.signals import ignore_signals
 
 if TYPE_CHECKING:
     from hpo.launch.estimate import Estimate
 
-app = typer.Typer(
-    cls=Commands, no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
-)
+app = make_app(__doc__)
 
 Study = Annotated[str, typer.Argument(metavar="STUDY.toml | NAME", help="a study file, or the name of one in studies/")]
 Storage = Annotated[
@@ -41,10 +39,10 @@ def validate(study: Study) -> None:
     Example: hpo validate studies/quickstart.toml
     """
     from hpo.study.config import load_study
-    from hpo.study.files import study_path
+    from scaling.common.studies import find_study_file
 
     with refusing():
-        path = study_path(study)
+        path = find_study_file(study)
         config, trainer = load_study(path)
         trainer.manifest()  # reads the data: what cannot be read is refused, too
     typer.echo(f"{path}: good")
@@ -68,12 +66,13 @@ def launch(
     from hpo.launch.estimate import estimate
     from hpo.launch.launcher import supervise
     from hpo.study.config import load_study
-    from hpo.study.files import StudyFiles, study_path
+    from hpo.study.files import StudyFiles
     from hpo.study.lifecycle import create, open_search, refuse_existing, resumable
+    from scaling.common.studies import find_study_file
 
     ray = ray_at(executor, address)
     with refusing():
-        files = StudyFiles(study_path(study))
+        files = StudyFiles(find_study_file(study))
         config, trainer = load_study(files.toml)
         config = config.with_workers(count)
         trainer.manifest()  # reads the data: what cannot be read is refused before anything is written
@@ -141,15 +140,15 @@ def worker(
     Example: hpo worker quickstart --storage postgresql://me@server/studies
     """
     from hpo.confirm import runs
-    from hpo.study.files import StudyFiles, study_path
+    from hpo.study.files import StudyFiles
     from hpo.worker.loop import work
+    from scaling.common.studies import find_study_file
 
     with refusing():
-        files = StudyFiles(study_path(study))
+        files = StudyFiles(find_study_file(study))
         code = runs.work(files, uri=tracking_uri) if confirm else work(files, uri=tracking_uri, storage=storage)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # One more of many, while Python takes itself down, is no error to be shown.
-        signal.signal(number, signal.SIG_IGN)
+    # One more signal while Python shuts down is no error to show.
+    ignore_signals()
     raise typer.Exit(code)
 
 
@@ -236,10 +235,11 @@ def confirm(
     from hpo.confirm.verdict import in_words
     from hpo.study import lifecycle
     from hpo.study.config import load_study
-    from hpo.study.files import StudyFiles, study_path
+    from hpo.study.files import StudyFiles
+    from scaling.common.studies import find_study_file
 
     with refusing():
-        files = StudyFiles(study_path(study))
+        files = StudyFiles(find_study_file(study))
         config, trainer = load_study(files.toml)
         search = lifecycle.open_existing(files, config, trainer, storage=storage)
         show_example(config, trainer)
@@ -274,10 +274,11 @@ def forget(
     Example: hpo forget quickstart --yes
     """
     from hpo.study import lifecycle
-    from hpo.study.files import StudyFiles, study_path
+    from hpo.study.files import StudyFiles
+    from scaling.common.studies import find_study_file
 
     with refusing():
-        files = StudyFiles(study_path(study))
+        files = StudyFiles(find_study_file(study))
     if not yes:
         typer.confirm(f"remove {files.folder} and the runs of study {files.name!r} in MLflow?", abort=True)
     with refusing():
@@ -312,11 +313,12 @@ def go_on(
     from hpo.storage.retry import patiently
     from hpo.study import lifecycle
     from hpo.study.config import load_study
-    from hpo.study.files import StudyFiles, study_path
+    from hpo.study.files import StudyFiles
     from hpo.study.mlflow_run import ending_of, noted, target_of
+    from scaling.common.studies import find_study_file
 
     with refusing():
-        files = StudyFiles(study_path(study))
+        files = StudyFiles(find_study_file(study))
         config, trainer = load_study(files.toml)
         config = config.with_workers(count)
         search = lifecycle.open_existing(files, config, trainer, storage=storage)
@@ -344,10 +346,11 @@ def go_on(
 def open_existing(study: str, storage: str | None) -> tuple[Any, Any]:
     from hpo.study import lifecycle
     from hpo.study.config import load_study
-    from hpo.study.files import StudyFiles, study_path
+    from hpo.study.files import StudyFiles
+    from scaling.common.studies import find_study_file
 
     with refusing():
-        files = StudyFiles(study_path(study))
+        files = StudyFiles(find_study_file(study))
         config, trainer = load_study(files.toml)
         search = lifecycle.open_existing(files, config, trainer, storage=storage)
     return search, files

@@ -12,11 +12,10 @@ import typer
 
 from proxies.cli import grow, launch
 from proxies.cli.shared import Study, configured, interrupted, numbers, read_family
-from scaling.common.cli import Commands, DryRun, Json, interrupted_code, refusing, sigterm_as_interrupt
+from scaling.common.cli import DryRun, Json, make_app, refusing
+from scaling.common.signals import exit_code_of, interrupt_on_sigterm
 
-app = typer.Typer(
-    cls=Commands, no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
-)
+app = make_app(__doc__)
 
 
 @app.command()
@@ -122,7 +121,7 @@ def transfer(
 
             check_figure(plot)
         try:
-            with sigterm_as_interrupt():
+            with interrupt_on_sigterm():
                 report = run(
                     config,
                     chosen,
@@ -136,7 +135,7 @@ def transfer(
                 )
         except KeyboardInterrupt as stop:
             typer.echo(f"stopped; the same command goes on with the runs in {runs}", err=True)
-            raise typer.Exit(interrupted_code(stop)) from stop
+            raise typer.Exit(exit_code_of(stop)) from stop
     if plot is not None:
         draw_transfer(report, plot)
     typer.echo(json.dumps(report.json) if as_json else report.text)
@@ -182,7 +181,7 @@ def train(
         points = run(config, tokens, resume=resume, save=save, keep=keep, init=start.weights, moments=start.moments)
     last = None
     try:
-        with sigterm_as_interrupt(), closing(points):
+        with interrupt_on_sigterm(), closing(points):
             for last in usage.of(points):
                 typer.echo(json.dumps(asdict(last)))
     except KeyboardInterrupt as stop:
@@ -220,7 +219,7 @@ def autolrs(
         )
     last = None
     try:
-        with sigterm_as_interrupt(), closing(found):
+        with interrupt_on_sigterm(), closing(found):
             for last in found:
                 typer.echo(json.dumps(asdict(last)))
     except KeyboardInterrupt as stop:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaling.common.cli import Commands, Json, Uri, refusing, say
+from scaling.common.cli import Json, Uri, make_app, refusing, say
 from scaling.common.quantities import read_count
 from scaling.common.redact import without_passwords
 from scaling.runs.io import is_file
@@ -19,14 +19,20 @@ if TYPE_CHECKING:
 
     from scaling.report.figures import TargetCurve
 
-app = typer.Typer(
-    cls=Commands, no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
-)
+app = make_app(__doc__)
 
 Source = Annotated[
     str, typer.Argument(help="a study's name (MLflow experiment), or a .csv, .parquet, .jsonl or .json file")
 ]
 LONG = ("floors", "optima", "forms", "approaches", "beside", "run_ids")  # not kept with a study: a note is short
+
+
+def parse_count(text: str) -> float:
+    """Return a number of parameters, tokens or FLOPs from the command line, such as 7B or 7e9."""
+    try:
+        return read_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @app.command("import")
@@ -94,13 +100,14 @@ def recommend(
     target: Annotated[bool, typer.Option("--target", help="for the [target] of the study's file")] = False,
     params: Annotated[
         float | None,
-        typer.Option("--params", parser=count, metavar="N", help="parameters that multiply tokens: 7B, 7e9"),
+        typer.Option("--params", parser=parse_count, metavar="N", help="parameters that multiply tokens: 7B, 7e9"),
     ] = None,
     tokens: Annotated[
-        float | None, typer.Option("--tokens", parser=count, metavar="D", help="training tokens: 1.4T, 1.4e12")
+        float | None, typer.Option("--tokens", parser=parse_count, metavar="D", help="training tokens: 1.4T, 1.4e12")
     ] = None,
     flops: Annotated[
-        float | None, typer.Option("--flops", parser=count, metavar="C", help="training FLOPs: N and D are chosen, too")
+        float | None,
+        typer.Option("--flops", parser=parse_count, metavar="C", help="training FLOPs: N and D are chosen, too"),
     ] = None,
     mass: Annotated[float, typer.Option(min=0.01, max=0.99, help="of every interval")] = 0.9,
     beside: Annotated[
@@ -111,7 +118,9 @@ def recommend(
     at_most: Annotated[
         float | None,
         typer.Option(
-            parser=count, metavar="C", help="FLOPs of that run; default 3 x the largest, a tenth of the target at most"
+            parser=parse_count,
+            metavar="C",
+            help="FLOPs of that run; default 3 x the largest, a tenth of the target at most",
         ),
     ] = None,
     tracking_uri: Uri = None,
@@ -234,14 +243,6 @@ def report(
     journal = Path("studies") / source / "study.journal"
     if journal.exists():
         typer.echo(f"trials     optuna-dashboard {journal}")
-
-
-def count(text: str) -> float:
-    """A number of parameters, tokens or FLOPs, as the command line has it."""
-    try:
-        return read_count(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def pairs(option: str, given: list[str]) -> dict[str, str]:

@@ -33,7 +33,7 @@ from hpo.study.trainer import Trainer
 from hpo.worker.job import train_once
 from hpo.worker.results import read_result, write_result
 from hpo.worker.signals import StopSignals
-from scaling.common.atomic import write_whole
+from scaling.common.atomic import write_atomically
 from scaling.common.cli import say
 from scaling.laws.compute import Fidelity
 from scaling.tracking.client import connect, default_uri
@@ -214,7 +214,7 @@ def supervise(files: StudyFiles, plan: Rematch, study: StudyConfig, cost: Estima
     """Start workers on what is left, show progress until it is done; the exit code."""
     place = files_of(files)
     place.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(place.plan, plan.model_dump_json(indent=1) + "\n")
+    write_atomically(place.plan, plan.model_dump_json(indent=1) + "\n")
     uri = connect(uri).tracking_uri
     total = len(plan.runs)
     left = {place.run(plan, c, r) for c, r in place.left(plan)}
@@ -256,7 +256,7 @@ def conclude(files: StudyFiles, plan: Rematch, *, uri: str | None) -> Confirmati
     ]
     made = confirmation(plan.answer, plan.rival, plan.fidelity, losses[0], losses[1])
     value = asdict(made)
-    write_whole(place.answer, json.dumps(value, indent=1) + "\n")
+    write_atomically(place.answer, json.dumps(value, indent=1) + "\n")
     client = connect(uri)
     for side in ("answer", "rival"):
         value[side].pop("losses")  # each is a run of its own there, and a note is short

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,7 +22,8 @@ from hpo.study.files import StudyFiles
 from hpo.study.mlflow_run import figures_of, noted, status_of
 from hpo.study.schema import Workers
 from hpo.worker.signals import GRACE_SECONDS, POLL_SECONDS
-from scaling.common.cli import say, sigterm_as_interrupt
+from scaling.common.cli import say
+from scaling.common.signals import ignore_signals, interrupt_on_sigterm
 from scaling.tracking import sender
 from scaling.tracking.client import connect
 
@@ -103,15 +103,14 @@ def watch(running: Sequence[subprocess.Popen[bytes]], show: Callable[[], None]) 
     """Show progress while workers run, and once more at the end; whether a signal had them stopped."""
     stopped = False
     try:
-        with sigterm_as_interrupt():
+        with interrupt_on_sigterm():
             while any(w.poll() is None for w in running):
                 with contextlib.suppress(*storage_errors()):  # the workers say it, and wait for it
                     show()
                 time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         stopped = True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # from here to the end: what they ask for is being done
+        ignore_signals()
         stop_all(running)
     patiently(show)
     return stopped

@@ -14,8 +14,9 @@ from hpo.storage.retry import storage_errors
 from hpo.study.files import StudyFiles
 from hpo.study.schema import Workers
 from hpo.worker.signals import GRACE_SECONDS, POLL_SECONDS
-from scaling.common.cli import say, sigterm_as_interrupt
+from scaling.common.cli import say
 from scaling.common.redact import without_passwords
+from scaling.common.signals import interrupt_on_sigterm
 
 HEAD_SECONDS = 5.0  # between two looks whether the cluster's head answers
 
@@ -64,7 +65,7 @@ class Ray:
             )
         looked, away = time.monotonic(), False
         try:
-            with sigterm_as_interrupt():
+            with interrupt_on_sigterm():
                 while running:
                     if time.monotonic() - looked > HEAD_SECONDS:
                         away, looked = self._look_for_the_head(files.name, away), time.monotonic()

@@ -13,7 +13,7 @@ from hpo.samplers.multi_fidelity import MultiFidelitySampler
 from hpo.samplers.names import MODELS, SAMPLERS
 
 
-def made_sampler(sampler: str | BaseSampler, seed: int, belief: Belief | None = None) -> BaseSampler:
+def resolve_sampler(sampler: str | BaseSampler, seed: int, belief: Belief | None = None) -> BaseSampler:
     """The sampler of that name, or the one given. ValueError when it is neither, or cannot use a belief."""
     if isinstance(sampler, BaseSampler):
         if belief:

@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial
 from hpo.samplers.belief import Belief, check_belief
 from hpo.samplers.drawing import draw
 from hpo.samplers.protocols import FidelitySampler, Judge, Predictor
-from hpo.samplers.registry import made_sampler
+from hpo.samplers.registry import resolve_sampler
 from hpo.samplers.unit_cube import Cube
 from hpo.search import trial_writer
 from hpo.search.hyperband import Bracket, Ladder, Promote, Scores, Start, Variant, moves
@@ -144,7 +144,7 @@ class Search:
         self._target = target
         if belief:
             check_belief(belief, Cube(self.space))
-        self._sampler = made_sampler(sampler, seed, belief)
+        self._sampler = resolve_sampler(sampler, seed, belief)
         if promote == "predicted" and not isinstance(self._sampler, Predictor):
             raise ValueError(
                 'promote="predicted" needs a sampler that has a method predict, such as "mfbo", got '

@@ -28,7 +28,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.samplers.drawing import fill_in
-from hpo.samplers.registry import made_sampler
+from hpo.samplers.registry import resolve_sampler
 from hpo.search.model_driven import Wanted
 from hpo.search.settings import check_fresh, check_same
 from hpo.search.stored import check_stored
@@ -182,7 +182,7 @@ def sampler_for(study: optuna.Study, sampler: BaseSampler, named: str | None, se
     random = random_for(study, named, seed, number)
     if random is not None or named not in ("tpe", "gp"):
         return random or sampler
-    return made_sampler(named, _stream(seed, number))
+    return resolve_sampler(named, _stream(seed, number))
 
 
 def random_for(study: optuna.Study, named: str | None, seed: int, number: int) -> RandomSampler | None:

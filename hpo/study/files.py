@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpo.study.schema import meant
-
 
 @dataclass(frozen=True)
 class StudyFiles:
@@ -56,18 +54,6 @@ class StudyFiles:
 
     def _of_run(self, config: int, tokens: int, repeat: int, ending: str) -> Path:
         return self.folder / "checkpoints" / f"{config:04d}-{tokens}{suffix(repeat)}{ending}"
-
-
-def study_path(name_or_path: str) -> Path:
-    """studies/<name>.toml for a name; the path itself for a path. ValueError names the nearest study."""
-    path = Path(name_or_path)
-    if path.suffix != ".toml":
-        path = Path("studies") / f"{name_or_path}.toml"
-    if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        hint = meant(path.stem, known, cutoff=0.3) or f"studies there: {', '.join(known) or 'none'}"
-        raise ValueError(f"no study file {path}; {hint}")
-    return path
 
 
 def suffix(repeat: int) -> str:

@@ -6,12 +6,12 @@ import json
 import math
 from pathlib import Path
 
-from scaling.common.atomic import write_whole
+from scaling.common.atomic import write_atomically
 
 
 def write_result(path: Path, loss: float) -> None:
     """Keep the loss of one training, NaN when it diverged."""
-    write_whole(path, json.dumps({"loss": loss if math.isfinite(loss) else None}))
+    write_atomically(path, json.dumps({"loss": loss if math.isfinite(loss) else None}))
 
 
 def read_result(path: Path) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from scaling.common.signals import handle_signals
 
 if TYPE_CHECKING:
     from scaling.common.measurement import Measurement
@@ -20,16 +21,14 @@ class StopSignals:
     def __init__(self) -> None:
         self.requested = False
         self._inside = False
-        self._before: dict[int, Any] = {}
+        self._installed = handle_signals(self._note)
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        self._installed.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: object) -> None:
+        self._installed.__exit__(*error)  # type: ignore[arg-type]
 
     def _note(self, _: int, __: FrameType | None) -> None:
         first = not self.requested

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from proxies.cli.shared import interrupted, numbers, read_family
-from scaling.common.cli import refusing, say, sigterm_as_interrupt
+from scaling.common.cli import refusing, say
+from scaling.common.signals import interrupt_on_sigterm
 
 if TYPE_CHECKING:
     from proxies.growth.question import Question
@@ -51,7 +52,7 @@ def answer(study: str, options: Options, checkpoint: Path | None = None) -> None
     if options.dry_run:
         return
     try:
-        with sigterm_as_interrupt(), refusing():
+        with interrupt_on_sigterm(), refusing():
             found = plan_growth(question, workers=options.workers, count_base=options.count_base, uri=options.uri)
     except KeyboardInterrupt as stop:
         raise interrupted(stop, question.home) from stop

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from scaling.common.cli import DryRun, Json, Uri, interrupted_code, refusing, say, sigterm_as_interrupt
+from scaling.common.cli import DryRun, Json, Uri, refusing, say
+from scaling.common.signals import exit_code_of, interrupt_on_sigterm
 
 if TYPE_CHECKING:
     from proxies.launch.plan import Arm, Engine, LaunchPlan
@@ -65,10 +66,10 @@ def launch(
                 )
     if only:
         try:
-            with refusing(), sigterm_as_interrupt():
+            with refusing(), interrupt_on_sigterm():
                 train_arm(made, only, path.parent, uri=tracking_uri)
         except KeyboardInterrupt as stop:
-            raise typer.Exit(interrupted_code(stop)) from stop
+            raise typer.Exit(exit_code_of(stop)) from stop
         return
     if print_command or dry_run:
         write_plan(made, path)
@@ -77,11 +78,11 @@ def launch(
             typer.echo(shown(made, path, chosen, uri=tracking_uri))
         return
     try:
-        with sigterm_as_interrupt():
+        with interrupt_on_sigterm():
             outcome = go(made, path, arms=chosen, uri=tracking_uri)
     except KeyboardInterrupt as stop:
         say(f"stopped; `proxies launch {path}` goes on where it was")
-        raise typer.Exit(interrupted_code(stop)) from stop
+        raise typer.Exit(exit_code_of(stop)) from stop
     except Away as gone:
         say(
             f"trained, but not scored: {gone}; nothing is lost: `proxies launch {path}` sends the records and scores, training nothing again"

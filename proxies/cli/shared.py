@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxies.config.study_file import read_toml
-from scaling.common.cli import interrupted_code
+from scaling.common.signals import exit_code_of
+from scaling.common.studies import find_study_file
 
 if TYPE_CHECKING:
     from proxies.config.proxy import ProxyConfig
@@ -23,9 +24,7 @@ def read_family(study: str) -> tuple[ProxyFamily, Path]:
 
     from proxies.trainers.proxy_family import ProxyFamily
 
-    path = Path(study) if study.endswith(".toml") else Path("studies") / f"{study}.toml"
-    if not path.is_file():
-        raise ValueError(f"no study file {path}")
+    path = find_study_file(study)
     table = read_toml(path).get("trainer", {})
     try:
         return ProxyFamily.model_validate({k: v for k, v in table.items() if k != "use"}), path
@@ -37,7 +36,7 @@ def interrupted(stop: KeyboardInterrupt, keep: Path | None) -> typer.Exit:
     """The end of a command that was told to stop, and what is left of its run."""
     left = f"the same command goes on from {keep}" if keep else "nothing was kept: --keep would have"
     typer.echo(f"stopped; {left}", err=True)
-    return typer.Exit(interrupted_code(stop))
+    return typer.Exit(exit_code_of(stop))
 
 
 def configured(family: ProxyFamily, width: int, changes: list[str]) -> ProxyConfig:

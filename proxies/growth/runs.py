@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 from proxies.growth.decision import Ladders, decide
 from proxies.growth.question import ETA, Pair, Question
 from proxies.growth.trainer import GrowthFamily, Start
-from scaling.common.cli import say, sigterm_as_interrupt
+from scaling.common.cli import say
+from scaling.common.signals import interrupt_on_sigterm
 from scaling.laws.compute import Fidelity
 
 TESTED = 1000  # repeats from here on decide: those that tuned do not (as in `hpo confirm`)
@@ -257,7 +258,7 @@ def climb_all(question: Question, settings: Mapping[Start, Settings], workers: i
 def climb_each(jobs: Sequence[tuple[GrowthFamily, Settings, list[int], int, Path]]) -> None:
     """What one process does."""
     try:
-        with sigterm_as_interrupt(), one_thread():
+        with interrupt_on_sigterm(), one_thread():
             for job in jobs:
                 climb(*job)
     except KeyboardInterrupt:

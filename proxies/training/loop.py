@@ -27,8 +27,9 @@ from proxies.model.transformer import loss_of
 from proxies.training.checkpoints import SUFFIX, check_place, copy_to_cpu, load_weights, read_run, remove_run, write_run
 from proxies.training.distributed import ALONE, Ranks
 from proxies.training.moments import load_moments
-from proxies.training.run_state import CHECK_EVERY, Run, autocast, uninterrupted
+from proxies.training.run_state import CHECK_EVERY, Run, autocast
 from scaling.common.measurement import Measurement
+from scaling.common.signals import defer_signals
 
 EVAL_CHUNK = 16  # windows per forward pass; fixed, so that the same weights always give the same loss
 
@@ -132,7 +133,7 @@ def _measurements(
         return run.measured(loss, seconds, final=final, diverged=diverged)
 
     # One process may be stopped anywhere. Several stop after the same step, or some would wait for others for ever.
-    with uninterrupted() if ranks.world > 1 else nullcontext(list[int]()) as came:
+    with defer_signals() if ranks.world > 1 else nullcontext(list[int]()) as came:
         try:
             while True:
                 at_branch, at_end = run.step == run.cut.trunk_steps, run.step == run.cut.steps

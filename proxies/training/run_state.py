@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +25,7 @@ from proxies.training.checkpoints import FORMAT, copy_to_cpu, reading, take
 from proxies.training.distributed import ALONE, Ranks, wrapped
 from proxies.training.shards import Key
 from scaling.common.measurement import Measurement
+from scaling.common.signals import defer_signals
 
 CHECK_EVERY = 8  # steps between looks at the training loss
 # A run is lost when its training loss is above ln(vocab) + 1, a nat worse than guessing, at so many looks in a row after
@@ -103,7 +102,7 @@ class Run:
         # schedule, whatever the batch size, and no step gets rate 0.
         set_lr(self.optimizer, self.factor((start + n / 2) * self.config.seq_len) if share is None else share)
         loss = self.backward(x_bt, y_bt, n)
-        with uninterrupted():
+        with defer_signals():
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.count(loss, n)
@@ -308,22 +307,3 @@ def autocast(device: torch.device, precision: Literal["float32", "bfloat16"] | N
     if precision == "bfloat16" or (precision is None and device.type == "cuda"):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
-
-
-@contextmanager
-def uninterrupted() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM wait for the end of the block, in this list. They only ever interrupt the main thread."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, lambda n, _: came.append(n))
-    try:
-        yield came
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        for n in came:
-            signal.raise_signal(n)

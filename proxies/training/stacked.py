@@ -25,8 +25,9 @@ from proxies.data.mixture import Data, open_data
 from proxies.model.optimizers import evaluation, set_lr
 from proxies.model.transformer import mean_loss
 from proxies.training.loop import EVAL_CHUNK
-from proxies.training.run_state import CHECK_EVERY, Run, autocast, uninterrupted
+from proxies.training.run_state import CHECK_EVERY, Run, autocast
 from scaling.common.measurement import Measurement
+from scaling.common.signals import defer_signals
 
 # What members may differ in: neither the shape, nor the forward pass, nor which windows there are.
 OWN = (
@@ -159,7 +160,7 @@ class Stack:
         losses_k = self.losses(x_kbt, y_kbt)
         losses_k.sum().backward()  # type: ignore[no-untyped-call]
         gradients = {name: weight.grad for name, weight in self.weights.items()}
-        with uninterrupted():
+        with defer_signals():
             for k, run in enumerate(self.runs):
                 set_lr(run.optimizer, run.factor((start + n / 2) * run.config.seq_len))
                 for name, parameter in self.own[k].items():

@@ -1,30 +1,79 @@
-"""What the three commands share: how they refuse bad input, stop when told to, and take common options."""
+"""What the three commands share: how they refuse bad input, log, and take common options."""
 
 from __future__ import annotations
 
-import signal
+import functools
+import inspect
+import logging
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperGroup
 
+from scaling.common.logs import configure_logging
 from scaling.common.redact import without_passwords
 
 Uri = Annotated[
     str | None, typer.Option("--tracking-uri", help="MLflow store; default $MLFLOW_TRACKING_URI or ./mlflow.db")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="say what it would cost, and start nothing")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what it would cost, and start nothing")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="log warnings and errors only")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="log details, too")]
+
+
+def make_app(description: str | None) -> typer.Typer:
+    """Return an empty command whose sub-commands log to stderr and take --quiet and --verbose.
+
+    Args:
+        description: The first lines of `--help`.
+    """
+    return _App(
+        cls=Commands, no_args_is_help=True, add_completion=False, help=description, pretty_exceptions_enable=False
+    )
+
+
+class _App(typer.Typer):
+    def command(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
+        register = super().command(*args, **options)
+
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            register(_with_verbosity(function))
+            return function
+
+        return decorate
+
+
+def _with_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function with the same options and two more, which set the level of the log before it is called."""
+
+    @functools.wraps(function)
+    def command(*args: Any, quiet: bool, verbose: bool, **options: Any) -> Any:
+        configure_logging(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+        return function(*args, **options)
+
+    # Typer reads the signature, whose annotations are strings in modules with deferred evaluation: they are resolved here.
+    hints = get_type_hints(function, include_extras=True)
+    parameters = [p.replace(annotation=hints[p.name]) for p in inspect.signature(function).parameters.values()]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Bad input (ValueError, a file that is not there or closed to us) ends with its message and exit code 2."""
+    """End the command with exit code 2 and the message of an error that bad input causes.
+
+    Such errors are ValueError and those of a file that is missing, is of the wrong kind or cannot be opened.
+    """
     try:
         yield
     except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
@@ -33,7 +82,7 @@ def refusing() -> Iterator[None]:
 
 
 class Commands(TyperGroup):
-    """A command whose tracebacks, too, are without passwords: those of databases and servers quote their URLs."""
+    """A command group that redacts tracebacks, since those of databases and servers quote URLs with passwords."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -46,29 +95,6 @@ class Commands(TyperGroup):
             raise SystemExit(1) from None
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, by the same door as Ctrl-C."""
-
-
-def interrupted_code(stop: KeyboardInterrupt) -> int:
-    """The exit code that a shell expects: 143 after SIGTERM, 130 after Ctrl-C."""
-    return 143 if isinstance(stop, Terminated) else 130
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises a KeyboardInterrupt, too, so that both leave by the same door and save on the way."""
-
-    def interrupt(_: int, __: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def say(text: str) -> None:
-    """Progress and errors go to stderr, without passwords; stdout is for data."""
+    """Print a line of a command to stderr, without passwords. Stdout is for data; libraries log instead."""
     print(without_passwords(text), file=sys.stderr, flush=True)

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from hpo.__main__ import app
 from hpo.samplers.names import SAMPLERS
 from hpo.study.config import StudyError, load_study
-from hpo.study.files import StudyFiles, study_path
+from hpo.study.files import StudyFiles
 from hpo.study.lifecycle import check_same_settings
 from proxies.trainers.proxy_family import ProxyFamily
+from scaling.common.studies import find_study_file
 from tests.test_hpo.toy_trainer import ToyTrainer
 
 GOOD = """
@@ -223,9 +224,9 @@ def test_a_misspelt_name_is_refused_with_the_nearest_study(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "quickstart.toml").write_text(GOOD)
-    assert study_path("quickstart") == Path("studies/quickstart.toml")
+    assert find_study_file("quickstart") == Path("studies/quickstart.toml")
     with pytest.raises(ValueError, match="did you mean quickstart"):
-        study_path("quikstart")
+        find_study_file("quikstart")
 
 
 @pytest.mark.parametrize("command", ["validate", "launch", "resume"])

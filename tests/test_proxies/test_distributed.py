@@ -24,7 +24,7 @@ from proxies.training.checkpoints import load_model, load_state, write_run
 from proxies.training.distributed import ALONE, Ranks, spawned
 from proxies.training.loop import train
 from proxies.training.run_state import Run
-from scaling.common.cli import sigterm_as_interrupt
+from scaling.common.signals import interrupt_on_sigterm
 
 pytestmark = pytest.mark.slow
 
@@ -275,7 +275,7 @@ def failing(ranks: Ranks, folder: Path) -> None:
         if second and run.step == 33:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt(), before_steps(signalled):
+    with pytest.raises(KeyboardInterrupt), interrupt_on_sigterm(), before_steps(signalled):
         list(train(config(), TOKENS, device="cpu", ranks=ranks, keep=folder / "told"))
 
 
@@ -307,7 +307,7 @@ from pathlib import Path
 from proxies.training.distributed import joined
 from proxies.training.run_state import Run
 from proxies.training.loop import train
-from scaling.common.cli import sigterm_as_interrupt
+from scaling.common.cli import interrupt_on_sigterm
 from tests.test_proxies.test_distributed import LONG, config
 
 folder, life = Path(sys.argv[1]), sys.argv[2] + os.environ["TORCHELASTIC_RESTART_COUNT"]
@@ -324,7 +324,7 @@ def watched(run, *args):
 
 Run.advance = watched
 keep = folder / "keep"
-with joined("fsdp2") as ranks, sigterm_as_interrupt():
+with joined("fsdp2") as ranks, interrupt_on_sigterm():
     *_, last = train(
         config(), LONG, device="cpu", ranks=ranks, resume=keep if keep.exists() else None, keep=keep, keep_every_s=0.3,
         save=folder / "done",

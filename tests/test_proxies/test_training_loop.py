@@ -588,7 +588,7 @@ def test_a_signal_waits_until_the_step_is_whole() -> None:
     done = []
 
     def step() -> None:
-        with run_state.uninterrupted():
+        with run_state.defer_signals():
             os.kill(os.getpid(), signal.SIGINT)
             done.append(sum(range(1000)))
 

@@ -26,7 +26,7 @@ MASSES = (0.5, 0.8, 0.95)
 
 
 @dataclass(frozen=True)
-class Run:
+class CurveRun:
     size: str
     tokens: Array
     loss: Array
@@ -37,23 +37,23 @@ class Run:
         return self.tokens[early], self.loss[early]
 
 
-def ladder(folder: Path, column: str) -> Iterator[Run]:
+def ladder(folder: Path, column: str) -> Iterator[CurveRun]:
     table = pd.read_csv(folder / "olmo_ladder_curves.csv").dropna(subset="optim/learning_rate_group0")
     for name, rows in table.groupby("run"):
         if "peteish" in str(name):  # pieces of the target runs
             continue
         tokens, loss = rows["throughput/total_tokens"].to_numpy(float), rows[column].to_numpy(float)
         schedule = logged(tokens, rows["optim/learning_rate_group0"].to_numpy(float))
-        yield Run(str(name).split("-")[0], tokens, loss, Finished(tokens, loss, schedule))
+        yield CurveRun(str(name).split("-")[0], tokens, loss, Finished(tokens, loss, schedule))
 
 
-def gemstones(path: Path) -> Iterator[Run]:
+def gemstones(path: Path) -> Iterator[CurveRun]:
     for _, rows in pd.read_csv(path).sort_values("tokens").groupby("run_name"):
         tokens, loss = rows["tokens"].to_numpy(float), rows["final_loss"].to_numpy(float)
-        yield Run(str(rows["width"].iloc[0]), tokens, loss, Finished(tokens, loss))
+        yield CurveRun(str(rows["width"].iloc[0]), tokens, loss, Finished(tokens, loss))
 
 
-def measure(name: str, runs: list[Run], shares: tuple[float, ...]) -> None:
+def measure(name: str, runs: list[CurveRun], shares: tuple[float, ...]) -> None:
     sizes = sorted({run.size for run in runs})
     others = {size: [run for run in runs if run.size != size] for size in sizes}
     priors = {size: learn_prior([run.done for run in others[size]]) for size in sizes}

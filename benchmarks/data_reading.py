@@ -31,7 +31,7 @@ from proxies.data.token_files import Tokens
 from proxies.training.throughput import measure_speed
 
 
-class Plain(Dataset[tuple[Tensor, Tensor]]):
+class PlainReader(Dataset[tuple[Tensor, Tensor]]):
     """One window at a random place per item, as many a training script has it."""
 
     def __init__(self, tokens: Tokens, seq_len: int, items: int) -> None:
@@ -61,7 +61,7 @@ def of_reader(reader: Reader, batch: int, batches: int) -> Callable[[], None]:
 
 def of_loader(tokens: Tokens, seq_len: int, batch: int, batches: int) -> Callable[[], None]:
     def run() -> None:
-        for _ in DataLoader(Plain(tokens, seq_len, batch * batches), batch_size=batch):
+        for _ in DataLoader(PlainReader(tokens, seq_len, batch * batches), batch_size=batch):
             pass
 
     return run

@@ -171,7 +171,7 @@ def journal(folder: Path) -> list[Kind]:
     from hpo.search.search import Search
     from hpo.storage.trial_attributes import Stopped
     from proxies.growth.runs import read_rows
-    from proxies.launch.arms import Ended
+    from proxies.launch.arms import ArmResult
     from proxies.launch.plan import read_plan
     from scaling.tracking import sender, spool
 
@@ -224,7 +224,7 @@ def journal(folder: Path) -> list[Kind]:
 
     def read_ended(data: bytes, here: Path) -> None:
         written(data, here / "scratch.json")
-        Ended.read(here, "scratch")
+        ArmResult.read(here, "scratch")
 
     def lines(*rows: dict[str, Any]) -> bytes:
         return "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial
 from benchmarks.servers import postgresql, proxy
 from hpo.search.hyperband import rung_sizes
 from hpo.search.search import Search
-from hpo.storage.leases import Lost
+from hpo.storage.leases import LeaseLost
 
 STORAGES = ("journal", "postgresql", "grpc+journal", "grpc+postgresql")
 TOKENS = (1_000, 27_000)
@@ -84,7 +84,7 @@ def worker(storage: str, name: str, trials: int, seconds: float, results: Any, g
         before = time.monotonic()
         time.sleep(seconds * 10 ** rng.uniform(-0.5, 0.5) if seconds else 0.0)
         slept += time.monotonic() - before
-        with contextlib.suppress(Lost):  # counted by what the study holds
+        with contextlib.suppress(LeaseLost):  # counted by what the study holds
             mine.tell(job, loss_of(job.params, job.fidelity.D))
         ended = time.monotonic()
     results.put((began, ended, slept, asked, asks))

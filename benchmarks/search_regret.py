@@ -89,7 +89,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Run:
+class SearchRun:
     """What one search reached at each checkpoint: (observed, recommended), and the CPU seconds of an evaluation."""
 
     marks: dict[float, tuple[float, float]]
@@ -105,7 +105,7 @@ def search(
     resumable: bool = False,
     raised_at: float | None = None,
     sampler: str = "mfbo",
-) -> Run:
+) -> SearchRun:
     """One search until the last checkpoint. raised_at: the cost at which the largest run is raised from 1/9 to 1."""
     rng = np.random.default_rng([seed, 99])
     largest = UNIT if raised_at is None else UNIT // 9
@@ -147,7 +147,7 @@ def search(
     for mark in checkpoints:  # what the next evaluation would have overrun
         if mark not in marks and spent >= 0.85 * mark:
             marks[mark] = regrets(problem, it, best)
-    return Run(marks, seconds / max(evaluations, 1))
+    return SearchRun(marks, seconds / max(evaluations, 1))
 
 
 def regrets(problem: Problem, it: Search, best: tuple[float, dict[str, Any]] | None) -> tuple[float, float]:
@@ -155,7 +155,7 @@ def regrets(problem: Problem, it: Search, best: tuple[float, dict[str, Any]] | N
     return problem.f(best[1], 1.0) - problem.optimum, problem.f(it.best(), 1.0) - problem.optimum
 
 
-def show(name: str, runs: Sequence[Run], checkpoints: Sequence[float]) -> None:
+def show(name: str, runs: Sequence[SearchRun], checkpoints: Sequence[float]) -> None:
     for i, kind in enumerate(("observed", "recommended")):
         cells = ""
         for mark in checkpoints:

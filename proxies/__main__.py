@@ -166,7 +166,7 @@ def train(
     """
     from dataclasses import asdict
 
-    from proxies.growth.files import Start, read_grown
+    from proxies.growth.files import InitialState, read_grown
     from proxies.training.loop import train as run
     from proxies.training.throughput import Usage
 
@@ -176,7 +176,7 @@ def train(
         if resume is not None and init is not None:
             raise ValueError("needed --resume or --init, got both: a resumed run has its weights already")
         resume = keep if keep is not None and keep.exists() else resume
-        start = read_grown(init, config) if init is not None and resume is None else Start()
+        start = read_grown(init, config) if init is not None and resume is None else InitialState()
         usage = Usage(config, peak_flops)
         points = run(config, tokens, resume=resume, save=save, keep=keep, init=start.weights, moments=start.moments)
     last = None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.launch.estimate import Estimate
-from hpo.launch.progress import Progress, spent_in_words
+from hpo.launch.progress import ProgressLine, spent_in_words
 from hpo.storage.retry import patiently, storage_errors
 from hpo.study.files import StudyFiles
 from hpo.study.mlflow_run import figures_of, noted, status_of
@@ -44,7 +44,7 @@ def supervise(
     """Start the study's workers, here or on the Ray cluster at an address, show progress until it is finished; the exit code."""
     uri = connect(uri).tracking_uri
     noted(files.name, uri, status_of("RUNNING"))
-    show, codes = patiently(lambda: Progress(search, cost, workers.count)).show, ""
+    show, codes = patiently(lambda: ProgressLine(search, cost, workers.count)).show, ""
     if ray is not None:
         from hpo.launch.ray_cluster import Ray
 

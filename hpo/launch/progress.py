@@ -27,7 +27,7 @@ def spent_in_words(now: view.Progress) -> str:
     return said
 
 
-class Progress:
+class ProgressLine:
     """One line on stderr for every evaluation that ends."""
 
     def __init__(self, search: Search, cost: Estimate, workers: int) -> None:

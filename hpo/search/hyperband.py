@@ -155,7 +155,7 @@ class Promote:
 
 
 @dataclass(frozen=True)
-class Start:
+class FreeSlots:
     """Room for `free` new configurations in a bracket."""
 
     bracket: Bracket
@@ -235,7 +235,7 @@ def moves(
     iterations: int | None = 1,
     asynchronous: bool = False,
     scores: Scores | None = None,
-) -> list[Promote | Start]:
+) -> list[Promote | FreeSlots]:
     """All that may be run next, most useful first; empty when nothing can.
 
     entries: every configuration of the search, in the order of start. sizes: number of proxy sizes, each with a
@@ -254,14 +254,14 @@ def moves(
     brackets = _by_bracket(entries)
     for iteration in count() if iterations is None else range(iterations):
         promotions: list[_Rise] = []
-        starts: list[Start] = []
+        starts: list[FreeSlots] = []
         for start in range(ladder.top + 1):
             capacity = rung_sizes(start, ladder.top, ladder.eta)[0]
             for size in range(sizes):
                 bracket = Bracket(iteration, size, start)
                 inside = brackets.get(bracket, [])
                 if len(inside) < capacity:
-                    starts.append(Start(bracket, capacity - len(inside)))
+                    starts.append(FreeSlots(bracket, capacity - len(inside)))
                 below: _Rung | None = None
                 for here in _climb(inside, start, ladder, variant):
                     if not (here.decided or asynchronous):

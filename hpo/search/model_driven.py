@@ -25,7 +25,7 @@ from hpo.storage.trial_attributes import last_tokens, resumed_seeds_of, seeds_of
 from scaling.laws.compute import Fidelity
 
 
-class Wanted(NamedTuple):
+class NextTrial(NamedTuple):
     """The trial to be made. config: the configuration that it continues, None for a new one."""
 
     params: dict[str, Any]
@@ -58,7 +58,7 @@ def wanted(
     target: Fidelity,
     resumable: bool,
     left: float,
-) -> Wanted:
+) -> NextTrial:
     """What to run next. cost: of an evaluation from the beginning; left: what may still be spent, in the same unit, at
     least the cheapest evaluation."""
     levels = view.ladder.levels
@@ -66,7 +66,7 @@ def wanted(
         if not entry.losses:  # its only run failed without a result: once more
             lost = view.trials[entry.config]
             rung, goal = int(lost.user_attrs["rung"]), lost.user_attrs.get("goal")
-            return Wanted(lost.params, rung, entry.bracket, entry.config, goal=goal)
+            return NextTrial(lost.params, rung, entry.bracket, entry.config, goal=goal)
     if resumable:
         climb = _climbing(view, lambda params: sampler.is_hopeless(study, space, params, target), cost, left)
         if climb is not None:
@@ -77,7 +77,7 @@ def wanted(
     params, chosen = sampler.propose(study, space, slots, cost, target, continues=resumable, limit=left)
     goal = goals[chosen]
     if not resumable:
-        return Wanted(params, goal.start, goal)
+        return NextTrial(params, goal.start, goal)
     cube = Cube(space)  # settings that differ by rounding are the same
     bottom, at = Bracket(0, goal.size, 0), cube.unit(params)
     for entry in view.entries:
@@ -88,13 +88,13 @@ def wanted(
         if np.abs(cube.unit(before.params) - at).max() > 1e-9:
             continue
         if loss is not None and math.isfinite(loss) and rung < goal.start:
-            return Wanted(before.params, rung + 1, bottom, entry.config, before, goal.start)
-    return Wanted(params, 0, bottom, goal=goal.start)
+            return NextTrial(before.params, rung + 1, bottom, entry.config, before, goal.start)
+    return NextTrial(params, 0, bottom, goal=goal.start)
 
 
 def _climbing(
     view: View, is_hopeless: Callable[[dict[str, Any]], bool], cost: Callable[[Fidelity], float], left: float
-) -> Wanted | None:
+) -> NextTrial | None:
     """The next rung of a run that is on its way, if there is one that still promises something and can be paid."""
     for entry in view.entries:
         rung = max(entry.losses, default=-1)
@@ -108,5 +108,5 @@ def _climbing(
         below, above = (Fidelity(size, view.ladder.levels[k]) for k in (rung, rung + 1))
         if cost(above) - cost(below) <= left and not is_hopeless(last.params):
             goal = int(last.user_attrs["goal"])
-            return Wanted(last.params, rung + 1, entry.bracket, entry.config, last, goal)
+            return NextTrial(last.params, rung + 1, entry.bracket, entry.config, last, goal)
     return None

@@ -31,13 +31,13 @@ from hpo.samplers.protocols import FidelitySampler, Judge, Predictor
 from hpo.samplers.registry import resolve_sampler
 from hpo.samplers.unit_cube import Cube
 from hpo.search import trial_writer
-from hpo.search.hyperband import Bracket, Ladder, Promote, Scores, Start, Variant, moves
-from hpo.search.model_driven import Wanted, paid, wanted
+from hpo.search.hyperband import Bracket, FreeSlots, Ladder, Promote, Scores, Variant, moves
+from hpo.search.model_driven import NextTrial, paid, wanted
 from hpo.search.settings import Promotion, checked_seeds, checked_settings, whole_tokens
 from hpo.search.trial_writer import SETTINGS
 from hpo.search.view import Job, Plan, Progress, View, job_of, plan_of, progress_of, read_trials, whole_runs_of
 from hpo.storage.connect import open_storage
-from hpo.storage.leases import Sightings, abandoned, process_name
+from hpo.storage.leases import LeaseMonitor, abandoned, process_name
 from hpo.storage.trial_attributes import Stopped, config_of, loss_of
 from scaling.common.redact import without_passwords
 from scaling.laws.compute import Fidelity
@@ -153,7 +153,7 @@ class Search:
         named = sampler if isinstance(sampler, str) else None
         self._held: set[int] = set()  # numbers of the trials that this object handed out
         self._leased = lease is not None
-        self._sightings = Sightings(math.inf if lease is None else lease)
+        self._sightings = LeaseMonitor(math.inf if lease is None else lease)
         name = name if name is not None else "search"
         opened, self._lock = open_storage(storage, lock, name)
         with self._lock:
@@ -342,7 +342,7 @@ class Search:
         cheapest = min(self._start_cost(view, Fidelity(size, view.ladder.levels[0])) for size in self.sizes)
         return self._left(view) < cheapest * (1 - 1e-9)
 
-    def _moves(self, view: View, scores: Scores | None = None) -> list[Promote | Start]:
+    def _moves(self, view: View, scores: Scores | None = None) -> list[Promote | FreeSlots]:
         """What may be run. Whether there is anything does not depend on the scores."""
         return moves(
             view.entries,
@@ -373,7 +373,7 @@ class Search:
         rung = next((k for k, level in enumerate(levels) if level >= fidelity.D), view.ladder.top)
         return view.ladder.seeds_at(rung) * self.cost(fidelity)
 
-    def _next(self, view: View, possible: list[Promote | Start]) -> FrozenTrial | None:
+    def _next(self, view: View, possible: list[Promote | FreeSlots]) -> FrozenTrial | None:
         """Create the trial of the best move."""
         if not possible:
             return None
@@ -382,9 +382,9 @@ class Search:
             before = view.at.get((first.config, first.rung - 1))
             params = view.trials[first.config].params
             bracket = next(e.bracket for e in view.entries if e.config == first.config)
-            return self._create(view, Wanted(params, first.rung, bracket, first.config, before))
+            return self._create(view, NextTrial(params, first.rung, bracket, first.config, before))
         starts = sorted(
-            (m.bracket for m in possible if isinstance(m, Start)),
+            (m.bracket for m in possible if isinstance(m, FreeSlots)),
             key=lambda b: self._start_cost(view, self._at(view, b)),
         )
         enqueued = self._enqueued(view, starts[0])
@@ -394,14 +394,14 @@ class Search:
             slots = [self._at(view, bracket) for bracket in starts]
             cost = partial(self._start_cost, view)
             params, chosen = self._sampler.propose(self.study, self.space, slots, cost, self.target)
-            return self._create(view, Wanted(params, starts[chosen].start, starts[chosen]))
+            return self._create(view, NextTrial(params, starts[chosen].start, starts[chosen]))
         random = self._random(len(view.trials))
         params = {} if random is None else draw(self.space, self.study, random)
-        return self._create(view, Wanted(params, starts[0].start, starts[0]))
+        return self._create(view, NextTrial(params, starts[0].start, starts[0]))
 
     def _enqueued(self, view: View, bracket: Bracket) -> FrozenTrial | None:
         """Start the first trial that was enqueued by hand, if there is one."""
-        attrs = self._attributes(view, Wanted({}, bracket.start, bracket))
+        attrs = self._attributes(view, NextTrial({}, bracket.start, bracket))
         number = trial_writer.take_enqueued(self._opened, self.space, view, attrs)
         return None if number is None else self._start(number)
 
@@ -426,11 +426,11 @@ class Search:
     def _at(self, view: View, bracket: Bracket) -> Fidelity:
         return Fidelity(self.sizes[bracket.size], view.ladder.levels[bracket.start])
 
-    def _attributes(self, view: View, chosen: Wanted) -> dict[str, Any]:
+    def _attributes(self, view: View, chosen: NextTrial) -> dict[str, Any]:
         attrs = trial_writer.attributes(view, chosen, sizes=self.sizes, worker=self.worker, resumable=self.resumable)
         return {"beat": 0} | attrs if self._leased else attrs
 
-    def _create(self, view: View, chosen: Wanted) -> FrozenTrial:
+    def _create(self, view: View, chosen: NextTrial) -> FrozenTrial:
         trial = trial_writer.create(self._opened, self.space, chosen, self._attributes(view, chosen))
         return self._start(trial.number, trial)
 

@@ -29,11 +29,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.samplers.drawing import fill_in
 from hpo.samplers.registry import resolve_sampler
-from hpo.search.model_driven import Wanted
+from hpo.search.model_driven import NextTrial
 from hpo.search.settings import check_fresh, check_same
 from hpo.search.stored import check_stored
 from hpo.search.view import Job, View
-from hpo.storage.leases import Lost
+from hpo.storage.leases import LeaseLost
 from hpo.storage.trial_attributes import Stopped, config_of, seeds_of
 
 SETTINGS = "muscale"  # the study's user attribute
@@ -78,7 +78,9 @@ def id_of(opened: Opened, number: int) -> int:
 # The beginning
 
 
-def attributes(view: View, chosen: Wanted, *, sizes: Sequence[float], worker: str, resumable: bool) -> dict[str, Any]:
+def attributes(
+    view: View, chosen: NextTrial, *, sizes: Sequence[float], worker: str, resumable: bool
+) -> dict[str, Any]:
     """Of the next trial, when it is to be the chosen one. The one that makes a trial ours, bracket, comes last."""
     continues = chosen.continues
     resumed = continues if resumable else None
@@ -98,7 +100,7 @@ def attributes(view: View, chosen: Wanted, *, sizes: Sequence[float], worker: st
 
 
 def create(
-    opened: Opened, space: Mapping[str, BaseDistribution], chosen: Wanted, attrs: Mapping[str, Any]
+    opened: Opened, space: Mapping[str, BaseDistribution], chosen: NextTrial, attrs: Mapping[str, Any]
 ) -> FrozenTrial:
     """A new running trial, in one write. No params: the sampler is asked for them when it is started."""
     params = chosen.params
@@ -216,7 +218,7 @@ def stop(opened: Opened, job: Job, stopped: Stopped, worker: str | None = None) 
         # not study.tell, which would take the last point of the curve for the trial's value
         opened.storage.set_trial_state_values(trial_id, TrialState.PRUNED)
     except UpdateFinishedTrialError as error:
-        raise Lost(f"trial {job.number} was told by someone else in the meantime") from error
+        raise LeaseLost(f"trial {job.number} was told by someone else in the meantime") from error
 
 
 def beat(opened: Opened, job: Job, worker: str) -> None:
@@ -225,7 +227,7 @@ def beat(opened: Opened, job: Job, worker: str) -> None:
     try:
         opened.storage.set_trial_user_attr(trial_id, "beat", int(trial.user_attrs.get("beat", 0)) + 1)
     except UpdateFinishedTrialError as error:
-        raise Lost(f"trial {job.number} was told by someone else in the meantime") from error
+        raise LeaseLost(f"trial {job.number} was told by someone else in the meantime") from error
 
 
 def crashed(opened: Opened, job: Job, why: str, worker: str) -> int:
@@ -261,10 +263,12 @@ def running(opened: Opened, job: Job, worker: str | None = None) -> tuple[int, F
     if (attrs.get("bracket"), attrs.get("rung"), seeds_of(trial)) != theirs:
         raise ValueError(f"{known} is another run than {job}: tell only jobs that this search's ask() gave")
     if trial.state != TrialState.RUNNING:
-        raise Lost(f"{known} is not running but {trial.state.name}: a job is told once")
+        raise LeaseLost(f"{known} is not running but {trial.state.name}: a job is told once")
     owner = attrs.get("worker")
     if worker is not None and owner != worker:
-        raise Lost(f"{known} was taken over by {owner or 'nobody yet'}: its lease had run out, or it was given back")
+        raise LeaseLost(
+            f"{known} was taken over by {owner or 'nobody yet'}: its lease had run out, or it was given back"
+        )
     return trial_id, trial
 
 
@@ -290,7 +294,7 @@ def finish(opened: Opened, job: Job, losses: Sequence[float], worker: str | None
             opened.storage.set_trial_user_attr(trial_id, "diverged", True)
             _end(opened, trial_id, trial, TrialState.FAIL)
     except UpdateFinishedTrialError as error:
-        raise Lost(f"trial {job.number} was told by someone else in the meantime") from error
+        raise LeaseLost(f"trial {job.number} was told by someone else in the meantime") from error
 
 
 def _end(

@@ -19,11 +19,11 @@ BEATS = 3  # in the time of a lease: one that comes late costs nothing
 CLOCK_SECONDS = 1.0  # two readings of one process's start may differ by this much when the clock is set in between
 
 
-class Lost(ValueError):
+class LeaseLost(ValueError):
     """A trial that is no longer this worker's: its lease ran out and another has taken it, or it has been told."""
 
 
-class Sightings:
+class LeaseMonitor:
     """Since when each running trial's beat has been seen unchanged."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:

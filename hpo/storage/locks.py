@@ -24,7 +24,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from hpo.storage.leases import Sightings, host, is_alive, process_name, process_of
+from hpo.storage.leases import LeaseMonitor, host, is_alive, process_name, process_of
 from scaling.common.cli import say
 
 POLL_SECONDS = 0.05
@@ -114,12 +114,12 @@ def lock_of(storage: BaseStorage, opened: BaseStorage, study: str) -> AbstractCo
     """The lock of a study in a storage that is no local file. storage: as it was given or made; opened: as Optuna uses it."""
     inner = getattr(storage, "_backend", storage)  # of Optuna's cache in front of a database
     if isinstance(inner, RDBStorage) and inner.engine.url.get_backend_name() == "postgresql":
-        return Both(threads_lock(storage), Advisory(inner, study))
+        return NestedLock(threads_lock(storage), Advisory(inner, study))
     if isinstance(inner, InMemoryStorage | JournalStorage) or (
         isinstance(inner, RDBStorage) and inner.engine.url.get_backend_name() == "sqlite"
     ):
         return threads_lock(storage)
-    return Both(threads_lock(storage), Tickets(opened, study))
+    return NestedLock(threads_lock(storage), TicketLock(opened, study))
 
 
 def threads_lock(storage: BaseStorage) -> threading.RLock:
@@ -128,7 +128,7 @@ def threads_lock(storage: BaseStorage) -> threading.RLock:
         return _threads.setdefault(storage, threading.RLock())
 
 
-class Both:
+class NestedLock:
     """One lock inside the other: threads first, so that a process comes to the other one once."""
 
     def __init__(self, outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> None:
@@ -184,7 +184,7 @@ class Advisory:
             connection.close()
 
 
-class Tickets:
+class TicketLock:
     """A queue on the storage itself, for those that offer nothing else: a trial of the study `<name>.lock` is a ticket, numbers are
     given out by the storage, and the lowest that is still running holds the lock.
 
@@ -196,7 +196,7 @@ class Tickets:
         self._storage, self._name = storage, f"{study}.lock"
         self._study: int | None = None
         self._owner = process_name()
-        self._seen = Sightings(EXPIRY_SECONDS)
+        self._seen = LeaseMonitor(EXPIRY_SECONDS)
         self._holds = POLL_SECONDS  # seconds that a decision takes at least, to go by the last ones of this process
         self._since = 0.0
         self._ticket: int | None = None

@@ -37,7 +37,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from hpo.samplers.belief import check_belief
 from hpo.samplers.names import MODELS
 from hpo.samplers.unit_cube import Cube
-from hpo.study.schema import Dimension, LawTable, SearchTable, Table, Tokens, TrainerTable, Workers, meant
+from hpo.study.schema import Dimension, LawTable, SearchTable, StudyTable, Tokens, TrainerTable, Workers, meant
 from hpo.study.trainer import Trainer
 from scaling.common.cli import say
 from scaling.common.redact import secrets_in
@@ -55,7 +55,7 @@ class StudyError(ValueError):
         super().__init__(f"{where}: {count}, nothing was started\n" + "\n".join(f"  {p}" for p in self.problems))
 
 
-class StudyConfig(Table):
+class StudyConfig(StudyTable):
     """A study file, validated."""
 
     seed: int = Field(0, ge=0)

@@ -33,13 +33,13 @@ def meant(given: str, known: Iterable[str], *, before: str = "", cutoff: float =
     return f"{before}did you mean {near[0]}?" if near else ""
 
 
-class Table(BaseModel):
+class StudyTable(BaseModel):
     """Frozen; unknown keys are mistakes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Tokens(Table):
+class Tokens(StudyTable):
     """The smallest and largest run of the search, in training tokens."""
 
     min: int = Field(gt=0, le=10**18)
@@ -52,7 +52,7 @@ class Tokens(Table):
         return self
 
 
-class SearchTable(Table):
+class SearchTable(StudyTable):
     """How to spend compute."""
 
     tokens: Tokens
@@ -124,7 +124,7 @@ class SearchTable(Table):
         return self
 
 
-class Dimension(Table):
+class Dimension(StudyTable):
     """One searched parameter: a range, or choices."""
 
     type: Literal["float", "int"] = "float"
@@ -169,7 +169,7 @@ class Dimension(Table):
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
 
-class LawTable(Table):
+class LawTable(StudyTable):
     """Where the optimum of a searched parameter is believed to lie: value (N / at.N)^exponent_N (D / at.D)^exponent_D."""
 
     value: PositiveFloat
@@ -204,7 +204,7 @@ class TrainerTable(BaseModel):
         return getattr(import_module(module), name)
 
 
-class Workers(Table):
+class Workers(StudyTable):
     """Local processes that train, and the CPU threads each may use."""
 
     count: PositiveInt = 1

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
-from hpo.surrogate.gp import Member, Surrogate, join
+from hpo.surrogate.gp import EnsembleMember, Surrogate, join
 from hpo.surrogate.inputs import AXES, Domain
 from scaling.common.arrays import Array
 
@@ -64,7 +64,7 @@ def _refined(
     return pool, scores
 
 
-def _mean_at_target(member: Member, domain: Domain) -> Score:
+def _mean_at_target(member: EnsembleMember, domain: Domain) -> Score:
     return lambda cube: member.posterior(join(domain.features(cube), np.zeros(AXES)))[0].numpy()
 
 
@@ -86,7 +86,7 @@ def recommend(surrogate: Surrogate, domain: Domain, seen: Array, seed: Sequence[
     return chosen
 
 
-def knowledge_gradient(member: Member, anchors: Tensor) -> Callable[[Tensor], Array]:
+def knowledge_gradient(member: EnsembleMember, anchors: Tensor) -> Callable[[Tensor], Array]:
     """A function of x [m, d + 2]: how much one run at each is expected to lower the least mean over the anchors, [m].
 
     anchors [a, d + 2]: points at the target. In units of z. Zero where nothing is left to learn.
@@ -111,7 +111,7 @@ def _same(a: Array, b: Array) -> NDArray[np.bool_]:
     return equal
 
 
-def usefulness(member: Member, domain: Domain, slots: Array, seed: Sequence[int]) -> Array:
+def usefulness(member: EnsembleMember, domain: Domain, slots: Array, seed: Sequence[int]) -> Array:
     """How far losses at each of the slots [l, 2] go with those at the target, over settings: [l].
 
     The expected covariance of the two over 64 uniform points, posterior doubt included, over the root of the product of

@@ -96,7 +96,7 @@ def standardise(y: Array, level: NDArray[np.int64]) -> tuple[Array, float, float
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
+class EnsembleMember:
     """One process with fixed hyperparameters, given z [n] at model inputs x [n, d + 2]."""
 
     kernel: Kernel
@@ -122,7 +122,7 @@ class Member:
             joint: Tensor = self.kernel.forward(a, b) - v_a.mT @ v_b
         return joint
 
-    def with_pending(self, x: Tensor) -> Member:
+    def with_pending(self, x: Tensor) -> EnsembleMember:
         """Told that runs at x will come out at their posterior mean: the mean stays."""
         x_all, z_all = torch.cat([self.x, x]), torch.cat([self.z, self.posterior(x)[0]])
         return condition(self.kernel, self.noise, x_all, z_all, self.mean)
@@ -132,13 +132,15 @@ class Member:
 class Surrogate:
     """A fitted ensemble; it predicts z = (loss - offset) / scale, compressed far up."""
 
-    best: Member  # the most probable hyperparameters
+    best: EnsembleMember  # the most probable hyperparameters
     offset: float
     scale: float
-    others: Callable[[], tuple[Member, ...]] = tuple  # made when first asked for: a suggestion seldom needs them
+    others: Callable[[], tuple[EnsembleMember, ...]] = (
+        tuple  # made when first asked for: a suggestion seldom needs them
+    )
 
     @cached_property
-    def members(self) -> tuple[Member, ...]:
+    def members(self) -> tuple[EnsembleMember, ...]:
         with one_thread():
             return self.best, *self.others()
 
@@ -183,7 +185,7 @@ class Surrogate:
             return self
         x = join(U, T)
 
-        def others() -> tuple[Member, ...]:
+        def others() -> tuple[EnsembleMember, ...]:
             return tuple(member.with_pending(x) for member in self.members[1:])
 
         return Surrogate(self.best.with_pending(x), self.offset, self.scale, others)
@@ -219,13 +221,13 @@ class BelievedBowl(Mean):  # type: ignore[misc]
         return bowl
 
 
-def condition(kernel: Kernel, noise: float, x: Tensor, z: Tensor, mean: Mean | None = None) -> Member:
+def condition(kernel: Kernel, noise: float, x: Tensor, z: Tensor, mean: Mean | None = None) -> EnsembleMember:
     """The process with this covariance, noise variance and mean (0), given values z [n] at model inputs x [n, d + 2]."""
     mean = ZeroMean() if mean is None else mean
     with torch.no_grad():
         chol = _cholesky(kernel.forward(x, x) + noise * torch.eye(len(x), dtype=x.dtype))
         alpha = torch.cholesky_solve((z - mean(x)).unsqueeze(-1), chol).squeeze(-1)
-    return Member(kernel, noise, x, z, chol, alpha, mean)
+    return EnsembleMember(kernel, noise, x, z, chol, alpha, mean)
 
 
 def botorch_model(kernel: Kernel, noise: float, x: Tensor, z: Tensor, mean: Mean | None = None) -> SingleTaskGP:
@@ -251,7 +253,7 @@ def botorch_model(kernel: Kernel, noise: float, x: Tensor, z: Tensor, mean: Mean
 Fitter = Callable[[Tensor, Tensor], Iterable[tuple[Kernel, float]]]  # x, z -> kernels, noise variances; best first
 
 
-def fit_bowl(x: Tensor, z: Tensor, near: Member | None = None) -> Iterator[tuple[Kernel, float]]:
+def fit_bowl(x: Tensor, z: Tensor, near: EnsembleMember | None = None) -> Iterator[tuple[Kernel, float]]:
     """The default: FidelityKernel at the maximum a posteriori and at DRAWS draws around it.
 
     Two fixed starts: the prior's medians, and those with lengths one standard deviation shorter. From the first alone,

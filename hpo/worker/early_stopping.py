@@ -50,7 +50,7 @@ class Hopeless(Exception):
 
 
 @dataclass
-class Watch:
+class EarlyStopper:
     """Judges one run at each of its points."""
 
     chance: float  # of beating the best, below which it ends
@@ -115,7 +115,7 @@ def judge(
     return Stopped(now, curve[now], end.mean, end.sd) if end.probability_below(best) < chance else None
 
 
-def watch_of(search: Search, job: Job, trainer: Trainer, chance: float) -> Watch | None:
+def watch_of(search: Search, job: Job, trainer: Trainer, chance: float) -> EarlyStopper | None:
     """The watch over a job that is about to be trained; None where nothing may be stopped."""
     if not chance or job.seeds > 1:
         return None
@@ -134,7 +134,7 @@ def watch_of(search: Search, job: Job, trainer: Trainer, chance: float) -> Watch
     for other, loss in zip(before, losses, strict=True):
         points = curve_of(trials, other)
         ended.append(Finished([*points, int(job.fidelity.D)], [*points.values(), loss], schedule(other)))
-    return Watch(
+    return EarlyStopper(
         chance,
         int(job.fidelity.D),
         schedule(trial),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Watching(Protocol):
-    """What may end a training on its way, by raising Hopeless: see hpo.worker.early_stopping.Watch."""
+    """What may end a training on its way, by raising Hopeless: see hpo.worker.early_stopping.EarlyStopper."""
 
     def check(self) -> None:
         """Before it goes on."""

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hpo.storage.leases import Lost
+from hpo.storage.leases import LeaseLost
 from hpo.storage.retry import patiently, storage_errors
 from hpo.storage.trial_attributes import Stopped
 from hpo.study.config import load_study
 from hpo.study.files import StudyFiles
 from hpo.study.lifecycle import open_existing
 from hpo.study.trainer import Trainer
-from hpo.worker.early_stopping import Watch, watch_of
+from hpo.worker.early_stopping import EarlyStopper, watch_of
 from hpo.worker.job import ended, record_crash, run_job
 from hpo.worker.signals import POLL_SECONDS, StopSignals
-from hpo.worker.training_process import Apart, Crashed, StoodStill
+from hpo.worker.training_process import ChildProcessTrainer, Crashed, WorkerStalled
 from scaling.common.cli import say
 from scaling.tracking.client import default_uri
 
@@ -37,7 +37,9 @@ def work(files: StudyFiles, *, uri: str | None = None, storage: str | None = Non
     study, trainer = load_study(files.toml)
     store = uri or default_uri()
     here = (
-        Apart(study, files, store, study.workers.lease, study.workers.timeout) if apart else Here(trainer, files, store)
+        ChildProcessTrainer(study, files, store, study.workers.lease, study.workers.timeout)
+        if apart
+        else InProcessTrainer(trainer, files, store)
     )
     with StopSignals() as stop, here as training:
         search = open_existing(files, study, trainer, storage=storage)
@@ -60,7 +62,7 @@ def work(files: StudyFiles, *, uri: str | None = None, storage: str | None = Non
                     patiently(partial(count_crash, search, job, trainer, files, store, str(crash)), stop)
                     continue
                 outcome = losses  # it was only MLflow that it still waited for
-            except (Lost, StoodStill) as lost:
+            except (LeaseLost, WorkerStalled) as lost:
                 say(f"trial {job.number} is left to others: {lost}")
                 continue
             patiently(partial(tell, search, job, outcome), stop)
@@ -74,13 +76,13 @@ def tell(search: Search, job: Job, outcome: list[float] | Stopped) -> None:
             search.stop(job, outcome)
         else:
             search.tell(job, outcome)
-    except Lost as lost:
+    except LeaseLost as lost:
         say(f"an outcome is not counted: {lost}")
 
 
 def give_back(search: Search, job: Job) -> None:
     """Let others have a job at once, unless one has it already."""
-    with contextlib.suppress(Lost):
+    with contextlib.suppress(LeaseLost):
         search.beat(job)
         search.release(job)
 
@@ -97,7 +99,7 @@ def count_crash(search: Search, job: Job, trainer: Trainer, files: StudyFiles, s
     """Let a job that crashed be tried once more, or record it as diverged."""
     try:
         given_up = search.crashed(job, why)
-    except Lost as lost:
+    except LeaseLost as lost:
         say(f"trial {job.number} is left to others: {lost}")
         return
     say(f"trial {job.number} crashed: {why}; {'it counts as diverged' if given_up else 'it will be tried once more'}")
@@ -106,20 +108,20 @@ def count_crash(search: Search, job: Job, trainer: Trainer, files: StudyFiles, s
 
 
 @dataclass
-class Here:
+class InProcessTrainer:
     """Trains jobs in this process."""
 
     trainer: Trainer
     files: StudyFiles
     uri: str
 
-    def __enter__(self) -> Here:
+    def __enter__(self) -> InProcessTrainer:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
     def train(
-        self, job: Job, watch: Watch | None, beat: Callable[[], None], stop: StopSignals
+        self, job: Job, watch: EarlyStopper | None, beat: Callable[[], None], stop: StopSignals
     ) -> list[float] | Stopped:
         return run_job(job, self.trainer, self.files, self.uri, stop, watch)

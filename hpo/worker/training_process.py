@@ -26,7 +26,7 @@ import psutil
 from hpo.storage.leases import BEATS
 from hpo.storage.retry import storage_errors
 from hpo.study.config import StudyConfig
-from hpo.worker.early_stopping import Hopeless, Watch
+from hpo.worker.early_stopping import EarlyStopper, Hopeless
 from hpo.worker.job import run_job
 from hpo.worker.signals import StopSignals
 from scaling.common.cli import say
@@ -48,12 +48,12 @@ class Crashed(Exception):
     """A training ended without an outcome: its process was killed, ran out of memory, or hung."""
 
 
-class StoodStill(Exception):
+class WorkerStalled(Exception):
     """This worker was stopped for so long that its training process has gone."""
 
 
 @dataclass
-class Apart:
+class ChildProcessTrainer:
     """Trains jobs in a process of its own. `with Apart(...) as apart: apart.train(job, ...)`.
 
     lease, seconds: as the search's. timeout: seconds without a measurement after which a training hangs; None: never.
@@ -70,7 +70,7 @@ class Apart:
         self._channel: Connection | None = None
         self._alive: Connection | None = None
 
-    def __enter__(self) -> Apart:
+    def __enter__(self) -> ChildProcessTrainer:
         self._start()  # its imports run beside the worker's own
         return self
 
@@ -78,7 +78,7 @@ class Apart:
         self.close()
 
     def train(
-        self, job: Job, watch: Watch | None, beat: Callable[[], None], stop: StopSignals
+        self, job: Job, watch: EarlyStopper | None, beat: Callable[[], None], stop: StopSignals
     ) -> list[float] | Stopped:
         """As run_job. Crashed; KeyboardInterrupt when `stop` was asked for; what `beat`, called some times a lease, raises.
 
@@ -94,7 +94,7 @@ class Apart:
             raise
 
     def _trained(
-        self, job: Job, watch: Watch | None, beat: Callable[[], None], stop: StopSignals
+        self, job: Job, watch: EarlyStopper | None, beat: Callable[[], None], stop: StopSignals
     ) -> list[float] | Stopped:
         channel = self._start()
         channel.send(job)
@@ -183,14 +183,14 @@ class Apart:
         self.close()
         if code == STOOD_STILL:
             beat()  # Lost, if the job is another's by now
-            return StoodStill("this worker stood still for longer than its lease")
+            return WorkerStalled("this worker stood still for longer than its lease")
         if code is not None and code < 0:
             name = signal.Signals(-code).name
             return Crashed(f"its process was killed ({name}{': out of memory?' if name == 'SIGKILL' else ''})")
         return Crashed(f"its process ended (exit code {code})")
 
 
-def _judged(watch: Watch | None, point: Measurement | None) -> Stopped | None:
+def _judged(watch: EarlyStopper | None, point: Measurement | None) -> Stopped | None:
     """What the watch, which knows the other runs, says of a point; of what is known already, where there is none."""
     if watch is None:
         return None

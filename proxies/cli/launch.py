@@ -43,7 +43,7 @@ def launch(
 
     Example: proxies launch studies/quickstart.toml --dry-run
     """
-    from proxies.launch.arms import Away, Ended, shown, train_arm
+    from proxies.launch.arms import ArmResult, TrackingUnavailable, shown, train_arm
     from proxies.launch.arms import launch as go
     from proxies.launch.plan import write_plan
     from proxies.launch.preflight import check_age, check_launch
@@ -55,7 +55,7 @@ def launch(
         else:
             made = changed(made, ranks, nodes, engine, max_restarts)
             chosen: list[Arm] = list(made.arms) if arms == "both" else [arms]
-            left = [arm for arm in chosen if Ended.read(path.parent, arm) is None]
+            left = [arm for arm in chosen if ArmResult.read(path.parent, arm) is None]
             say(str(made))
             check_launch(made, path.parent, left)
             if remark := check_age(made, path.parent, uri=tracking_uri):
@@ -83,7 +83,7 @@ def launch(
     except KeyboardInterrupt as stop:
         say(f"stopped; `proxies launch {path}` goes on where it was")
         raise typer.Exit(exit_code_of(stop)) from stop
-    except Away as gone:
+    except TrackingUnavailable as gone:
         say(
             f"trained, but not scored: {gone}; nothing is lost: `proxies launch {path}` sends the records and scores, training nothing again"
         )

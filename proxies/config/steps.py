@@ -14,7 +14,7 @@ FIRST_POINT = 3
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """How D tokens are cut into steps."""
 
     tokens: int  # D, rounded down to whole windows
@@ -26,7 +26,7 @@ class Plan:
         return self.steps - self.trunk_steps
 
 
-def plan(config: ProxyConfig, tokens: int) -> Plan:
+def plan(config: ProxyConfig, tokens: int) -> StepPlan:
     """Steps of a run of `tokens` tokens: floor((1 - cooldown) D / batch) full ones of trunk, the rest is cooldown.
 
     A schedule without a cooldown has all its full batches on the trunk, one with a horizon none. Raises ValueError if
@@ -41,7 +41,7 @@ def plan(config: ProxyConfig, tokens: int) -> Plan:
                 f"needed at least {least:,} tokens (one window more than the warm-up of {config.warmup_tokens:,} tokens), "
                 f"got {tokens:,}: train longer, or shorten warmup_tokens"
             )
-        return Plan(windows * config.seq_len, 0, steps)
+        return StepPlan(windows * config.seq_len, 0, steps)
     trunk_share = 1 - config.cooldown if schedule.cools else 1.0
     # The margin keeps a product such as 0.8 * 5 steps, a hair below 4 in binary, at 4.
     trunk = math.floor(trunk_share * windows / config.batch_seqs + 1e-9)
@@ -54,7 +54,7 @@ def plan(config: ProxyConfig, tokens: int) -> Plan:
             f"needed at least {least:,} tokens (a step of trunk, the warm-up of {config.warmup_tokens:,} tokens on it"
             f"{cooled}), got {tokens:,}: train longer, or shorten warmup_tokens or batch_seqs"
         )
-    return Plan(windows * config.seq_len, trunk, steps)
+    return StepPlan(windows * config.seq_len, trunk, steps)
 
 
 def point_steps(config: ProxyConfig, trunk_steps: int) -> frozenset[int]:

@@ -16,8 +16,8 @@ from proxies.diagnostics.coord_probe import (
     DECAYED,
     DIVIDE_BY_EPS,
     Engine,
+    ProbeSpec,
     Trail,
-    Watch,
     follow,
     gradient_scales,
 )
@@ -170,20 +170,22 @@ def coordinate_check(
     axes = [("width", wide, [member(d_model=w) for w in wide])]
     if deep:
         axes.append(("depth", deep, [member(d_model=base, n_layers=n) for n in deep]))
-    start = Watch(member(d_model=base, n_layers=config.base_layers or config.n_layers), "eps", STRESS_STEPS, batch_seqs)
+    start = ProbeSpec(
+        member(d_model=base, n_layers=config.base_layers or config.n_layers), "eps", STRESS_STEPS, batch_seqs
+    )
     stress = _stress(start)
 
     plans: list[tuple[str, int, int, str]] = []
-    watches: list[Watch] = []
+    watches: list[ProbeSpec] = []
     for over, sizes, members in axes:
         for size, one in zip(sizes, members, strict=True):
             for seed in range(seeds):
                 seeded = one.model_copy(update={"seed": config.seed + seed})
                 plans.append((over, size, seed, "activations"))
-                watches.append(Watch(seeded, "activations", steps, batch_seqs, double=double))
+                watches.append(ProbeSpec(seeded, "activations", steps, batch_seqs, double=double))
                 for kind, scales in stress.items():
                     plans.append((over, size, seed, kind))
-                    watches.append(Watch(seeded, kind, STRESS_STEPS, batch_seqs, scales, double))
+                    watches.append(ProbeSpec(seeded, kind, STRESS_STEPS, batch_seqs, scales, double))
     trails = dict(zip(plans, follow(watches, engine, ranks), strict=True))
 
     slopes: list[Slope] = []
@@ -199,7 +201,7 @@ def coordinate_check(
     return CoordCheck(tuple(slopes), wide, deep, rate, steps, seeds, engine, losses)
 
 
-def _stress(start: Watch) -> dict[Literal["eps", "decay"], dict[str, float]]:
+def _stress(start: ProbeSpec) -> dict[Literal["eps", "decay"], dict[str, float]]:
     """The stresses that can act on this optimizer, with their scales at base size."""
     config = start.config
     kinds: dict[Literal["eps", "decay"], dict[str, float]] = {}

@@ -42,7 +42,7 @@ class Trail:
 
 
 @dataclass(frozen=True)
-class Watch:
+class ProbeSpec:
     """One run to be made: which model, what is watched, for how long."""
 
     config: ProxyConfig
@@ -71,7 +71,7 @@ def coordinates(model: Transformer, x_bt: Tensor) -> dict[str, Tensor]:
     return seen
 
 
-def gradient_scales(watch: Watch) -> dict[str, float]:
+def gradient_scales(watch: ProbeSpec) -> dict[str, float]:
     """RMS gradient of each role, the median over the steps of a plain run in which it is not zero."""
     model = _start(watch)
     found: dict[str, list[float]] = {}
@@ -87,7 +87,7 @@ def gradient_scales(watch: Watch) -> dict[str, float]:
     return {role: float(torch.tensor([v for v in values if v > 0] or [0.0]).median()) for role, values in found.items()}
 
 
-def follow(watches: Sequence[Watch], engine: Engine = "plain", ranks: int = 2) -> list[Trail]:
+def follow(watches: Sequence[ProbeSpec], engine: Engine = "plain", ranks: int = 2) -> list[Trail]:
     """Make the runs, in this process or on `ranks` processes of one thread each (gloo)."""
     if engine not in ENGINES:
         raise ValueError(f"needed an engine out of {', '.join(ENGINES)}, got {engine!r}")
@@ -107,7 +107,7 @@ def follow(watches: Sequence[Watch], engine: Engine = "plain", ranks: int = 2) -
     ]
 
 
-def _of_ranks(ranks: Ranks, watches: Sequence[Watch], out: Path) -> None:
+def _of_ranks(ranks: Ranks, watches: Sequence[ProbeSpec], out: Path) -> None:
     """What one process of several does; the first writes what it saw."""
     trails = [_follow(watch, ranks) for watch in watches]
     if ranks.rank == 0:
@@ -120,12 +120,12 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {clean(name): whole(p).detach().clone() for name, p in model.named_parameters()}
 
 
-def _start(watch: Watch) -> Transformer:
+def _start(watch: ProbeSpec) -> Transformer:
     model = build(watch.config)
     return model.double() if watch.double else model
 
 
-def _follow(watch: Watch, ranks: Ranks, *, compiled: bool = False) -> Trail:
+def _follow(watch: ProbeSpec, ranks: Ranks, *, compiled: bool = False) -> Trail:
     twin = _start(watch)
     model = wrapped(_start(watch), ranks.engine, torch.device("cpu"))
     if compiled:
@@ -145,7 +145,7 @@ def _follow(watch: Watch, ranks: Ranks, *, compiled: bool = False) -> Trail:
     return Trail((_moved(watch, twin, weights_of(model), optimizer),), losses)
 
 
-def _activations(watch: Watch, model: nn.Module, optimizer: Any, twin: Transformer, ranks: Ranks) -> Trail:
+def _activations(watch: ProbeSpec, model: nn.Module, optimizer: Any, twin: Transformer, ranks: Ranks) -> Trail:
     probe, _ = open_data(watch.config).windows.batch(watch.steps * watch.batch_seqs, watch.batch_seqs)  # not trained on
     first = coordinates(twin, probe)
     seen: list[dict[str, tuple[float, float]]] = []
@@ -164,7 +164,7 @@ def _activations(watch: Watch, model: nn.Module, optimizer: Any, twin: Transform
 
 
 def _steps(
-    watch: Watch,
+    watch: ProbeSpec,
     model: nn.Module,
     optimizer: Any,
     ranks: Ranks = ALONE,
@@ -192,7 +192,7 @@ def _steps(
 
 
 def _moved(
-    watch: Watch, twin: Transformer, weights: Mapping[str, Tensor], optimizer: Any
+    watch: ProbeSpec, twin: Transformer, weights: Mapping[str, Tensor], optimizer: Any
 ) -> dict[str, tuple[float, float]]:
     """eps: mean |w - w at start| over the peak rate, by role. decay: the share of the start that is gone, by role.
 

@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Interval:
+class BootstrapInterval:
     value: float
     low: float
     high: float
@@ -38,7 +38,7 @@ class Bowl:
     """Loss against log2 lr at one size: a parabola through the best five rates."""
 
     size: int  # width or depth
-    best: Interval  # log2 of the best lr, as the configuration stores it (at base size)
+    best: BootstrapInterval  # log2 of the best lr, as the configuration stores it (at base size)
     loss: float  # there, nats per token, mean over seeds
     curvature: float  # loss - least = curvature * octaves²
     noise: float  # standard deviation of one run about bowl and seed, nats; shared by all sizes
@@ -53,10 +53,10 @@ class Arm:
 
     name: str
     bowls: tuple[Bowl, ...]  # by size
-    gamma: Interval  # lr*(size) = lr_inf * size^-gamma
-    shift: Interval  # octaves from the smallest size's best rate to the largest's
-    regret: Interval  # nats that the largest loses with the smallest's best rate; inf: it diverges there
-    penalty: Interval  # nats lost FURTHER times beyond the largest size, by gamma and the largest's curvature
+    gamma: BootstrapInterval  # lr*(size) = lr_inf * size^-gamma
+    shift: BootstrapInterval  # octaves from the smallest size's best rate to the largest's
+    regret: BootstrapInterval  # nats that the largest loses with the smallest's best rate; inf: it diverges there
+    penalty: BootstrapInterval  # nats lost FURTHER times beyond the largest size, by gamma and the largest's curvature
 
     @property
     def relative_regret(self) -> float:
@@ -239,10 +239,10 @@ def _means(runs: Mapping[tuple[int, int], float]) -> dict[int, float]:
     }
 
 
-def _interval(draws: Floats | Sequence[float]) -> Interval:
+def _interval(draws: Floats | Sequence[float]) -> BootstrapInterval:
     """Draw 0 with the middle of the others."""
     values = np.asarray(draws, float)
     if not np.isfinite(values).all():
-        return Interval(float(values[0]), math.nan, math.nan)
+        return BootstrapInterval(float(values[0]), math.nan, math.nan)
     low, high = np.quantile(values[1:], [(1 - MASS) / 2, (1 + MASS) / 2])
-    return Interval(float(values[0]), float(low), float(high))
+    return BootstrapInterval(float(values[0]), float(low), float(high))

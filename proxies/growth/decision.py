@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from proxies.diagnostics.lr_optimum import Interval
+from proxies.diagnostics.lr_optimum import BootstrapInterval
 
 MASS = 0.95  # of every interval
 DRAWS = 2000
@@ -43,10 +43,10 @@ class At:
 
     horizon: float  # TPP
     measured: float  # gain of the small pair, mean over seeds
-    gain: Interval  # ln L_scratch - ln L_warm, both trained so long: the share of the loss that is saved
-    gain_with_base: Interval  # the same, scratch also trained on what the base model cost
-    saving: Interval  # scratch's tokens over the warm run's to the same loss; inf: more than could be seen, 0: never reached
-    saving_with_base: Interval  # the same, the base model's FLOPs counted as tokens of the warm run; NaN: within what the interval says
+    gain: BootstrapInterval  # ln L_scratch - ln L_warm, both trained so long: the share of the loss that is saved
+    gain_with_base: BootstrapInterval  # the same, scratch also trained on what the base model cost
+    saving: BootstrapInterval  # scratch's tokens over the warm run's to the same loss; inf: more than could be seen, 0: never reached
+    saving_with_base: BootstrapInterval  # the same, the base model's FLOPs counted as tokens of the warm run; NaN: within what the interval says
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class ArmAnswer:
 
     name: str
     at: tuple[At, ...]  # the last one is the length that was asked about
-    break_even: Interval  # TPP where the gain ends; inf: beyond the longest length, 0: before the shortest
-    break_even_with_base: Interval
+    break_even: BootstrapInterval  # TPP where the gain ends; inf: beyond the longest length, 0: before the shortest
+    break_even_with_base: BootstrapInterval
 
     @property
     def asked(self) -> At:
@@ -72,7 +72,7 @@ class Decision:
     count_base: bool
     horizon: float  # TPP asked about
     base: float  # cost of the base model, in TPP of the real pair's larger model
-    factor: Interval  # of the real pair's gains over those measured
+    factor: BootstrapInterval  # of the real pair's gains over those measured
     seeds: int
     arms: tuple[ArmAnswer, ...]
 
@@ -124,7 +124,7 @@ def decide(
     mass = _for_all(np.hstack([_line(x, knots, draws) for draws in gains.values()]), MASS)
     arms = tuple(_answer(name, pair, gains[name], lengths, base, mass) for name in sorted(pair.warm))
 
-    def gain(arm: ArmAnswer) -> Interval:
+    def gain(arm: ArmAnswer) -> BootstrapInterval:
         return arm.asked.gain_with_base if count_base else arm.asked.gain
 
     best = max(arms, key=lambda arm: gain(arm).value)
@@ -294,12 +294,12 @@ def _for_all(errors: Floats, mass: float) -> float:
     return float(np.quantile(np.abs(2 * ranks - 1).max(axis=1), mass))
 
 
-def _interval(draws: Floats, mass: float) -> Interval:
+def _interval(draws: Floats, mass: float) -> BootstrapInterval:
     low, high = np.quantile(draws[1:], [(1 - mass) / 2, (1 + mass) / 2], method="inverted_cdf")
-    return Interval(float(draws[0]), float(low), float(high))
+    return BootstrapInterval(float(draws[0]), float(low), float(high))
 
 
-def _bounded(draws: Floats, mass: float) -> Interval:
+def _bounded(draws: Floats, mass: float) -> BootstrapInterval:
     """The interval of draws [draw, 2] of which only bounds may be known: from the lower ends below, from the upper ones above.
 
     Its value is inf or 0 where the estimate has a bound on one side only, and NaN where it has two.
@@ -311,7 +311,7 @@ def _bounded(draws: Floats, mass: float) -> Interval:
         value = float(first[0])
     else:
         value = math.inf if math.isinf(first[1]) else 0.0 if first[0] == 0 else math.nan
-    return Interval(value, float(low), float(high))
+    return BootstrapInterval(value, float(low), float(high))
 
 
 def finite(value: Any) -> Any:

@@ -34,7 +34,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialState:
     """What a training starts from: weights and perhaps moments, read when they are asked for; fresh ones where there are none."""
 
     weights: Mapping[str, Tensor] | None = None
@@ -108,7 +108,7 @@ def check_moments(trained: Trained, method: Method, noise: float | None) -> None
         )
 
 
-def read_grown(path: Path, config: ProxyConfig) -> Start:
+def read_grown(path: Path, config: ProxyConfig) -> InitialState:
     """What `write_grown` wrote, for a training of `config`. ValueError that names all differences when it is for another model."""
     run = open_run(path, FORMAT)
     state = run.saved
@@ -130,4 +130,4 @@ def read_grown(path: Path, config: ProxyConfig) -> Start:
         if "moments" in state:
             moments = run.tensors({name: ("moments", name) for name in state["moments"]})
             check_shapes(moments, expected_shapes(config))
-        return Start(weights, moments)
+        return InitialState(weights, moments)

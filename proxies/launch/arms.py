@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from proxies.launch.monitor import TAG, Excursion, Watch, expected_of, in_words, score
+from proxies.launch.monitor import TAG, BandMonitor, Excursion, expected_of, in_words, score
 from proxies.launch.plan import Arm, LaunchPlan, write_plan
 from proxies.trainers.command import run_command
 from scaling.common.cli import say
@@ -34,7 +34,7 @@ FOLDER = "records"  # of what MLflow has not yet, beside the plan
 
 
 @dataclass(frozen=True)
-class Ended:
+class ArmResult:
     """An arm that has been trained to its end, kept beside its checkpoint: what is on disk is not trained again."""
 
     loss: float | None  # nats per token; None where it diverged
@@ -47,7 +47,7 @@ class Ended:
         return folder / f"{arm}.json"
 
     @classmethod
-    def read(cls, folder: Path, arm: Arm) -> Ended | None:
+    def read(cls, folder: Path, arm: Arm) -> ArmResult | None:
         path = cls.path(folder, arm)
         if not path.is_file():
             return None
@@ -64,7 +64,7 @@ class Ended:
         beside.replace(self.path(folder, arm))
 
 
-class Away(RuntimeError):
+class TrackingUnavailable(RuntimeError):
     """MLflow did not answer when it was needed; nothing is lost."""
 
 
@@ -74,7 +74,7 @@ def train_arm(plan: LaunchPlan, arm: Arm, folder: Path, *, uri: str | None = Non
     Under torchrun this is one rank of the plan's engine; rank 0 records.
     """
     name = name_of(plan, arm)
-    done = Ended.read(folder, arm)
+    done = ArmResult.read(folder, arm)
     if done is not None:
         say(f"{name}: trained before, {'diverged' if done.loss is None else f'loss {done.loss:.4f}'}")
         return math.nan if done.loss is None else done.loss
@@ -99,7 +99,7 @@ def _recorded(
     record: recorder_module.Recorder,
     save: Path | None,
 ) -> float:
-    name, watch = name_of(plan, arm), Watch(expected_of(plan, arm), plan.tokens)
+    name, watch = name_of(plan, arm), BandMonitor(expected_of(plan, arm), plan.tokens)
     started, last, said = time.perf_counter(), None, 0.0
     for last in points:
         record.add(last)
@@ -121,7 +121,7 @@ def _recorded(
     loss, seconds = math.nan if last.diverged else last.loss, time.perf_counter() - started
     record.result(rung=0, tokens=plan.tokens, loss=loss, seconds=seconds, checkpoint=save)
     record.finish()
-    Ended(None if math.isnan(loss) else loss, plan.tokens, seconds, watch.first).write(folder, arm)
+    ArmResult(None if math.isnan(loss) else loss, plan.tokens, seconds, watch.first).write(folder, arm)
     return loss
 
 
@@ -240,7 +240,7 @@ def launch(
     write_plan(plan, path)
     wanted = list(arms or plan.arms)
     left = [
-        arm for arm in wanted if Ended.read(folder, arm) is None and not _recorded_elsewhere(plan, arm, folder, uri)
+        arm for arm in wanted if ArmResult.read(folder, arm) is None and not _recorded_elsewhere(plan, arm, folder, uri)
     ]
     cores = os.cpu_count() or 1
     at_once = max(1, len(left)) if not _has_gpu() and cores >= len(left) * plan.ranks else 1
@@ -270,13 +270,13 @@ def scored(plan: LaunchPlan, folder: Path, arms: Sequence[Arm], *, uri: str | No
     """Send what MLflow has not yet, score the arms, keep that on the study's run as the note `warm_start`; Away without MLflow."""
     waiting = sender.send(folder / FOLDER, uri) if (folder / FOLDER).is_dir() else 0
     if problem := away(uri):
-        raise Away(f"MLflow does not answer ({problem})")
+        raise TrackingUnavailable(f"MLflow does not answer ({problem})")
     if waiting:
-        raise Away(f"{waiting} records are not in MLflow yet")
+        raise TrackingUnavailable(f"{waiting} records are not in MLflow yet")
     client = connect(uri)
     parent = find_study_run(client, plan.study)
     runs = {arm: find_child(client, parent, name_of(plan, arm)) for arm in arms}
-    ended = {arm: Ended.read(folder, arm) for arm in arms}
+    ended = {arm: ArmResult.read(folder, arm) for arm in arms}
     losses = {arm: _loss(ended[arm], run.data.metrics) for arm, run in runs.items()}
     curves = {arm: read_curve(client, run.info.run_id) for arm, run in runs.items()}
     first = {arm: end.left if end else None for arm, end in ended.items()}
@@ -288,7 +288,7 @@ def scored(plan: LaunchPlan, folder: Path, arms: Sequence[Arm], *, uri: str | No
     return outcome
 
 
-def _loss(ended: Ended | None, metrics: Mapping[str, float]) -> float:
+def _loss(ended: ArmResult | None, metrics: Mapping[str, float]) -> float:
     if ended is None:
         return float(metrics["rung_0/loss"])
     return math.nan if ended.loss is None else ended.loss

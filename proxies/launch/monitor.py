@@ -36,7 +36,7 @@ class Excursion:
 
 
 @dataclass
-class Watch:
+class BandMonitor:
     """Compares points with a band as they come: `look` answers when the run leaves it, once until it is inside again."""
 
     band: Band | None

@@ -38,7 +38,7 @@ ON_SHARDS = ("adamw", "ademamix", "lion", "muon", "muon-rms")
 PRODIGY_START = 1e-6  # its estimate of the distance before the first step, the package's default
 
 
-class Joined:
+class CombinedOptimizer:
     """Optimizers that step as one, each with parameter groups of its own."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
@@ -64,7 +64,7 @@ class Joined:
             part.load_state_dict(saved)
 
 
-Optimizer = torch.optim.Optimizer | Joined
+Optimizer = torch.optim.Optimizer | CombinedOptimizer
 
 
 def make_optimizer(model: nn.Module, config: ProxyConfig, *, verified: bool = True) -> Optimizer:
@@ -143,7 +143,7 @@ def _muon(adjust: str) -> Callable[[Groups, ProxyConfig], Optimizer]:
             if group["role"] == "hidden"
         ]
         rest = [group for group in groups if group["role"] != "hidden"]
-        return Joined(
+        return CombinedOptimizer(
             torch.optim.Muon(hidden, momentum=config.momentum, adjust_lr_fn=adjust), torch.optim.AdamW(rest, fused=True)
         )
 
@@ -195,7 +195,7 @@ def _prodigy(groups: Groups, config: ProxyConfig) -> Optimizer:
         rate = group["lr"] * found
         given = [group | {"lr": rate, "peak_lr": rate}]
         parts.append(kind(given, d0=PRODIGY_START / found, use_bias_correction=True, safeguard_warmup=True))
-    return Joined(*parts)
+    return CombinedOptimizer(*parts)
 
 
 def _adamw8bit(groups: Groups, config: ProxyConfig) -> Optimizer:

@@ -56,7 +56,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Opened:
+class LazyArchive:
     """A checkpoint of which nothing but its plain values has been read."""
 
     path: Path
@@ -74,10 +74,10 @@ class Opened:
         return Lazy(shapes, lambda name: folder[name_of(keys[name])] if shapes[name].is_meta else shapes[name])
 
 
-def open_run(path: Path, form: str = FORMAT) -> Opened:
+def open_run(path: Path, form: str = FORMAT) -> LazyArchive:
     """A file or folder, checked as `load_state` does, with its errors."""
     if path.is_dir():
-        return Opened(path, read_run(path, form=form), None)
+        return LazyArchive(path, read_run(path, form=form), None)
     if not path.is_file():
         raise ValueError(f"needed a saved run, got {path}: no such file")
     file = File(path)
@@ -85,7 +85,7 @@ def open_run(path: Path, form: str = FORMAT) -> Opened:
         saved = read_run(path, form=form)
     if not os.path.samestat(os.fstat(file.stream.fileno()), path.stat()):
         raise ValueError(f"{path} was replaced while it was read: try again")
-    return Opened(path, saved, file)
+    return LazyArchive(path, saved, file)
 
 
 def _at(tree: Any, key: Key) -> Any:

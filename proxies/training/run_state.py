@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from proxies.config.proxy import ProxyConfig
 from proxies.config.schedules import SCHEDULES, factor
-from proxies.config.steps import Plan
+from proxies.config.steps import StepPlan
 from proxies.data.mixture import Reader
 from proxies.model import mup
 from proxies.model.mup import rule_of
-from proxies.model.optimizers import Joined, make_optimizer, set_lr
+from proxies.model.optimizers import CombinedOptimizer, make_optimizer, set_lr
 from proxies.model.transformer import Transformer, build, loss_of
 from proxies.training.checkpoints import FORMAT, copy_to_cpu, reading, take
 from proxies.training.distributed import ALONE, Ranks, wrapped
@@ -56,7 +56,7 @@ class Run:
     """
 
     def __init__(
-        self, config: ProxyConfig, cut: Plan, data_sha256: str, device: torch.device, ranks: Ranks = ALONE
+        self, config: ProxyConfig, cut: StepPlan, data_sha256: str, device: torch.device, ranks: Ranks = ALONE
     ) -> None:
         self.config, self.cut, self.data_sha256, self.device, self.ranks = config, cut, data_sha256, device, ranks
         self.model = _empty(config) if ranks.engine == "fsdp2" else build(config).to(device)
@@ -237,7 +237,7 @@ class Run:
     def layout(self) -> Callable[[Key], Tensor | None]:
         """Which parameter each tensor of a snapshot belongs to, by its place there."""
         named = dict(self.model.named_parameters())
-        parts = self.optimizer.parts if isinstance(self.optimizer, Joined) else (self.optimizer,)
+        parts = self.optimizer.parts if isinstance(self.optimizer, CombinedOptimizer) else (self.optimizer,)
         numbered: list[list[Tensor]] = [[p for group in part.param_groups for p in group["params"]] for part in parts]
 
         def like(at: Key) -> Tensor | None:
@@ -262,7 +262,7 @@ class Run:
             if wrong := [key for key in mine if key not in group or _kind(group[key]) != _kind(mine[key])]:
                 raise TypeError(f"the optimizer's {', '.join(wrong)}")
             group.update({flag: mine[flag] for flag in FLAGS if flag in mine})
-        for part in self.optimizer.parts if isinstance(self.optimizer, Joined) else (self.optimizer,):
+        for part in self.optimizer.parts if isinstance(self.optimizer, CombinedOptimizer) else (self.optimizer,):
             _check_fused(part)
         self.loss_sum = state["loss_sum"].to(self.device, copy=True)
         self.loss_windows, self.step = state["loss_windows"], state["step"]

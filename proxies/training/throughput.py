@@ -73,13 +73,13 @@ def measure_speed(config: ProxyConfig, *, threads: int, min_seconds: float = 0.1
     """
     import torch
 
-    from proxies.config.steps import Plan
+    from proxies.config.steps import StepPlan
     from proxies.training.run_state import Run
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     config = config.model_copy(update={"compile": False})
-    run = Run(config, Plan(config.batch_tokens, 1, 1), "", torch.device("cpu"))
+    run = Run(config, StepPlan(config.batch_tokens, 1, 1), "", torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(config.vocab, (config.batch_seqs, config.seq_len), generator=generator)
     run.backward(x, x)  # the first pass allocates

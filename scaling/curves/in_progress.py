@@ -202,7 +202,7 @@ def learn_prior(runs: Sequence[Finished], start: CurvePrior | None = None) -> Cu
 
 
 @dataclass(frozen=True)
-class _Run:
+class _RunInProgress:
     """The known points in units of the present one; the end is the last entry of u and h."""
 
     now: float  # loss there, nats per token
@@ -219,7 +219,7 @@ class _Posterior:
     moments: tuple[Array, Array]  # means and variances of ln alpha, k, c
 
 
-def _prepare(tokens: ArrayLike, loss: ArrayLike, at: float, schedule: Schedule | None) -> _Run:
+def _prepare(tokens: ArrayLike, loss: ArrayLike, at: float, schedule: Schedule | None) -> _RunInProgress:
     t, y = read_curve(tokens, loss)
     if t.size < 3:
         raise ValueError(
@@ -247,7 +247,7 @@ def _prepare(tokens: ArrayLike, loss: ArrayLike, at: float, schedule: Schedule |
     older, newer = recent[: recent.size // 2], recent[recent.size // 2 :]
     apart = float(np.median(u[newer]) - np.median(u[older]))
     falls = float(np.median(y[older]) - np.median(y[newer])) / now / apart if apart > 0 else 0.0
-    return _Run(now, u, come_down - come_down[-2], y / now - 1, count, max(falls, 0.01))
+    return _RunInProgress(now, u, come_down - come_down[-2], y / now - 1, count, max(falls, 0.01))
 
 
 def _thin(t: Array, y: Array) -> tuple[Array, Array, Array]:
@@ -273,7 +273,7 @@ def _calm(y: Array) -> Array:
     )
 
 
-def _posterior(run: _Run, prior: CurvePrior, *, ended: bool = False) -> _Posterior:
+def _posterior(run: _RunInProgress, prior: CurvePrior, *, ended: bool = False) -> _Posterior:
     """Sum over alpha and noise of the Gaussian posteriors of (b, k, c), with Student weights found in a few passes.
 
     ended: the last point is the run's end, so it cannot be a spike, however far a cooldown has brought it down.

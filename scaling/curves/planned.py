@@ -105,7 +105,7 @@ def predict_trunk(
     """
     if not 0 < mass < 1:
         raise ValueError(f"mass must lie between 0 and 1, got {mass}")
-    runs = [_Run.of(trunk, fit, N, lr, batch_tokens) for trunk in trunks]
+    runs = [_PlannedRun.of(trunk, fit, N, lr, batch_tokens) for trunk in trunks]
     grid = _grid(runs, D)
     if not grid.size:
         raise ValueError(
@@ -152,7 +152,7 @@ def study_trunks(client: MlflowClient, runs: pd.DataFrame, *, lr: float, batch_t
 
 
 @dataclass(frozen=True)
-class _Run:
+class _PlannedRun:
     """One trunk in the terms of the regression."""
 
     size: float
@@ -162,7 +162,7 @@ class _Run:
     r: Array  # ln loss - ln L
 
     @classmethod
-    def of(cls, trunk: Trunk, fit: Fit, N: float, lr: float, batch_tokens: float) -> _Run:
+    def of(cls, trunk: Trunk, fit: Fit, N: float, lr: float, batch_tokens: float) -> _PlannedRun:
         tokens, loss = read_curve(trunk.tokens, trunk.loss)
         a, b = math.log(trunk.lr / lr), math.log(trunk.batch_tokens / batch_tokens)
         terms = np.array([1.0, math.log(trunk.N / N), a, b, a * a, a * b, b * b])
@@ -176,7 +176,7 @@ class _Run:
         return float(np.interp(x, self.x, self.r))
 
 
-def _grid(runs: Sequence[_Run], D: float) -> Array:
+def _grid(runs: Sequence[_PlannedRun], D: float) -> Array:
     """ln tokens, ascending, at which enough runs have points, D at most."""
     if not runs:
         return np.empty(0)
@@ -202,13 +202,13 @@ class _Local:
         return float(terms @ self.theta), float(terms @ self.covariance @ terms) + self.noise
 
 
-def _answers(runs: Sequence[_Run], grid: Array) -> tuple[Array, Array]:
+def _answers(runs: Sequence[_PlannedRun], grid: Array) -> tuple[Array, Array]:
     """Mean and variance of r of the run to come at each grid point."""
     mean, variance = zip(*(_regress(runs, float(x))(np.eye(len(PRIOR))[0]) for x in grid), strict=True)
     return np.array(mean), np.array(variance)
 
 
-def _regress(runs: Sequence[_Run], x: float) -> _Local:
+def _regress(runs: Sequence[_PlannedRun], x: float) -> _Local:
     there = [(run, r) for run in runs if (r := run.at(x)) is not None]
     design = np.array([run.terms for run, _ in there])
     weight = np.array([run.weight for run, _ in there])
@@ -234,7 +234,7 @@ def _scale(trunks: Sequence[Trunk], without: Mapping[float, Fit], grid: Array, s
     one piece of evidence, since its points err together, beside WORTH_SIZES that were missed as expected."""
     squares = []
     for size, fit in without.items():
-        runs = [_Run.of(trunk, fit, *settings) for trunk in trunks]
+        runs = [_PlannedRun.of(trunk, fit, *settings) for trunk in trunks]
         others = [run for run in runs if run.size != size]
         tested = [run for run in runs if run.size == size and run.weight > NEAR]
         x = np.array([v for v in grid if sum(run.at(float(v)) is not None for run in others) >= LEAST_RUNS])

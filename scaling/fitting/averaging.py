@@ -68,7 +68,7 @@ def _bent(form: str, theta: Array, n: Array, d: Array) -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True)
-class Table:
+class WhitenedRuns:
     """The runs, and the rotation that makes the shared effects independent of each other."""
 
     n: Array  # (m,)
@@ -86,7 +86,7 @@ class Table:
         return float(self.weight.sum())
 
 
-def tabulate(log_n: Array, log_d: Array, y: Array, centre: tuple[float, float]) -> Table:
+def tabulate(log_n: Array, log_d: Array, y: Array, centre: tuple[float, float]) -> WhitenedRuns:
     """Weights by compute, min(1, C / C90)^1.5 with C90 the 90 % quantile; their sum is the effective number of runs.
 
     With R = W^(1/2) K W^(1/2) = Q diag(spread) Q', K the effect's correlation, noise/weight + share * effect has
@@ -107,7 +107,7 @@ def tabulate(log_n: Array, log_d: Array, y: Array, centre: tuple[float, float]) 
     at, of, value = (np.concatenate(v) for v in zip(*blocks, strict=True))
     rotation = sparse.csr_array((value, (at, of)), shape=(n.size, n.size))
     level = float(y.mean())
-    return Table(n, d, y - level, level, np.asarray(weight), model, rotation, spread)
+    return WhitenedRuns(n, d, y - level, level, np.asarray(weight), model, rotation, spread)
 
 
 def _models(n: Array) -> NDArray[np.intp]:
@@ -134,7 +134,7 @@ class Member:
     effect: float  # variance of what the runs of one N share, in units of scale²
     scale: float  # sd of ln L of one run, with the degrees of freedom taken off
     deviance: float  # smaller fits better; weighs the members
-    table: Table
+    table: WhitenedRuns
 
     def curves(self, theta: Array, n: Array, d: Array) -> Array:
         """ln L of a new model for coefficients (k, 8) at n, d (m,): (k, m)."""
@@ -156,7 +156,7 @@ class Member:
         return t.level + f, within + self.effect * self.scale**2 - np.sum(gain**2, 1)
 
 
-def fit_members(table: Table) -> tuple[Member, ...]:
+def fit_members(table: WhitenedRuns) -> tuple[Member, ...]:
     """Both forms, with weights that sum to 1."""
     members = [_member(form, table) for form in FORMS]
     power = -TEMPER * np.array([m.deviance for m in members])
@@ -178,7 +178,7 @@ def _prior(form: str, y: Array) -> tuple[Array, Array, Array]:
     return np.pad(np.array(starts), ((0, 0), (0, 3))), np.array([*centre, 0, 0, 0]), np.array([*sd, BEND, BEND, BEND])
 
 
-def _member(form: str, table: Table) -> Member:
+def _member(form: str, table: WhitenedRuns) -> Member:
     """Penalised least squares on ln L in turn with the noise; then, from the residuals, the effect that runs share.
 
     The form heeds no shared effect: generalised least squares would count every N alike, and foresees new sizes worse.
@@ -213,7 +213,7 @@ def _member(form: str, table: Table) -> Member:
 
 
 def _noise(
-    residual: Array, jacobian: Array, table: Table, precision: Array, scale: float, freedom: float
+    residual: Array, jacobian: Array, table: WhitenedRuns, precision: Array, scale: float, freedom: float
 ) -> tuple[float, float]:
     """The size of the shared effect of highest marginal likelihood (form linearised, noise profiled), and the noise."""
     best = (np.inf, 0.0, scale)

@@ -21,7 +21,7 @@ from scaling.fitting.lr_batch_law import HPFit, fit_hp_law
 from scaling.laws.published import Published, names, published
 from scaling.report import figures, tables
 from scaling.report.figures import TargetCurve, count, panel
-from scaling.report.tables import Table
+from scaling.report.tables import ReportTable
 from scaling.report.template import PAGE
 from scaling.runs.importer import quarantine
 from scaling.runs.table import usable
@@ -45,7 +45,7 @@ class Section:
     title: str
     panels: Sequence[str] = ()
     caption: str = ""
-    tables: Sequence[Table | None] = ()
+    tables: Sequence[ReportTable | None] = ()
     small: bool = False  # many little panels
 
 

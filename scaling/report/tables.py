@@ -30,7 +30,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     columns: Sequence[Column]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
@@ -41,7 +41,7 @@ def _heads(*names: str, words: Sequence[str] = ()) -> list[Column]:
     return [Column(name, name not in words) for name in names]
 
 
-def hp_law(hp: HPFit) -> Table:
+def hp_law(hp: HPFit) -> ReportTable:
     """Exponents of lr* and B*, with intervals."""
     law, spread = hp.law, hp.exponents(MASS)
     rows = []
@@ -52,10 +52,10 @@ def hp_law(hp: HPFit) -> Table:
         cells = [f"{v:+.3f} ({spread[key][0]:+.2f} to {spread[key][1]:+.2f})" for key, v in exponents.items()]
         rows.append([name, f"{coef:.4g}", *cells])
     notes = [f"{100 * MASS:.0f} % intervals, as the exponents hold beyond the data.", f"Status: {hp.status}"]
-    return Table(_heads("law", "coefficient", "exponent of N", "exponent of D", words=["law"]), rows, notes)
+    return ReportTable(_heads("law", "coefficient", "exponent of N", "exponent of D", words=["law"]), rows, notes)
 
 
-def published(beside: Sequence[Published], hp: HPFit, N: float, D: float, mup: bool) -> Table | None:
+def published(beside: Sequence[Published], hp: HPFit, N: float, D: float, mup: bool) -> ReportTable | None:
     """Published laws at (N, D) below this table's; None where none speaks. mup: then only their batches can be compared."""
     lr, batch = (float(v) for v in hp.law(N, D))
     rows = [["this table", f"{lr:.4g}", f"{batch:,.0f}", "", ""]]
@@ -71,10 +71,10 @@ def published(beside: Sequence[Published], hp: HPFit, N: float, D: float, mup: b
     if mup:
         notes.append("Their rates are left out: under muP ours are at base width.")
     words = ["published law", "", "source"]
-    return Table(_heads("published law", "lr", "batch, tokens", "", "source", words=words), rows, notes)
+    return ReportTable(_heads("published law", "lr", "batch, tokens", "", "source", words=words), rows, notes)
 
 
-def loss_law(fit: Fit, N: float, D: float) -> Table:
+def loss_law(fit: Fit, N: float, D: float) -> ReportTable:
     """The plain law, what is averaged, how far it can be trusted."""
     one = fit.law
     average = ", ".join(f"{m.form} {m.weight:.2f}" for m in fit.members)
@@ -86,10 +86,10 @@ def loss_law(fit: Fit, N: float, D: float) -> Table:
         ["evidence", f"as of {fit.n_effective:.1f} runs near the largest compute"],
         ["status", fit.status],
     ]
-    return Table(_heads("loss law", "", words=["loss law", ""]), rows)
+    return ReportTable(_heads("loss law", "", words=["loss law", ""]), rows)
 
 
-def forms(found: Comparison) -> Table:
+def forms(found: Comparison) -> ReportTable:
     """Errors of every form in the sample and beyond it."""
     rows = []
     for s in found.scores:
@@ -101,10 +101,12 @@ def forms(found: Comparison) -> Table:
         "predictions use the average.",
         *([] if found.status == "ok" else [found.status]),
     ]
-    return Table(_heads("form", "in sample", *blocks, "held out", "status", words=["form", "status"]), rows, notes)
+    return ReportTable(
+        _heads("form", "in sample", *blocks, "held out", "status", words=["form", "status"]), rows, notes
+    )
 
 
-def approaches(found: Mapping[str, Frontier | str], C: float) -> Table | None:
+def approaches(found: Mapping[str, Frontier | str], C: float) -> ReportTable | None:
     """Exponents of N_opt and D_opt, and both at C FLOPs; below it, what is doubtful or cannot be."""
     rows, notes = [], []
     for row in approaches_table(dict(found), C).to_dict("records"):
@@ -114,10 +116,10 @@ def approaches(found: Mapping[str, Frontier | str], C: float) -> Table | None:
             exponents = [_with_interval(row, f"{s}_exponent", lambda v: f"{v:.3f}") for s in "ND"]
             rows.append([str(row["approach"]), *exponents, *(_with_interval(row, f"{s}_opt", count) for s in "ND")])
     heads = _heads("approach", "N exponent", "D exponent", f"N at {C:.3g} FLOPs", "D there", words=["approach"])
-    return Table(heads if rows else [], rows, notes)
+    return ReportTable(heads if rows else [], rows, notes)
 
 
-def forecasts(checks: Sequence[Check]) -> Table:
+def forecasts(checks: Sequence[Check]) -> ReportTable:
     """How well half of a run told its end."""
     rows = [
         [
@@ -135,10 +137,10 @@ def forecasts(checks: Sequence[Check]) -> Table:
         "The end forecast from the first half of a run, by siblings of its group and a prior learnt from other groups."
     )
     heads = ("N", "D", "runs", "mean error", "bias", "80 % interval held", "error of the last loss seen")
-    return Table(_heads(*heads), rows, [note])
+    return ReportTable(_heads(*heads), rows, [note])
 
 
-def excluded(runs: pd.DataFrame) -> Table | None:
+def excluded(runs: pd.DataFrame) -> ReportTable | None:
     """Why rows are kept out of laws, and how many."""
     reasons = {str(why): n for why, n in runs["excluded"].value_counts().items() if why}
     called = _called(runs)
@@ -146,10 +148,10 @@ def excluded(runs: pd.DataFrame) -> Table | None:
     for why, n in reasons.items():
         which = list(dict.fromkeys(called[(runs["excluded"] == why).to_numpy()]))
         rows.append([why, str(n), ", ".join(which[:3]) + (", ..." if len(which) > 3 else "")])
-    return Table(_heads("reason", "rows", "which", words=["reason", "which"]), rows) if rows else None
+    return ReportTable(_heads("reason", "rows", "which", words=["reason", "which"]), rows) if rows else None
 
 
-def best(runs: pd.DataFrame, used: pd.DataFrame, most: int = 12) -> Table:
+def best(runs: pd.DataFrame, used: pd.DataFrame, most: int = 12) -> ReportTable:
     """Targets, then the runs of least loss."""
     targets = runs[(runs["role"] == "target") & np.isfinite(runs["loss"])]
     shown = pd.concat([targets, used[used["role"] != "target"].nsmallest(most, "loss")])
@@ -158,7 +160,7 @@ def best(runs: pd.DataFrame, used: pd.DataFrame, most: int = 12) -> Table:
         values = shown[name].to_numpy(float) if name in shown else np.full(len(shown), math.nan)
         cells.append([number(v, form) for v in values])
     heads = _heads("run", "role", "N", "D", "lr", "batch tokens", "loss", words=["run", "role"])
-    return Table(heads, [list(row) for row in zip(*cells, strict=True)])
+    return ReportTable(heads, [list(row) for row in zip(*cells, strict=True)])
 
 
 def next_run(plan: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -114,7 +114,7 @@ class Planted:
         )
 
 
-class Study:
+class PlantedStudy:
     """A study worked on in this process, as `hpo worker` does."""
 
     def __init__(self, folder: Path, client: MlflowClient, chance: float, **settings: Any) -> None:
@@ -157,9 +157,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
 
 
 @pytest.fixture
-def study(tmp_path: Path, client: MlflowClient) -> Callable[..., Study]:
-    def make(chance: float, **settings: Any) -> Study:
-        return Study(tmp_path, client, chance, **settings)
+def study(tmp_path: Path, client: MlflowClient) -> Callable[..., PlantedStudy]:
+    def make(chance: float, **settings: Any) -> PlantedStudy:
+        return PlantedStudy(tmp_path, client, chance, **settings)
 
     return make
 
@@ -245,7 +245,7 @@ def test_what_is_kept_is_the_forecast_and_the_last_point_before_it() -> None:
 # In a search
 
 
-def test_hopeless_runs_end_early_and_the_best_is_found_all_the_same(study: Callable[..., Study]) -> None:
+def test_hopeless_runs_end_early_and_the_best_is_found_all_the_same(study: Callable[..., PlantedStudy]) -> None:
     plain, saving = study(0.0), study(0.01)
     plain.work()
     saving.work()
@@ -276,7 +276,9 @@ def test_hopeless_runs_end_early_and_the_best_is_found_all_the_same(study: Calla
     )
 
 
-def test_the_run_table_says_stopped_and_no_law_takes_it(study: Callable[..., Study], client: MlflowClient) -> None:
+def test_the_run_table_says_stopped_and_no_law_takes_it(
+    study: Callable[..., PlantedStudy], client: MlflowClient
+) -> None:
     saving = study(0.01)
     saving.work()
     table = check_runs(read_runs(saving.name, uri=client.tracking_uri))
@@ -295,7 +297,7 @@ def test_the_run_table_says_stopped_and_no_law_takes_it(study: Callable[..., Stu
     assert "KILLED" not in {states[run] for run in set(table["run_id"]) - set(rows["run_id"])}
 
 
-def test_no_stop_changes_nothing(study: Callable[..., Study]) -> None:
+def test_no_stop_changes_nothing(study: Callable[..., PlantedStudy]) -> None:
     worked = study(0.0)
     worked.work()
     by_hand = Search(SPACE, **worked.settings)
@@ -428,7 +430,7 @@ def test_a_worker_stops_runs_when_the_study_file_says_so_and_status_counts_them(
 
 
 def test_a_run_that_was_killed_is_judged_as_it_was(
-    study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+    study: Callable[..., PlantedStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed when its last point was kept and nothing was decided yet; then once more between the two writes of the end."""
 
@@ -477,7 +479,7 @@ def test_a_run_that_was_killed_is_judged_as_it_was(
     assert broken.search.best() == whole.search.best()
 
 
-def test_only_runs_of_one_seed_are_watched(study: Callable[..., Study]) -> None:
+def test_only_runs_of_one_seed_are_watched(study: Callable[..., PlantedStudy]) -> None:
     many = study(0.01, seeds=[1, 2], iterations=4)
     jobs = many.work()
     assert many.stopped

@@ -11,9 +11,9 @@ from hpo.search.hyperband import (
     VARIANTS,
     Bracket,
     Entry,
+    FreeSlots,
     Ladder,
     Promote,
-    Start,
     Variant,
     moves,
     remaining,
@@ -108,7 +108,7 @@ def test_a_ladder_of_one_rung_warns_and_is_plain_sampling() -> None:
     with pytest.warns(UserWarning, match="one rung only"):
         ladder = Ladder.make(50, 100, 3)
     assert ladder.levels == (100,)
-    assert moves([], ladder) == [Start(Bracket(0, 0, 0), 1)]
+    assert moves([], ladder) == [FreeSlots(Bracket(0, 0, 0), 1)]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_promotions_come_first_highest_rung_first_then_the_better_one() -> None:
         Promote(8, 1),
         Promote(7, 1),
         Promote(6, 1),
-        Start(Bracket(0, 0, 2), 3),
+        FreeSlots(Bracket(0, 0, 2), 3),
     ]
 
 
@@ -181,7 +181,7 @@ def test_a_rung_waits_for_all_its_runs_and_a_lost_run_is_repeated() -> None:
     entries = [Entry(i, bracket, {0: float(i)}) for i in range(3)]
     assert moves(entries, ladder)[0] == Promote(0, 1)
     entries[2] = Entry(2, bracket, {0: None})
-    assert moves(entries, ladder) == [Start(Bracket(0, 0, 1), 2)]
+    assert moves(entries, ladder) == [FreeSlots(Bracket(0, 0, 1), 2)]
     entries[2] = Entry(2, bracket, {})
     assert moves(entries, ladder)[0] == Promote(2, 0)
 
@@ -189,10 +189,10 @@ def test_a_rung_waits_for_all_its_runs_and_a_lost_run_is_repeated() -> None:
 def test_sizes_never_compete_and_starts_go_from_cheap_to_dear() -> None:
     ladder = ladder_of(2, 3)
     assert moves([], ladder, sizes=2) == [
-        Start(Bracket(0, 0, 0), 3),
-        Start(Bracket(0, 1, 0), 3),
-        Start(Bracket(0, 0, 1), 2),
-        Start(Bracket(0, 1, 1), 2),
+        FreeSlots(Bracket(0, 0, 0), 3),
+        FreeSlots(Bracket(0, 1, 0), 3),
+        FreeSlots(Bracket(0, 0, 1), 2),
+        FreeSlots(Bracket(0, 1, 1), 2),
     ]
     entries = [Entry(i, Bracket(0, i // 3, 0), {0: float(i)}) for i in range(6)]
     assert moves(entries, ladder, sizes=2)[:2] == [Promote(0, 1), Promote(3, 1)]
@@ -203,7 +203,7 @@ def test_the_next_iteration_opens_when_the_one_before_is_done_or_waits() -> None
     table: Table = {}
     run_to_the_end(table, ladder, "discarding", lambda c, _: float(c))
     assert moves(table.values(), ladder, iterations=1) == []
-    again = [Start(Bracket(1, 0, 0), 3), Start(Bracket(1, 0, 1), 2)]
+    again = [FreeSlots(Bracket(1, 0, 0), 3), FreeSlots(Bracket(1, 0, 1), 2)]
     assert moves(table.values(), ladder, iterations=2) == moves(table.values(), ladder, iterations=None) == again
     table[0].losses[0] = None  # type: ignore[index]  # the promotion is there already, but nothing else can be done either
     assert moves(table.values(), ladder, iterations=None) == again

@@ -15,7 +15,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 
 from hpo.search.search import Search
-from hpo.storage.leases import Lost, Sightings, host, is_alive, process_name, process_of
+from hpo.storage.leases import LeaseLost, LeaseMonitor, host, is_alive, process_name, process_of
 
 SPACE = {"lr": FloatDistribution(1e-4, 1.0, log=True)}
 
@@ -43,13 +43,13 @@ def search(storage: Any, worker: str, **changes: Any) -> Search:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of all searches that are opened from now on."""
     clock = Clock()
-    monkeypatch.setattr(Sightings.__init__, "__defaults__", (clock,))
+    monkeypatch.setattr(LeaseMonitor.__init__, "__defaults__", (clock,))
     return clock
 
 
 def test_a_beat_that_stands_still_for_a_lease_has_expired_by_the_readers_own_clock() -> None:
     clock = Clock()
-    sightings = Sightings(60.0, clock)
+    sightings = LeaseMonitor(60.0, clock)
     study = optuna.create_study()
     trial = study.ask()
     trial.set_user_attr("worker", "elsewhere")
@@ -86,12 +86,12 @@ def test_a_run_from_another_host_is_taken_over_after_its_lease_and_the_late_resu
     again = here.ask()
     assert again is not None
     assert (again.number, again.params) == (job.number, job.params)
-    with pytest.raises(Lost, match="taken over by here"):
+    with pytest.raises(LeaseLost, match="taken over by here"):
         there.beat(job)
-    with pytest.raises(Lost, match="taken over by here"):
+    with pytest.raises(LeaseLost, match="taken over by here"):
         there.tell(job, 1.0)
     here.tell(again, 2.0)
-    with pytest.raises(Lost, match="COMPLETE"):
+    with pytest.raises(LeaseLost, match="COMPLETE"):
         there.tell(job, 1.0)
     assert [t.value for t in here.study.trials if t.number == job.number] == [2.0]
 

@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial, TrialState
 from benchmarks.many_workers import crowd, faults, opened, search
 from benchmarks.servers import PostgreSQL, free_port, postgresql
 from hpo.storage import connect, locks
-from hpo.storage.leases import Sightings
-from hpo.storage.locks import Tickets, lock_of
+from hpo.storage.leases import LeaseMonitor
+from hpo.storage.locks import TicketLock, lock_of
 from hpo.study.config import StudyConfig, load_study
 from hpo.study.files import StudyFiles
 from hpo.study.lifecycle import create, forget, open_existing, studies_in
@@ -189,7 +189,7 @@ def test_tickets_let_one_in_at_a_time_and_everyone_in_the_end(monkeypatch: pytes
 
     def come(who: int) -> None:
         nonlocal inside, most
-        lock = Tickets(storage, "study")
+        lock = TicketLock(storage, "study")
         for _ in range(5):
             with lock:
                 inside += 1
@@ -210,7 +210,7 @@ def test_tickets_let_one_in_at_a_time_and_everyone_in_the_end(monkeypatch: pytes
 def test_a_ticket_of_the_dead_or_of_one_who_stands_still_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "POLL_SECONDS", 0.002)
     storage = optuna.storages.InMemoryStorage()
-    dead, still, mine = (Tickets(storage, "study") for _ in range(3))
+    dead, still, mine = (TicketLock(storage, "study") for _ in range(3))
     dead._owner = f"{mine._owner.rsplit('/', 2)[0]}/99999999/1.0"
     dead.__enter__()
     with mine:
@@ -218,7 +218,7 @@ def test_a_ticket_of_the_dead_or_of_one_who_stands_still_is_taken(monkeypatch: p
     with pytest.raises(RuntimeError, match="was taken from this process"):
         dead.__exit__(None, None, None)
     clock = Clock()
-    mine._seen = Sightings(30.0, clock)
+    mine._seen = LeaseMonitor(30.0, clock)
     monkeypatch.setattr(locks.time, "sleep", lambda _: setattr(clock, "now", clock.now + 16))
     still.__enter__()
     still._stop.set()  # no more beats
@@ -242,7 +242,7 @@ def test_who_is_next_lists_no_tickets_while_it_waits(monkeypatch: pytest.MonkeyP
             return super().get_all_trials(*args, **kwargs)
 
     storage = Counting()
-    first, second = Tickets(storage, "study"), Tickets(storage, "study")
+    first, second = TicketLock(storage, "study"), TicketLock(storage, "study")
     entered = threading.Event()
 
     def come() -> None:

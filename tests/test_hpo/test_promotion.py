@@ -10,7 +10,18 @@ from typing import NamedTuple
 
 import pytest
 
-from hpo.search.hyperband import Bracket, Entry, Promote, Start, Variant, moves, remaining, replay, rung_sizes, standing
+from hpo.search.hyperband import (
+    Bracket,
+    Entry,
+    FreeSlots,
+    Promote,
+    Variant,
+    moves,
+    remaining,
+    replay,
+    rung_sizes,
+    standing,
+)
 from tests.test_hpo.test_hyperband import Table, by_hand, ladder_of, run_to_the_end, tied_and_diverging
 
 # Asynchronous promotion
@@ -30,7 +41,7 @@ def test_the_best_third_of_what_has_finished_goes_on_before_the_rung_is_decided(
         entries = [Entry(i, bracket, {0: x}) for i, x in enumerate(losses)]
         entries += [Entry(9 + i, Bracket(0, 0, 1), {1: None}) for i in range(5)]
         entries += [Entry(14 + i, Bracket(0, 0, 2), {2: None}) for i in range(2)]
-        expected = [*(Promote(c, 1) for c in guesses), Start(Bracket(0, 0, 2), 1)]  # guesses before starts
+        expected = [*(Promote(c, 1) for c in guesses), FreeSlots(Bracket(0, 0, 2), 1)]  # guesses before starts
         assert moves(entries, ladder, asynchronous=True) == expected
         assert moves(entries, ladder) == expected[-1:]
 
@@ -106,7 +117,7 @@ def test_asynchronously_every_variant_ends_and_the_efficient_one_costs_one_hyper
         assert len(more) == left if variant == "efficient" else len(more) >= left
 
 
-class Clock(NamedTuple):
+class FakeTime(NamedTuple):
     """What a simulated search came to."""
 
     hours: float
@@ -125,7 +136,7 @@ def simulate(
     until: float = math.inf,
     rungs: int = 4,
     workers: int = 8,
-) -> Clock:
+) -> FakeTime:
     """Runs last as long as their increment, times a factor of the configuration's between 1 and 10.
 
     A configuration is the n-th of its bracket; quality and duration belong to it, whenever it is started.
@@ -174,7 +185,7 @@ def simulate(
         == ladder.top - bracket.start + 1
         for e in rungs[-1]
     }
-    return Clock(end, work / (workers * end), evaluations, top, first)
+    return FakeTime(end, work / (workers * end), evaluations, top, first)
 
 
 def test_asynchronous_workers_wait_less_and_the_outcome_is_the_same() -> None:

@@ -16,7 +16,7 @@ from hpo.study.lifecycle import create, open_existing
 from hpo.worker import loop
 from hpo.worker.job import ended, run_job
 from hpo.worker.signals import StopSignals
-from hpo.worker.training_process import Apart, Crashed
+from hpo.worker.training_process import ChildProcessTrainer, Crashed
 from tests.test_hpo.test_launcher import STUDY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -47,7 +47,7 @@ def opened(files: StudyFiles) -> Search:
     return open_existing(files, study, trainer)
 
 
-class Leaving(Apart):
+class Leaving(ChildProcessTrainer):
     """A process that trains every job to its end, and every third time goes before it can say so."""
 
     jobs = 0
@@ -66,7 +66,7 @@ class Leaving(Apart):
 def test_a_training_that_ended_before_its_process_went_has_not_crashed(
     files: StudyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "Apart", Leaving)
+    monkeypatch.setattr(loop, "ChildProcessTrainer", Leaving)
     assert loop.work(files) == 0
     trials = opened(files).study.get_trials()
     assert len(trials) == 44

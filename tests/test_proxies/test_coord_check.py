@@ -18,7 +18,7 @@ from proxies.__main__ import app
 from proxies.cli.shared import numbers
 from proxies.config.proxy import ProxyConfig
 from proxies.diagnostics.coord_check import CoordCheck, Slope, _slope, _slopes, coordinate_check
-from proxies.diagnostics.coord_probe import Trail, Watch, coordinates, gradient_scales
+from proxies.diagnostics.coord_probe import ProbeSpec, Trail, coordinates, gradient_scales
 from proxies.diagnostics.figures import draw_check
 from proxies.model import mup
 from proxies.model.mup import Role, Rule
@@ -138,7 +138,7 @@ def test_the_scale_of_a_gradient_is_its_root_mean_square(text: str) -> None:
     from proxies.model.transformer import loss_of
 
     config = tiny(corpus=text, tied=True, embed_std=0.1)
-    scales = gradient_scales(Watch(config, "eps", 1, 4))
+    scales = gradient_scales(ProbeSpec(config, "eps", 1, 4))
     model = build(config)
     loss_of(model, *open_data(config).windows.batch(0, 4)).backward()
     assert scales["embedding"] == pytest.approx(float(model.embed.grad.square().mean().sqrt()), rel=1e-5)

@@ -19,7 +19,7 @@ import torch
 
 from proxies.config.proxy import ProxyConfig
 from proxies.diagnostics.coord_check import coordinate_check
-from proxies.diagnostics.coord_probe import Engine, Trail, Watch, follow
+from proxies.diagnostics.coord_probe import Engine, ProbeSpec, Trail, follow
 from proxies.training.checkpoints import load_model, load_state, write_run
 from proxies.training.distributed import ALONE, Ranks, spawned
 from proxies.training.loop import train
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def watch(tmp_path: Path) -> Watch:
+def watch(tmp_path: Path) -> ProbeSpec:
     text = tmp_path / "text.txt"
     text.write_text("all the world's a stage, and all the men and women merely players " * 400)
     config = ProxyConfig(
@@ -44,7 +44,7 @@ def watch(tmp_path: Path) -> Watch:
         lr=0.02,
         corpus=str(text),
     )
-    return Watch(config, "activations", 4, 4)
+    return ProbeSpec(config, "activations", 4, 4)
 
 
 def distance(a: Trail, b: Trail) -> float:
@@ -57,7 +57,7 @@ def distance(a: Trail, b: Trail) -> float:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")  # torch's own, when its compiler loads
 @pytest.mark.parametrize("engine", ["compile", "ddp", "fsdp2"])
-def test_every_engine_has_the_coordinates_of_the_plain_model(watch: Watch, engine: Engine) -> None:
+def test_every_engine_has_the_coordinates_of_the_plain_model(watch: ProbeSpec, engine: Engine) -> None:
     """Groups are made by name after wrapping; under FSDP2 of sharded tensors."""
     if engine == "compile":  # a model takes a minute to compile, mostly for its blocks
         watch = replace(watch, config=watch.config.model_copy(update={"n_layers": 1}))
@@ -74,7 +74,7 @@ def test_every_engine_has_the_coordinates_of_the_plain_model(watch: Watch, engin
     assert all(a == pytest.approx(b, rel=1e-11) for a, b in rows)
 
 
-def test_the_check_itself_runs_on_two_ranks(watch: Watch) -> None:
+def test_the_check_itself_runs_on_two_ranks(watch: ProbeSpec) -> None:
     plain = coordinate_check(watch.config, (16, 32, 64), seeds=1, steps=2)
     sharded = coordinate_check(watch.config, (16, 32, 64), seeds=1, steps=2, engine="fsdp2")
     assert [(s.where, s.what) for s in sharded.slopes] == [(s.where, s.what) for s in plain.slopes]

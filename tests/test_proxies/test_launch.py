@@ -13,8 +13,8 @@ import pytest
 
 from proxies.cli.launch import changed
 from proxies.config.proxy import ProxyConfig
-from proxies.launch.arms import Ended, commands, shown
-from proxies.launch.monitor import Excursion, Watch, expected_of, in_words, score
+from proxies.launch.arms import ArmResult, commands, shown
+from proxies.launch.monitor import BandMonitor, Excursion, expected_of, in_words, score
 from proxies.launch.plan import LaunchPlan, WarmStart, rates_of, read_plan, write_plan
 from proxies.launch.planner import advised, best_proxy, older_than
 from proxies.launch.preflight import bytes_needed, check_launch
@@ -292,7 +292,7 @@ def test_the_engine_follows_the_number_of_processes() -> None:
 
 
 def test_each_excursion_is_said_once_and_the_first_is_kept() -> None:
-    watch = Watch(BAND, TOKENS)
+    watch = BandMonitor(BAND, TOKENS)
     losses = [(256, 9.0), (512, 4.4), (724, 5.0), (1024, 6.0), (1448, 3.2), (2048, math.nan), (3000, 9.0)]
     said = [watch.look(point(tokens, loss)) for tokens, loss in losses]
     assert [left is not None for left in said] == [False, False, True, False, False, True, False]
@@ -301,7 +301,7 @@ def test_each_excursion_is_said_once_and_the_first_is_kept() -> None:
     assert watch.first is said[2]
     assert json.loads(said[2].tag)["tokens"] == 724
     assert watch.look(point(1024, 99.0, final=True)) is None, "the end is scored, not watched"
-    assert Watch(None, TOKENS).look(point(1024, 99.0)) is None
+    assert BandMonitor(None, TOKENS).look(point(1024, 99.0)) is None
 
 
 def test_the_warning_names_tokens_loss_band_and_what_to_look_at() -> None:
@@ -322,8 +322,8 @@ def test_a_warm_start_may_be_as_good_as_all_tokens_of_both_and_no_worse_than_scr
     assert warm.high == BAND.high
     best = law["E"] + law["A"] / made.N**0.5 + law["B"] / (512 + 2e6) ** 0.5
     assert warm.low[0] == pytest.approx(best * 3.5 / 4.0)
-    assert Watch(warm, TOKENS).look(point(512, 1.5)) is None
-    assert Watch(BAND, TOKENS).look(point(512, 1.5)) is not None
+    assert BandMonitor(warm, TOKENS).look(point(512, 1.5)) is None
+    assert BandMonitor(BAND, TOKENS).look(point(512, 1.5)) is not None
 
 
 def test_the_score_is_in_sd_of_the_prediction_and_counts_the_proxys_tokens() -> None:
@@ -353,12 +353,12 @@ def replace_warm(made: LaunchPlan) -> LaunchPlan:
 
 
 def test_an_ended_arm_comes_back_from_its_file(tmp_path: Path) -> None:
-    ended = Ended(2.0, TOKENS, 12.5, Excursion(724, 5.0, 3.2, 4.2, 0.18))
+    ended = ArmResult(2.0, TOKENS, 12.5, Excursion(724, 5.0, 3.2, 4.2, 0.18))
     ended.write(tmp_path, "warm")
-    assert Ended.read(tmp_path, "warm") == ended
+    assert ArmResult.read(tmp_path, "warm") == ended
     replace(ended, loss=None, left=None).write(tmp_path, "scratch")
-    assert Ended.read(tmp_path, "scratch") == Ended(None, TOKENS, 12.5, None)
-    assert Ended.read(tmp_path / "none", "warm") is None
+    assert ArmResult.read(tmp_path, "scratch") == ArmResult(None, TOKENS, 12.5, None)
+    assert ArmResult.read(tmp_path / "none", "warm") is None
 
 
 def test_the_newest_growth_plan_for_this_width_is_told_and_does_not_decide(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from proxies.config.proxy import ProxyConfig
-from proxies.launch.arms import Ended
+from proxies.launch.arms import ArmResult
 from proxies.launch.plan import LaunchPlan, write_plan
 from scaling.curves.planned import Band
 from scaling.runs.io import load_runs
@@ -124,7 +124,7 @@ def test_two_ranks_of_which_one_is_killed_give_the_loss_of_one_and_one_record(
     out, said = ended(process)
     again, trouble = ended(pair)
     assert json.loads(out)["scratch in the predicted interval"] is True
-    first, second = (Ended.read(tmp_path / name, "scratch") for name in ("alone", "both"))
+    first, second = (ArmResult.read(tmp_path / name, "scratch") for name in ("alone", "both"))
     assert first is not None
     assert second is not None
     assert first.loss is not None

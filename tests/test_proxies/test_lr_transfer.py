@@ -15,7 +15,7 @@ from proxies.__main__ import app
 from proxies.config.proxy import ProxyConfig
 from proxies.diagnostics import lr_transfer
 from proxies.diagnostics.figures import draw_transfer
-from proxies.diagnostics.lr_optimum import FURTHER, Interval, best_window, fit_arm, next_rates
+from proxies.diagnostics.lr_optimum import FURTHER, BootstrapInterval, best_window, fit_arm, next_rates
 from proxies.diagnostics.lr_transfer import Transfer, arms_of, final_loss, transfer
 
 SIZES = (32, 64, 128, 256)
@@ -233,7 +233,7 @@ def test_the_command_says_its_cost_and_starts_nothing_when_told_so(tmp_path: Pat
 
 
 def test_an_interval_reads_as_value_and_ends() -> None:
-    assert str(Interval(0.1, -0.2, 0.4)) == "+0.100 [-0.200, +0.400]"
+    assert str(BootstrapInterval(0.1, -0.2, 0.4)) == "+0.100 [-0.200, +0.400]"
 
 
 @pytest.fixture

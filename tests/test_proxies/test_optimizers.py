@@ -21,7 +21,7 @@ from proxies.diagnostics.certificate import write_certificate
 from proxies.diagnostics.coord_check import CoordCheck, Slope
 from proxies.model import mup
 from proxies.model.mup import role_of
-from proxies.model.optimizers import Joined, evaluation, make_optimizer, set_lr
+from proxies.model.optimizers import CombinedOptimizer, evaluation, make_optimizer, set_lr
 from proxies.model.transformer import Transformer, build, loss_of
 from proxies.trainers.proxy_family import ProxyFamily
 from proxies.training.checkpoints import write_state
@@ -152,7 +152,7 @@ def test_the_stream_moves_alike_at_every_width_under_muon(
 def test_muon_gets_hidden_matrices_and_nothing_else() -> None:
     model = build(proxy("muon", qk_norm=True))
     optimizer = make_optimizer(model, model.config)
-    assert isinstance(optimizer, Joined)
+    assert isinstance(optimizer, CombinedOptimizer)
     muon, adamw = optimizer.parts
     assert isinstance(muon, torch.optim.Muon)
     assert isinstance(adamw, torch.optim.AdamW)

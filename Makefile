@@ -1,21 +1,23 @@
-# Two commands on a fresh machine with Python 3.11, pip, make and a C compiler:
-#   make quickstart    the main job, end to end, in a few minutes on two cores
-#   make test          the tests
-# Both make a virtual environment first. Later, `. .venv/bin/activate` and use hpo, scaling and proxies directly.
+# Needs Python 3.11 or later, pip, make and a C compiler. Every target first creates a virtual environment in .venv.
+#   make quickstart    run the whole loop, in a few minutes on two cores
+#   make test          run linters, type checker and all tests
+#   make test-fast     run only the fast tests
+#   make docs          build the documentation site into site/
+# To use the commands hpo, scaling and proxies directly, activate the environment: `. .venv/bin/activate`.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# On a machine with a GPU pip may choose the newest torch with its CUDA packages. Without one the constraint asks for a version
-# of which a CPU build exists; where pip does not see that build by itself, name PyTorch's CPU index in PIP_EXTRA_INDEX_URL.
+# With a GPU, pip may choose the newest torch and its CUDA packages. Without one, the constraint selects a version that has a
+# CPU build. If pip does not find that build, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds.
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 CONSTRAINT := $(if $(GPU),,-c constraints/cpu.txt)
 
-.PHONY: quickstart test install install-test lint clean-quickstart
+.PHONY: quickstart test test-fast lint docs install install-test install-docs install-dev clean-quickstart
 
-# Exit code 3 is an answer with doubts, which it has named: the target is trained all the same.
+# Exit code 3 of `scaling recommend` means a recommendation with named doubts. The target is trained anyway.
 quickstart: install
 	hpo launch studies/quickstart.toml
 	scaling fit quickstart
@@ -23,18 +25,31 @@ quickstart: install
 	proxies launch studies/quickstart.toml
 	scaling report quickstart
 
-# One thread each, since there is a process for every core. The slow tests of a file stay together: they share what took long to make.
-test: install-test lint
-	OMP_NUM_THREADS=1 pytest -n auto -m "not slow"
+# One BLAS thread per process, because there is one process per core. The slow tests of a file stay in one process, because
+# they share expensive fixtures.
+test: install-test lint test-fast
 	OMP_NUM_THREADS=1 pytest -n auto --dist loadfile -m slow
+
+test-fast: install-test
+	OMP_NUM_THREADS=1 pytest -n auto -m "not slow"
 
 lint: install-test
 	ruff check .
 	ruff format --check .
 	mypy
 
+# Warnings are errors, broken links and anchors included.
+docs: install-docs
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
+install-docs: $(VENV)/.installed-docs
+
+# What a contributor needs: tests, documentation and the commit hooks.
+install-dev: install-test install-docs
+	$(BIN)/pip install --quiet $(CONSTRAINT) -e ".[dev]"
+	pre-commit install
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +63,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet $(CONSTRAINT) -e ".[test]"
 	@touch $@
 
-# Forget the quickstart study, so that it can be launched again from nothing.
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet $(CONSTRAINT) -e ".[docs]"
+	@touch $@
+
+# Remove the quickstart study, so that it can be launched again from scratch.
 clean-quickstart:
 	$(BIN)/hpo forget quickstart --yes

@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 
 from scaling.common.arrays import Array
-from scaling.curves.in_progress import Finished, learn_prior, logged, predict_end
+from scaling.curves.in_progress import FinishedRun, learn_prior, predict_end
+from scaling.curves.schedules import make_logged_schedule
 
 MASSES = (0.5, 0.8, 0.95)
 
@@ -30,7 +31,7 @@ class CurveRun:
     size: str
     tokens: Array
     loss: Array
-    done: Finished
+    done: FinishedRun
 
     def part(self, share: float) -> tuple[Array, Array]:
         early = self.tokens <= share * self.tokens[-1] * 1.001
@@ -43,14 +44,14 @@ def ladder(folder: Path, column: str) -> Iterator[CurveRun]:
         if "peteish" in str(name):  # pieces of the target runs
             continue
         tokens, loss = rows["throughput/total_tokens"].to_numpy(float), rows[column].to_numpy(float)
-        schedule = logged(tokens, rows["optim/learning_rate_group0"].to_numpy(float))
-        yield CurveRun(str(name).split("-")[0], tokens, loss, Finished(tokens, loss, schedule))
+        schedule = make_logged_schedule(tokens, rows["optim/learning_rate_group0"].to_numpy(float))
+        yield CurveRun(str(name).split("-")[0], tokens, loss, FinishedRun(tokens, loss, schedule))
 
 
 def gemstones(path: Path) -> Iterator[CurveRun]:
     for _, rows in pd.read_csv(path).sort_values("tokens").groupby("run_name"):
         tokens, loss = rows["tokens"].to_numpy(float), rows["final_loss"].to_numpy(float)
-        yield CurveRun(str(rows["width"].iloc[0]), tokens, loss, Finished(tokens, loss))
+        yield CurveRun(str(rows["width"].iloc[0]), tokens, loss, FinishedRun(tokens, loss))
 
 
 def measure(name: str, runs: list[CurveRun], shares: tuple[float, ...]) -> None:

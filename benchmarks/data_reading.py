@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from proxies.config.proxy import ProxyConfig
 from proxies.data import corpora
 from proxies.data.corpora import load_corpus
-from proxies.data.mixture import Reader, open_data
+from proxies.data.mixture import WindowReader, open_data
 from proxies.data.token_files import Tokens
 from proxies.training.throughput import measure_speed
 
@@ -47,7 +47,7 @@ class PlainReader(Dataset[tuple[Tensor, Tensor]]):
         return window[:-1], window[1:]
 
 
-def of_reader(reader: Reader, batch: int, batches: int) -> Callable[[], None]:
+def of_reader(reader: WindowReader, batch: int, batches: int) -> Callable[[], None]:
     position = 0
 
     def run() -> None:
@@ -99,7 +99,7 @@ def report_opening(folder: Path, gib: float, rounds: int) -> None:
     time.sleep(2.5)  # a file that was just written is not remembered
 
     def opened() -> None:
-        corpora._load.cache_clear()
+        corpora.load_cached.cache_clear()
         load_corpus(str(path), vocab=50_257)
 
     opened()

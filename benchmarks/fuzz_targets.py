@@ -211,8 +211,8 @@ def journal(folder: Path) -> list[Kind]:
 
     def read_records(data: bytes, here: Path) -> None:
         """Nothing may hold up what comes after it, so this reader never refuses."""
-        path = written(data, here / f"1{spool.ENDING}")
-        if left := sender.send(here, "nowhere"):
+        path = written(data, here / f"1{spool.SPOOL_SUFFIX}")
+        if left := sender.send_spooled_records(here, "nowhere"):
             raise AssertionError(f"{left} records of {path.name} cannot be sent")
 
     vars(sender).update(_mlflow(), say=_)
@@ -266,7 +266,7 @@ def checkpoint(folder: Path) -> list[Kind]:
     from proxies.growth.files import open_trained, read_grown, write_grown
     from proxies.training.checkpoints import HEADER, load_model, load_state, write_run, write_state
     from proxies.training.loop import train
-    from proxies.training.shards import TABLE, sums
+    from proxies.training.shards import TABLE, compute_checksums
 
     shape: dict[str, Any] = {"n_layers": 1, "d_head": 4, "base_width": 4, "vocab": 256, "seq_len": 8, "ff_mult": 1, "eval_windows": 2, "batch_seqs": 2, "warmup_tokens": 8}  # fmt: skip
     config = ProxyConfig(d_model=4, corpus=str(written(b"a few words " * 4000, folder / "corpus.txt")), **shape)
@@ -323,7 +323,7 @@ def checkpoint(folder: Path) -> list[Kind]:
                 packed(data, folder / "run" / HEADER, path / HEADER)
             else:
                 changed = written(data, path / header["data"] / part.name)
-                write_state(header | {"files": header["files"] | sums([changed])}, path / HEADER)
+                write_state(header | {"files": header["files"] | compute_checksums([changed])}, path / HEADER)
             read(path)
 
         return read_part

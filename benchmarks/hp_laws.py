@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from scaling.common.arrays import Array
-from scaling.fitting.bowl import SHAPE, Grouped, fit_bowl, prior_of
+from scaling.fitting.bowl import SHAPE_START, GroupedRuns, fit_bowl, make_prior
 from scaling.fitting.lr_batch_law import fit_hp_law
 from scaling.laws.formulas import HPLaw
 
@@ -63,9 +63,9 @@ def measured(N: float, D: float, runs: pd.DataFrame) -> Truth:
     y, lr, batch = (np.log(runs[c].to_numpy(float)) for c in ("loss", "lr", "batch_tokens"))
     keep = y - y.min() <= 0.3
     nil = np.zeros(int(keep.sum()))
-    data = Grouped(y[keep], lr[keep], batch[keep], nil, nil, nil.astype(np.intp), 1)
-    mean, sd = prior_of("cubic", (float(np.log(4e8)), float(np.log(2e10))), False)
-    sd[[0, 3, *range(SHAPE, sd.size)]] *= 3
+    data = GroupedRuns(y[keep], lr[keep], batch[keep], nil, nil, nil.astype(np.intp), 1)
+    mean, sd = make_prior("cubic", (float(np.log(4e8)), float(np.log(2e10))), False)
+    sd[[0, 3, *range(SHAPE_START, sd.size)]] *= 3
     fit = fit_bowl("cubic", 0.01, data, (mean, sd))
 
     def height(u: float, v: float) -> float:

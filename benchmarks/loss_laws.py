@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from scaling.common.arrays import Array
-from scaling.fitting.envelope import approaches_table, compare_approaches
+from scaling.fitting.envelope import make_approaches_table, compare_approaches
 from scaling.fitting.forms import AVERAGE, compare_forms
 from scaling.fitting.isoflop import fit_isoflop
 from scaling.fitting.loss_law import fit_loss_law
@@ -169,11 +169,11 @@ def optimum(data: Path) -> None:
         )
     c = chinchilla(data)
     print("\nChinchilla's points; at 5.76e23 FLOPs:")
-    table = approaches_table(compare_approaches(c.N, c.D, c.loss, C=c.C), 5.76e23).set_index("approach")
+    table = make_approaches_table(compare_approaches(c.N, c.D, c.loss, C=c.C), 5.76e23).set_index("approach")
     print(table.drop(columns="status").T.map(lambda v: f"{v:.4g}").to_string())
     for family, name, N, D, loss in tables(data):
         if family == "porian":
-            exponents = approaches_table(compare_approaches(N, D, loss), 1e21).set_index("approach")["N_exponent"]
+            exponents = make_approaches_table(compare_approaches(N, D, loss), 1e21).set_index("approach")["N_exponent"]
             print(f"{name:46}" + "".join(f"{k:>10} {v:.3f}" for k, v in exponents.items()) + "   C = 6 N D")
 
 

@@ -27,7 +27,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial
 
 from benchmarks.servers import postgresql, proxy
-from hpo.search.hyperband import rung_sizes
+from hpo.search.hyperband import compute_rung_sizes
 from hpo.search.search import Search
 from hpo.storage.leases import LeaseLost
 
@@ -135,7 +135,7 @@ def faults(study: Search, trials: list[FrozenTrial]) -> list[str]:
     by_rung = Counter((tuple(t.user_attrs["bracket"]), t.user_attrs["rung"]) for t in ours)
     for (bracket, rung), n in by_rung.items():
         start = bracket[-1]
-        most = rung_sizes(start, study.ladder.top, study.ladder.eta)[rung - start]
+        most = compute_rung_sizes(start, study.ladder.top, study.ladder.eta)[rung - start]
         if n > most and (rung == start or not study.asynchronous):  # ahead of time some rise that prove wrong
             said.append(f"bracket {bracket} has {n} runs at rung {rung}, more than {most}")
     return said

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from scaling.common.measurement import Measurement
-from scaling.tracking.client import connect, experiment_id
-from scaling.tracking.experiment import child_run, finish, study_run
-from scaling.tracking.log import log_records, now_ms, result_of
+from scaling.tracking.client import connect, find_experiment_id
+from scaling.tracking.experiment import find_or_create_child_run, set_run_status, find_or_create_study_run
+from scaling.tracking.log import log_records, now_ms, result_to_metrics
 from scaling.tracking.recorder import Recorder
 
 ALL = ("open", "rate", "logging", "commands")
@@ -67,7 +67,7 @@ def _open(uri: str, go: Any, said: Any) -> None:
     began = time.perf_counter()
     try:
         client = connect(uri)
-        study_run(client, "fresh")
+        find_or_create_study_run(client, "fresh")
         said.put((time.perf_counter() - began, None))
     except Exception as error:  # counted
         said.put((time.perf_counter() - began, repr(error)))
@@ -87,7 +87,7 @@ def opened(processes: int) -> None:
         for process in running:
             process.join()
         client = connect(uri)
-        runs = client.search_runs([experiment_id(client, "fresh")])
+        runs = client.search_runs([find_experiment_id(client, "fresh")])
     failed = [why for _, why in rows if why]
     print(
         f"{processes} processes open a fresh store: {len(failed)} failed, {len(runs)} study, {max(s for s, _ in rows):.1f} s"
@@ -110,7 +110,7 @@ def rate(processes: int, points: int) -> None:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         uri, said = f"sqlite:///{folder}/mlflow.db", context.Queue()
-        study_run(connect(uri), "rate")
+        find_or_create_study_run(connect(uri), "rate")
         given = [(uri, f"{folder}/records", f"run-{i}", points, said) for i in range(processes)]
         running = [context.Process(target=_record, args=args) for args in given]
         for process in running:
@@ -136,7 +136,7 @@ def logging(rounds: int) -> None:
     described = trainer.describe(params, fidelity)
     with tempfile.TemporaryDirectory() as folder:
         uri = f"sqlite:///{folder}/mlflow.db"
-        study_run(connect(uri), "quickstart")
+        find_or_create_study_run(connect(uri), "quickstart")
 
         def train(run: Recorder | None) -> tuple[float, int]:
             points = 0
@@ -145,7 +145,7 @@ def logging(rounds: int) -> None:
                 if run is not None:
                     run.add(point)
             if run is not None:
-                run.result(rung=0, tokens=int(fidelity.D), loss=2.0, seconds=1.0, checkpoint=None)
+                run.log_result(rung=0, tokens=int(fidelity.D), loss=2.0, seconds=1.0, checkpoint=None)
                 run.finish()
             return time.perf_counter(), points
 
@@ -180,7 +180,7 @@ def logging(rounds: int) -> None:
 def fill(path: Path, runs: int, points: int) -> None:
     """A study "big" of so many runs of 8 sizes and 6 lengths, each with a curve of so many points."""
     client = connect(f"sqlite:///{path}")
-    parent = study_run(client, "big")
+    parent = find_or_create_study_run(client, "big")
     draw, began, added = random.Random(0), time.perf_counter(), 0.0
     for i in range(runs):
         size, tokens = 1e6 * 2.0 ** draw.randrange(8), int(1e8 * 2.0 ** draw.randrange(6))
@@ -194,13 +194,13 @@ def fill(path: Path, runs: int, points: int) -> None:
             + draw.gauss(0, 0.003)
         )
         params = {"N": size, "lr": lr, "batch_tokens": batch, "seq_len": 1024, "config": i}
-        run = child_run(client, parent, f"config-{i:05d}", role="proxy", params=params)
+        run = find_or_create_child_run(client, parent, f"config-{i:05d}", role="proxy", params=params)
         now = time.perf_counter()
         curve = [({"loss": loss + 2 / (1 + j)}, tokens * (j + 1) // (points + 1), now_ms()) for j in range(points)]
-        metrics, tags = result_of(rung=0, tokens=tokens, loss=loss, seconds=1.0, checkpoint=None)
+        metrics, tags = result_to_metrics(rung=0, tokens=tokens, loss=loss, seconds=1.0, checkpoint=None)
         log_records(client, run, [*curve, (metrics, tokens, now_ms())], tags)
         added += time.perf_counter() - now
-        finish(client, run)
+        set_run_status(client, run)
     took = time.perf_counter() - began
     print(
         f"{runs:,} runs, {runs * points:,} points: {took:.0f} s, {runs / took:.0f} runs a second, "

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from nano import Step, gpt2_flops_per_token, gpt2_step, llama_step
 
 from proxies.config.proxy import ProxyConfig
-from proxies.config.steps import plan
+from proxies.config.steps import plan_steps
 from proxies.data.mixture import open_data
 from proxies.training.run_state import Run
 from proxies.training.stacked import Stack
@@ -46,7 +46,7 @@ FAMILIES = {
 
 def our_step(config: ProxyConfig, device: str = "cpu") -> Step:
     """One training step as `train` does it."""
-    run = Run(config, plan(config, 1 << 40), "", torch.device(device))
+    run = Run(config, plan_steps(config, 1 << 40), "", torch.device(device))
 
     def step(x_bt: torch.Tensor, y_bt: torch.Tensor) -> torch.Tensor:
         loss = run.backward(x_bt, y_bt)
@@ -160,7 +160,7 @@ def together(options: argparse.Namespace) -> None:
             for k in range(options.together)
         ]
         data = [open_data(c) for c in members]
-        alone, stacked = ([Run(c, plan(c, 1 << 40), "", device) for c in members] for _ in range(2))
+        alone, stacked = ([Run(c, plan_steps(c, 1 << 40), "", device) for c in members] for _ in range(2))
         stack = Stack(stacked)
         ratios = []
         for _ in range(options.rounds + 2):

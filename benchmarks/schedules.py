@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from proxies.config.proxy import ProxyConfig
-from proxies.config.steps import plan
+from proxies.config.steps import plan_steps
 from proxies.training.auto_lr import autolrs
 from proxies.training.loop import train
 
@@ -119,7 +119,7 @@ def branches(options: argparse.Namespace) -> None:
 def cost(horizons: Sequence[int]) -> None:
     """Tokens that a ladder of rungs trains: on one trunk with a branch at each rung, and with every rung afresh."""
     config = ProxyConfig()
-    plans = [plan(config, tokens) for tokens in horizons]
+    plans = [plan_steps(config, tokens) for tokens in horizons]
     trunks = [p.trunk_steps * config.batch_tokens for p in plans]
     trained = (
         trunks[0]

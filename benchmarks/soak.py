@@ -37,14 +37,14 @@ from pydantic import BaseModel, ConfigDict
 from benchmarks.servers import MLflow, PostgreSQL, free_port
 from hpo.storage.connect import open_storage
 from hpo.storage.journal import Journal
-from hpo.storage.retry import storage_errors
+from hpo.storage.retry import get_storage_errors
 from hpo.study.config import load_study
 from hpo.study.files import StudyFiles
 from hpo.study.lifecycle import open_existing
 from scaling.common.measurement import Measurement
 from scaling.laws.compute import Fidelity
 from scaling.runs.io import load_runs
-from scaling.tracking.client import connect, experiment_id
+from scaling.tracking.client import connect, find_experiment_id
 from scaling.tracking.log import read_curve
 
 ROOT = Path(__file__).parents[1]
@@ -241,7 +241,7 @@ class World:
 
     def look(self) -> int:
         """Remember every result that the study has by now; how many."""
-        with contextlib.suppress(*storage_errors(), KeyError, ValueError):
+        with contextlib.suppress(*get_storage_errors(), KeyError, ValueError):
             self.seen |= {t.number: result_of(t) for t in self.trials() if t.state.is_finished() and has_result(t)}
         return len(self.seen)
 
@@ -561,7 +561,7 @@ def recorded(world: World, results: Sequence[FrozenTrial]) -> tuple[list[str], i
             said.append(f"{key}: {(loss, gone)} in the study, {got} in MLflow")
     client = connect(world.uri)
     points: dict[str, set[int]] = defaultdict(set)
-    for run in client.search_runs([experiment_id(client, "soak")], "tags.`muscale.role` = 'proxy'", max_results=5000):
+    for run in client.search_runs([find_experiment_id(client, "soak")], "tags.`muscale.role` = 'proxy'", max_results=5000):
         points[run.info.run_name or ""] |= {int(step) for step in read_curve(client, run.info.run_id)[0]}
     tops: dict[str, int] = {}
     for (name, tokens), (loss, _) in wanted.items():

@@ -29,7 +29,7 @@ import numpy as np
 import optuna
 from scipy.stats import norm, spearmanr
 
-from hpo.samplers.names import MODELS
+from hpo.samplers.names import MODEL_SAMPLERS
 from hpo.samplers.unit_cube import Cube
 from scaling.laws.compute import Fidelity
 
@@ -56,24 +56,24 @@ def searches(bench: ModuleType, problem: Any, sampler: str, seeds: Sequence[int]
 
 def fits(problem: Any, surrogate: str, seeds: Sequence[int], times: int) -> list[float]:
     """Median rank correlation, nlpd and seconds per fit, each fitted to 20 * times runs."""
-    from hpo.surrogate.deep_kernels import fit_deep, fit_nngp
-    from hpo.surrogate.gp import fidelity_coordinates, fit_bowl, fit_surrogate
+    from hpo.surrogate.deep_kernels import fit_deep_kernels, fit_nngp_kernel
+    from hpo.surrogate.gp import compute_fidelity_coordinates, fit_bowl_kernel, fit_surrogate
 
-    fitter = {"bowl": fit_bowl, "deep": fit_deep, "nngp": fit_nngp}[surrogate]
+    fitter = {"bowl": fit_bowl_kernel, "deep": fit_deep_kernels, "nngp": fit_nngp_kernel}[surrogate]
     cube, scores = Cube(problem.space()), []
     for seed in seeds:
         rng = np.random.default_rng(seed)
         z = np.repeat(list(MIX), [n * times for n in MIX.values()])
         seen = cube.snap(rng.random((len(z), len(cube.space))))
-        y = np.array([problem.f(cube.params(point), at) for point, at in zip(seen, z, strict=True)])
+        y = np.array([problem.f(cube.to_params(point), at) for point, at in zip(seen, z, strict=True)])
         held = cube.snap(rng.random((300, len(cube.space))))
-        truth = np.array([problem.f(cube.params(point), 1.0) for point in held])
-        coordinates = fidelity_coordinates([Fidelity(1.0, at) for at in z], Fidelity(1.0, 1.0))
+        truth = np.array([problem.f(cube.to_params(point), 1.0) for point in held])
+        coordinates = compute_fidelity_coordinates([Fidelity(1.0, at) for at in z], Fidelity(1.0, 1.0))
         level = np.searchsorted(np.sort(list(MIX)), z).astype(np.int64)
         begun = time.process_time()
-        fit = fit_surrogate(cube.features(seen), coordinates, level, y, fitter=fitter)
+        fit = fit_surrogate(cube.encode(seen), coordinates, level, y, fitter=fitter)
         seconds = time.process_time() - begun
-        mean, sd = fit.predict(cube.features(held), np.zeros(2))
+        mean, sd = fit.predict(cube.encode(held), np.zeros(2))
         better = truth <= np.median(truth)
         nlpd = -norm.logpdf(truth[better], mean[better], sd[better]).mean() - np.log(truth[better].std())
         scores.append((spearmanr(mean, truth).statistic, nlpd, seconds))
@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", type=Path, required=True, help="folder with hpo_regret.py")
     parser.add_argument("--problems", default="steplaw_dense_N,steplaw_dense215_D,branin")
-    parser.add_argument("--samplers", default=",".join(MODELS))
+    parser.add_argument("--samplers", default=",".join(MODEL_SAMPLERS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=5.0)
@@ -100,7 +100,7 @@ def main() -> None:
             print(f"\n{name:20}{'runs':>6}{'rank':>8}{'nlpd':>8}{'s/fit':>8}", flush=True)
             for times in (1, 3):
                 for sampler in options.samplers.split(","):
-                    rank, nlpd, seconds = fits(problem, MODELS[sampler], seeds, times)
+                    rank, nlpd, seconds = fits(problem, MODEL_SAMPLERS[sampler], seeds, times)
                     print(f"  {sampler:18}{20 * times:6d}{rank:8.3f}{nlpd:8.2f}{seconds:8.2f}", flush=True)
         if options.only != "fit":
             print(f"\n{name:20}" + "".join(f"{c:>10d}" for c in (1, 2, 5) if c <= options.budget) + f"{'s/ask':>8}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpo.samplers.multi_fidelity import MultiFidelitySampler as MultiFidelitySampler
-    from hpo.search.hyperband import Ladder as Ladder
+    from hpo.search.ladder import Ladder as Ladder
     from hpo.search.search import Search as Search
     from hpo.search.view import Job as Job
     from hpo.study.config import StudyConfig as StudyConfig
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Job": "hpo.search.view",
-    "Ladder": "hpo.search.hyperband",
+    "Ladder": "hpo.search.ladder",
     "MultiFidelitySampler": "hpo.samplers.multi_fidelity",
     "Search": "hpo.search.search",
     "StudyConfig": "hpo.study.config",

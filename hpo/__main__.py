@@ -63,11 +63,11 @@ def launch(
 
     Example: hpo launch studies/quickstart.toml
     """
-    from hpo.launch.estimate import estimate
+    from hpo.launch.estimate import estimate_cost
     from hpo.launch.launcher import supervise
     from hpo.study.config import load_study
     from hpo.study.files import StudyFiles
-    from hpo.study.lifecycle import create, open_search, refuse_existing, resumable
+    from hpo.study.lifecycle import create_study, open_search, refuse_existing, can_resume
     from scaling.common.studies import find_study_file
 
     ray = ray_at(executor, address)
@@ -79,14 +79,14 @@ def launch(
         show_example(config, trainer)
         if not dry_run:
             refuse_existing(files, uri=tracking_uri)
-        cost = estimate(open_search(config, trainer, None), config, trainer)
+        cost = estimate_cost(open_search(config, trainer, None), config, trainer)
     typer.echo(f"{files.name}: {describe(cost)}", err=True)
-    if not resumable(trainer):
+    if not can_resume(trainer):
         say("  a longer run cannot go on from a shorter one with this trainer: promotions start afresh")
     if dry_run:
         return
     with refusing():
-        search = create(files, config, trainer, uri=tracking_uri, storage=storage)
+        search = create_study(files, config, trainer, uri=tracking_uri, storage=storage)
     finish(supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray), files.name)
 
 
@@ -141,12 +141,12 @@ def worker(
     """
     from hpo.confirm import runs
     from hpo.study.files import StudyFiles
-    from hpo.worker.loop import work
+    from hpo.worker.loop import run_worker
     from scaling.common.studies import find_study_file
 
     with refusing():
         files = StudyFiles(find_study_file(study))
-        code = runs.work(files, uri=tracking_uri) if confirm else work(files, uri=tracking_uri, storage=storage)
+        code = runs.run_confirmation_worker(files, uri=tracking_uri) if confirm else run_worker(files, uri=tracking_uri, storage=storage)
     # One more signal while Python shuts down is no error to show.
     ignore_signals()
     raise typer.Exit(code)
@@ -160,7 +160,7 @@ def status(study: Study, storage: Storage = None, as_json: Json = False) -> None
     """
     from dataclasses import asdict
 
-    from hpo.launch.progress import spent_in_words
+    from hpo.launch.progress import format_spending
 
     search, _ = open_existing(study, storage)
     now = search.progress
@@ -171,7 +171,7 @@ def status(study: Study, storage: Storage = None, as_json: Json = False) -> None
     typer.echo(
         f"{now.done}{planned} evaluations done, {now.running} running, {now.diverged} diverged, {now.configurations} configurations"
     )
-    typer.echo(spent_in_words(now))
+    typer.echo(format_spending(now))
     typer.echo("finished" if search.finished else f"unfinished: `hpo resume {study}` goes on")
 
 
@@ -185,7 +185,7 @@ def best(study: Study, storage: Storage = None, as_json: Json = False) -> None:
     Example: hpo best quickstart --json
     """
     from hpo.confirm.runs import read_confirmation
-    from hpo.confirm.verdict import in_words, is_of, lead_in_words
+    from hpo.confirm.verdict import describe_confirmation, is_current, describe_lead
 
     search, files = open_existing(study, storage)
     with refusing():
@@ -196,7 +196,7 @@ def best(study: Study, storage: Storage = None, as_json: Json = False) -> None:
     typer.echo(f"for N {search.target.N:,.0f}, D {search.target.D:,.0f}:")
     for name, value in answer.items():
         typer.echo(f"  {name} = {value:.4g}" if isinstance(value, float) else f"  {name} = {value}")
-    typer.echo(lead_in_words(search, answer, files.name))
+    typer.echo(describe_lead(search, answer, files.name))
     for at, found in search.usefulness().items():
         warning = "" if found > 0.5 else ": its ranks say little about the target" if found > 0.1 else ": it misleads"
         typer.echo(f"N {at.N:,.0f}, D {at.D:,.0f}: losses go with the target's by {found:.2f}{warning}")
@@ -204,10 +204,10 @@ def best(study: Study, storage: Storage = None, as_json: Json = False) -> None:
     if confirmed:
         of = (
             "confirmed"
-            if is_of(confirmed, search, answer)
+            if is_current(confirmed, search, answer)
             else "not of today's answer and size, but of an earlier one:"
         )
-        typer.echo(f"{of} {in_words(confirmed)}")
+        typer.echo(f"{of} {describe_confirmation(confirmed)}")
 
 
 @app.command()
@@ -231,8 +231,8 @@ def confirm(
     """
     from dataclasses import asdict
 
-    from hpo.confirm.runs import conclude, estimate, files_of, make_plan, supervise
-    from hpo.confirm.verdict import in_words
+    from hpo.confirm.runs import conclude, estimate_confirmation, locate_confirmation, make_plan, supervise
+    from hpo.confirm.verdict import describe_confirmation
     from hpo.study import lifecycle
     from hpo.study.config import load_study
     from hpo.study.files import StudyFiles
@@ -243,8 +243,8 @@ def confirm(
         config, trainer = load_study(files.toml)
         search = lifecycle.open_existing(files, config, trainer, storage=storage)
         show_example(config, trainer)
-        plan = make_plan(search, files_of(files), seeds, against)
-        cost = estimate(plan, files_of(files), config, trainer)
+        plan = make_plan(search, locate_confirmation(files), seeds, against)
+        cost = estimate_confirmation(plan, locate_confirmation(files), config, trainer)
     say(f"{files.name}: {plan.answer} against {plan.rival}, {seeds} fresh seeds each at {plan.at}")
     say(f"{files.name}: {cost.evaluations} of {len(plan.runs)} runs left, {describe_work(cost)}")
     if not search.finished:
@@ -259,7 +259,7 @@ def confirm(
             raise typer.Exit(code)
     with refusing():
         outcome = asdict(conclude(files, plan, uri=tracking_uri))
-    typer.echo(json.dumps(outcome) if as_json else in_words(outcome))
+    typer.echo(json.dumps(outcome) if as_json else describe_confirmation(outcome))
 
 
 @app.command()
@@ -282,7 +282,7 @@ def forget(
     if not yes:
         typer.confirm(f"remove {files.folder} and the runs of study {files.name!r} in MLflow?", abort=True)
     with refusing():
-        gone = lifecycle.forget(files, uri=tracking_uri, storage=storage)
+        gone = lifecycle.delete_study(files, uri=tracking_uri, storage=storage)
     typer.echo(f"{files.name}: " + ("removed" if gone else "there was nothing to remove"))
 
 
@@ -293,9 +293,9 @@ def ray_at(executor: str, address: str) -> str | None:
             raise ValueError(f"needed --executor local or ray, got {executor!r}")
         if executor == "local":
             return None
-        from hpo.launch.ray_cluster import Ray
+        from hpo.launch.ray_cluster import RayCluster
 
-        with Ray(address):
+        with RayCluster(address):
             return address
 
 
@@ -308,13 +308,13 @@ def go_on(
     dry_run: bool,
     tracking_uri: str | None,
 ) -> None:
-    from hpo.launch.estimate import estimate
-    from hpo.launch.launcher import send_left, supervise
-    from hpo.storage.retry import patiently
+    from hpo.launch.estimate import estimate_cost
+    from hpo.launch.launcher import send_pending_records, supervise
+    from hpo.storage.retry import retry_storage
     from hpo.study import lifecycle
     from hpo.study.config import load_study
     from hpo.study.files import StudyFiles
-    from hpo.study.mlflow_run import ending_of, noted, target_of
+    from hpo.study.mlflow_run import record_ending, update_study_run, record_target
     from scaling.common.studies import find_study_file
 
     with refusing():
@@ -327,17 +327,17 @@ def go_on(
             problems = trainer.problems(config.distributions, (config.search.tokens.min, max_tokens))
             if problems:
                 raise ValueError("; ".join(problems))
-        cost = patiently(lambda: estimate(search, config, trainer, max_tokens=max_tokens))
+        cost = retry_storage(lambda: estimate_cost(search, config, trainer, max_tokens=max_tokens))
         if not dry_run:
-            noted(files.name, tracking_uri, target_of(config, trainer))
+            update_study_run(files.name, tracking_uri, record_target(config, trainer))
             if max_tokens is not None:
                 search.extend(max_tokens)
     typer.echo(f"{files.name}: {describe(cost)}", err=True)
     if dry_run:
         return
     if not cost.evaluations:
-        send_left(files, tracking_uri)
-        noted(files.name, tracking_uri, ending_of(search))
+        send_pending_records(files, tracking_uri)
+        update_study_run(files.name, tracking_uri, record_ending(search))
         typer.echo(f"nothing left to run; `hpo extend {files.name} --max-tokens ...` raises its budget", err=True)
         return
     finish(supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray), files.name)

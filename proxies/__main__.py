@@ -41,7 +41,7 @@ def check(
 
     Example: proxies check studies/quickstart.toml
     """
-    from proxies.config.optimizer_gate import STEPS, STEPS_OF
+    from proxies.config.optimizer_gate import CHECK_STEPS, CHECK_STEPS_BY_OPTIMIZER
     from proxies.diagnostics.certificate import write_certificate
     from proxies.diagnostics.coord_check import coordinate_check
 
@@ -63,7 +63,7 @@ def check(
             numbers("--widths", widths) or usual,
             depths=numbers("--depths", depths),
             seeds=seeds,
-            steps=STEPS_OF.get(config.optimizer, STEPS),
+            steps=CHECK_STEPS_BY_OPTIMIZER.get(config.optimizer, CHECK_STEPS),
             engine=engine,
             ranks=ranks,
         )
@@ -97,7 +97,7 @@ def transfer(
 
     Example: proxies transfer studies/quickstart.toml --sizes 32,64,128 --dry-run
     """
-    from proxies.diagnostics.lr_transfer import arms_of, expected_cost
+    from proxies.diagnostics.lr_transfer import make_arms, estimate_cost
     from proxies.diagnostics.lr_transfer import transfer as run
 
     with refusing():
@@ -107,7 +107,7 @@ def transfer(
         chosen = numbers("--sizes", sizes) or (
             list(family.widths) if over == "width" else [layers, 2 * layers, 4 * layers]
         )
-        flops, seconds = expected_cost(arms_of(config, over, chosen, control=control), tokens, seeds)
+        flops, seconds = estimate_cost(make_arms(config, over, chosen, control=control), tokens, seeds)
         runs = toml.parent / toml.stem / "transfer" / "runs.jsonl"
         typer.echo(
             f"about {flops:.2g} FLOPs, {seconds / 60:.1f} core-minutes, less what {runs} holds of it; "
@@ -182,7 +182,7 @@ def train(
     last = None
     try:
         with interrupt_on_sigterm(), closing(points):
-            for last in usage.of(points):
+            for last in usage.watch(points):
                 typer.echo(json.dumps(asdict(last)))
     except KeyboardInterrupt as stop:
         raise interrupted(stop, keep) from stop
@@ -247,7 +247,7 @@ def recipe(
 
     Example: proxies recipe quickstart --width 1024 --set lr=0.0078 --for torchtitan
     """
-    from proxies.model.export import as_json, as_megatron, as_table, as_torchtitan
+    from proxies.model.export import format_json, format_megatron, format_table, format_torchtitan
     from proxies.model.recipe import Recipe
 
     tuned: int | None
@@ -269,10 +269,10 @@ def recipe(
         )
         length = tokens or tuned
         text = {
-            "table": lambda: as_table(moved, length),
-            "json": lambda: as_json(moved, length),
-            "torchtitan": lambda: as_torchtitan(moved),
-            "megatron": lambda: as_megatron(moved, length),
+            "table": lambda: format_table(moved, length),
+            "json": lambda: format_json(moved, length),
+            "torchtitan": lambda: format_torchtitan(moved),
+            "megatron": lambda: format_megatron(moved, length),
         }[form]()
     typer.echo(text)
 

@@ -11,8 +11,8 @@ import typer
 
 from scaling.common.cli import Json, Uri, make_app, refusing, say
 from scaling.common.quantities import read_count
-from scaling.common.redact import without_passwords
-from scaling.runs.io import is_file
+from scaling.common.redact import redact_passwords
+from scaling.runs.io import is_table_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +52,7 @@ def import_(
 
     Example: scaling import sweep.csv --out sweep.parquet --map N=params --map D=step:steps --map batch_tokens=bs:sequences --set seq_len=2048
     """
-    from scaling.runs.importer import import_runs, quarantine, read_mapping
+    from scaling.runs.importer import import_runs, summarize_exclusions, read_mapping
     from scaling.runs.io import check_writable, save_runs
 
     with refusing():
@@ -64,7 +64,7 @@ def import_(
             source, mapping=mapped, constants=constants, metric=metric, tracking_uri=tracking_uri
         )
         save_runs(runs, out)
-    for line in [*remarks, *quarantine(runs)]:
+    for line in [*remarks, *summarize_exclusions(runs)]:
         say(line)
     typer.echo(
         f"{len(runs)} runs ({int(runs['diverged'].sum())} diverged) in {runs.groupby(['N', 'D']).ngroups} (N, D) groups: {out}"
@@ -83,13 +83,13 @@ def fit(
     Example: scaling fit quickstart
     Example: scaling fit runs.csv --no-compare --json
     """
-    from scaling.report.fit_summary import overview, overview_text
+    from scaling.report.fit_summary import summarize_fits, format_summary
     from scaling.runs.io import load_runs
 
     with refusing():
-        said = overview(load_runs(source, tracking_uri=tracking_uri), compare=compare)
+        said = summarize_fits(load_runs(source, tracking_uri=tracking_uri), compare=compare)
     record(source, tracking_uri, "fit", {k: v for k, v in said.items() if k not in LONG})
-    typer.echo(json.dumps(said, allow_nan=False) if as_json else overview_text(said))
+    typer.echo(json.dumps(said, allow_nan=False) if as_json else format_summary(said))
     if said["loss_law"] is None:
         raise typer.Exit(3)
 
@@ -140,7 +140,7 @@ def recommend(
     with refusing():
         runs = load_runs(source, tracking_uri=tracking_uri)
         space = None
-        if not is_file(source):
+        if not is_table_file(source):
             from scaling.tracking.client import connect
             from scaling.tracking.experiment import find_study_run
             from scaling.tracking.log import read_note
@@ -189,8 +189,8 @@ def report(
     Example: scaling report quickstart
     """
     from scaling.advice.recommendation import Recommendation
-    from scaling.curves.backtest import study_curves
-    from scaling.report.html import render
+    from scaling.curves.backtest import read_study_curves
+    from scaling.report.html import render_report
     from scaling.runs.io import load_runs
     from scaling.tracking.client import connect
     from scaling.tracking.experiment import find_study_run
@@ -198,9 +198,9 @@ def report(
 
     with refusing():
         runs = load_runs(source, tracking_uri=tracking_uri)
-        if is_file(source):
+        if is_table_file(source):
             path = out or Path(source).with_suffix(".html")
-            path.write_text(render(Path(source).stem, runs))
+            path.write_text(render_report(Path(source).stem, runs))
             typer.echo(f"report: {path}")
             return
         if out is None and Path(source).name != source:  # MLflow knows names that would lead elsewhere
@@ -214,14 +214,14 @@ def report(
         before = answer  # what was predicted before the target ran: since then laws may have learnt from it
         if answer and (told := read_note(client, parent, "predicted")):
             before = Recommendation.from_dict(answer.to_dict() | told)
-        page = render(
+        page = render_report(
             source,
             runs,
             recommendation=answer,
             predicted=before,
             targets=curves,
             warm_start=warm,
-            curves=study_curves(client, runs),
+            curves=read_study_curves(client, runs),
         )
         path = out or Path("studies") / source / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ def report(
         if "interval" not in name:  # said above, with the interval
             typer.echo(f"{name}: {value}")
     typer.echo(f"\nreport     {path}")
-    typer.echo(f"runs       mlflow ui --backend-store-uri {without_passwords(client.tracking_uri)}")
+    typer.echo(f"runs       mlflow ui --backend-store-uri {redact_passwords(client.tracking_uri)}")
     journal = Path("studies") / source / "study.journal"
     if journal.exists():
         typer.echo(f"trials     optuna-dashboard {journal}")
@@ -255,7 +255,7 @@ def pairs(option: str, given: list[str]) -> dict[str, str]:
 
 def record(source: str, tracking_uri: str | None, name: str, value: dict[str, Any]) -> None:
     """Keep an answer with the study that it came from (a file has no place for it)."""
-    if is_file(source):
+    if is_table_file(source):
         return
     from scaling.tracking.client import connect
     from scaling.tracking.experiment import find_study_run

@@ -12,6 +12,6 @@ from scaling.tracking import recorder
 @pytest.fixture(autouse=True)
 def _no_commit_of_another_folder() -> Iterator[None]:
     """Records name the commit of the folder that a process began in, once found; tests change the folder."""
-    recorder._commit.cache_clear()
+    recorder.read_git_commit_once.cache_clear()
     yield
-    recorder._commit.cache_clear()
+    recorder.read_git_commit_once.cache_clear()

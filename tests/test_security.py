@@ -1,4 +1,7 @@
-"""What docs/security.md promises: no password is shown or recorded, no name is markup, no file runs or gives away more than it should."""
+"""What docs/security.md promises.
+
+No password is shown or recorded, no name becomes markup, and no file runs code or exposes more than it should.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,12 @@ from hypothesis import strategies as st
 from sqlalchemy.engine import URL
 from typer.testing import CliRunner
 
-from scaling.common.redact import secrets_in, without_passwords
+from scaling.common.redact import find_secrets, redact_passwords
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("scaling", "hpo", "proxies", "studies", "benchmarks")
-HUSH = "hush%40x"  # the password of every URL here
+# The password in every URL of these tests.
+HUSH = "hush%40x"
 mlflow_warns = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
 )
@@ -60,9 +64,9 @@ mlflow_warns = pytest.mark.filterwarnings(
         ("tokens=5 key=7 --eos-token=x", "tokens=5 key=7 --eos-token=x"),
     ],
 )  # fmt: skip
-def test_a_url_is_shown_without_what_opens_it(text: str, shown: str) -> None:
-    assert without_passwords(text) == shown
-    assert without_passwords(shown) == shown
+def test_a_url_is_shown_without_its_credentials(text: str, shown: str) -> None:
+    assert redact_passwords(text) == shown
+    assert redact_passwords(shown) == shown
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -76,7 +80,7 @@ def test_a_password_of_any_characters_is_hidden_as_sqlalchemy_hides_it(
     driver: str, user: str, password: str, port: int | None
 ) -> None:
     url = URL.create(driver, user, password, "db.example.org", port, "runs", {"sslmode": "require"})
-    assert without_passwords(url.render_as_string(hide_password=False)) == url.render_as_string(hide_password=True)
+    assert redact_passwords(url.render_as_string(hide_password=False)) == url.render_as_string(hide_password=True)
 
 
 def test_settings_that_are_credentials_are_named_and_no_others() -> None:
@@ -85,7 +89,7 @@ def test_settings_that_are_credentials_are_named_and_no_others() -> None:
         "list": [{"api_key": "y"}, {"eos_token": "</s>", "password": ""}],
         "tokens": {"min": 1},
     }  # fmt: skip
-    assert [line.split(":")[0] for line in secrets_in(table)] == [
+    assert [line.split(":")[0] for line in find_secrets(table)] == [
         "trainer.environment.HF_TOKEN",
         "trainer.environment.STORE",
         "list.0.api_key",
@@ -133,17 +137,17 @@ PLAN: dict[str, Any] = {
 def test_no_command_shows_the_password_of_a_store_that_fails(
     words: tuple[str, ...], uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """MLflow quotes such an address whole."""
+    """MLflow quotes such an address in full."""
     (tmp_path / "studies").mkdir()
     for name in ("external.toml", "external.py"):
         (tmp_path / "studies" / name).write_text((ROOT / "studies" / name).read_text())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     app = __import__(f"{words[0]}.__main__", fromlist=["app"]).app
-    told = CliRunner().invoke(app, [*words[1:], "--tracking-uri", uri])
-    assert told.exit_code in (1, 2)
-    assert "127.0.0.1:1" in told.output
-    assert "hush" not in told.output + "".join(traceback.format_exception(told.exception))
+    result = CliRunner().invoke(app, [*words[1:], "--tracking-uri", uri])
+    assert result.exit_code in (1, 2)
+    assert "127.0.0.1:1" in result.output
+    assert "hush" not in result.output + "".join(traceback.format_exception(result.exception))
     assert "hush" not in "".join(p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file())
 
 
@@ -155,16 +159,16 @@ def test_optuna_does_not_quote_the_password_of_a_storage() -> None:
         f"postgresql://me:{HUSH}@127.0.0.1:1/d",
         f"postgresql://me:{HUSH}@h:port/d",
     ):
-        with pytest.raises(Exception) as failed:  # noqa: PT011 - of three libraries, none of which says a word of it
+        with pytest.raises(Exception) as failed:  # noqa: PT011 - three libraries raise three errors
             open_storage(url, None)
-        assert "hush" not in without_passwords("".join(traceback.format_exception(failed.value))), url
+        assert "hush" not in redact_passwords("".join(traceback.format_exception(failed.value))), url
 
 
 @mlflow_warns
 def test_the_records_hold_neither_addresses_nor_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Not in the database, nor in what waits for it, in a repository whose remote has a token."""
+    """Neither the database nor the records that wait for it, in a repository whose remote has a token."""
     from scaling.tracking import recorder, sender
     from scaling.tracking.client import connect
 
@@ -177,11 +181,11 @@ def test_the_records_hold_neither_addresses_nor_the_environment(
     for uri, folder in ((store, "sent"), (f"http://me:{HUSH}@127.0.0.1:1", "waiting")):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with recorder.Recorder(None, "s", "run", role="proxy", params={"lr": 0.1}, folder=tmp_path / folder) as run:
-            run.tag("note", "x")
+            run.set_tag("note", "x")
             run.finish()
-    assert "127.0.0.1" in (said := capfd.readouterr().err)
-    assert "hush" not in said
-    assert sender.send(tmp_path / "waiting", store) == 0
+    assert "127.0.0.1" in (logged := capfd.readouterr().err)
+    assert "hush" not in logged
+    assert sender.send_spooled_records(tmp_path / "waiting", store) == 0
     connect(store)
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as db:
         assert "run" in (dumped := "\n".join(db.iterdump()))
@@ -190,14 +194,14 @@ def test_the_records_hold_neither_addresses_nor_the_environment(
 
 
 def test_a_password_is_on_no_command_line(tmp_path: Path) -> None:
-    """Every user of a machine can read those of all processes."""
-    from proxies.launch.arms import commands, shown
+    """Every user of a machine can read the command lines of all processes."""
+    from proxies.launch.arms import build_commands, format_commands
     from proxies.launch.plan import LaunchPlan
 
     plan, uri = LaunchPlan.model_validate(PLAN), f"postgresql://me:{HUSH}@h/d"
-    (words,) = commands(plan, tmp_path / "plan.json", "scratch", uri=uri)
+    (words,) = build_commands(plan, tmp_path / "plan.json", "scratch", uri=uri)
     assert "hush" not in shlex.join(words)
-    text = shown(plan, tmp_path / "plan.json", ["scratch"], uri=uri)
+    text = format_commands(plan, tmp_path / "plan.json", ["scratch"], uri=uri)
     assert (
         text.splitlines()[0]
         == "# first, on each node, with its password: export MLFLOW_TRACKING_URI=postgresql://me:***@h/d"
@@ -209,7 +213,7 @@ def test_a_password_is_on_no_command_line(tmp_path: Path) -> None:
 
 
 class Elements(HTMLParser):
-    """The kinds of elements of a page, each with the names of its attributes."""
+    """Collect the kinds of elements of a page, each with the names of its attributes."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -230,21 +234,21 @@ NAMES = (
 
 
 def test_no_name_becomes_an_element_of_a_report() -> None:
-    """Whatever runs, studies, notes and arms are called, the page has the elements and attributes of a tame one."""
-    tame, wild = page_of(["name"] * len(NAMES)), page_of(NAMES)
-    assert Elements(wild).kinds == Elements(tame).kinds
-    assert not {"script", "img", "iframe", "object", "link", "a", "b"} & Elements(wild).kinds.keys()
-    assert len(wild.split("<svg")) == len(tame.split("<svg"))
-    assert all(name in html.unescape(wild) for name in NAMES)
+    """Whatever runs, studies, notes and arms are called, the page has the elements and attributes of a harmless one."""
+    harmless, hostile = render_page(["name"] * len(NAMES)), render_page(NAMES)
+    assert Elements(hostile).kinds == Elements(harmless).kinds
+    assert not {"script", "img", "iframe", "object", "link", "a", "b"} & Elements(hostile).kinds.keys()
+    assert len(hostile.split("<svg")) == len(harmless.split("<svg"))
+    assert all(name in html.unescape(hostile) for name in NAMES)
 
 
-def page_of(names: Sequence[str]) -> str:
-    """A report in which everything that can have a name has one of these."""
+def render_page(names: Sequence[str]) -> str:
+    """Render a report in which everything that can have a name has one of these."""
     from scaling.advice.flags import Flag
     from scaling.advice.recommendation import recommend
     from scaling.curves.backtest import RunCurve
     from scaling.report.figures import TargetCurve
-    from scaling.report.html import render
+    from scaling.report.html import render_report
     from tests.test_scaling.test_report import curves, planted
 
     runs = planted((1e4, 1e5), parametrization="mup", config="1", rung=0, checkpoint="x.pt")
@@ -263,21 +267,21 @@ def page_of(names: Sequence[str]) -> str:
         for (i, c), name in zip(enumerate(curves()), cycle(names), strict=False)
     ]
     targets = [TargetCurve(name, [1e5, 1e6], [3.0, 2.5], 3e6, 2.0) for name in names]
-    return render(a, runs, recommendation=answer, targets=targets, warm_start=more, curves=lines)
+    return render_report(a, runs, recommendation=answer, targets=targets, warm_start=more, curves=lines)
 
 
-# --- rights -----------------------------------------------------------------------------------------------------------
+# --- permissions ------------------------------------------------------------------------------------------------------
 
-MADE = """
+WRITE_FILES = """
 import sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 from optuna.distributions import FloatDistribution
 from hpo.search.search import Search
 from hpo.worker.results import write_result
-from proxies.launch.arms import Ended
+from proxies.launch.arms import ArmResult
 from proxies.training.checkpoints import FORMAT, write_run
-from proxies.growth.runs import add_row
+from proxies.growth.runs import append_row
 from proxies.launch.plan import LaunchPlan, write_plan
 from proxies.data.token_files import kept_file
 from scaling.tracking.client import connect
@@ -288,15 +292,16 @@ import json, torch
 
 here, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
 store = f"sqlite:///{here}/mlflow.db"
-search = Search({"lr": FloatDistribution(1e-3, 1.0)}, tokens=(100, 900), sampler="random", storage=here / "study" / "study.journal")
+space = {"lr": FloatDistribution(1e-3, 1.0)}
+search = Search(space, tokens=(100, 900), sampler="random", storage=here / "study" / "study.journal")
 search.tell(search.ask(), 1.0)
-Search({"lr": FloatDistribution(1e-3, 1.0)}, tokens=(100, 900), sampler="random", storage=f"sqlite:///{here}/optuna.db").ask()
+Search(space, tokens=(100, 900), sampler="random", storage=f"sqlite:///{here}/optuna.db").ask()
 write_run({"format": FORMAT, "weights": {"a": torch.ones(3)}}, here / "run.pt")
 write_run({"format": FORMAT, "weights": {"a": torch.ones(3)}}, here / "run")
 write_plan(LaunchPlan.model_validate(plan), here / "target" / "plan.json")
-Ended(2.0, 100, 1.0, None).write(here / "target", "scratch")
+ArmResult(2.0, 100, 1.0, None).write(here / "target", "scratch")
 write_result(here / "result.json", 1.0)
-add_row(here / "ladders.jsonl", {})
+append_row(here / "ladders.jsonl", {})
 kept_file("key", ".txt", lambda: "text")
 run = Recorder("http://127.0.0.1:1", "s", "run", role="proxy", params={}, folder=here / "records")
 run.finish()
@@ -309,19 +314,19 @@ log_file(client, parent, here / "result.json")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
-def test_what_is_written_has_the_rights_that_the_umask_leaves(umask: int, tmp_path: Path) -> None:
-    """A private study stays private, and in a folder that a group shares each of it can write what others of it made."""
+def test_files_have_the_permissions_that_the_umask_leaves(umask: int, tmp_path: Path) -> None:
+    """A private study stays private, and in a shared folder each member of the group can write what others made."""
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "MUSCALE_CACHE": str(tmp_path / "cache"),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     }
-    words = [sys.executable, "-c", MADE, str(tmp_path), json.dumps(PLAN)]
+    words = [sys.executable, "-c", WRITE_FILES, str(tmp_path), json.dumps(PLAN)]
     done = subprocess.run(words, env=env, umask=umask, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    made = [p for p in tmp_path.rglob("*") if not p.is_symlink()]
-    names = {p.name for p in made}
+    written = [p for p in tmp_path.rglob("*") if not p.is_symlink()]
+    names = {p.name for p in written}
     assert {
         "study.journal",
         "optuna.db",
@@ -335,18 +340,18 @@ def test_what_is_written_has_the_rights_that_the_umask_leaves(umask: int, tmp_pa
         "key.txt",
     } <= names
     assert any(name.endswith(".spool.jsonl") for name in names)
-    assert any("artifacts" in p.parts and p.name == "result.json" for p in made)
-    rights = {str(p.relative_to(tmp_path)): stat.S_IMODE(p.stat().st_mode) for p in made}
-    by_others = {name for name, mode in rights.items() if mode & umask}
-    assert not by_others
-    kept = {name: oct(mode) for name, mode in rights.items() if mode | 0o111 != (0o777 & ~umask) | 0o111}
-    assert kept == ({"optuna.db": "0o644"} if umask == 0o002 else {})  # made by SQLite, through Optuna
+    assert any("artifacts" in p.parts and p.name == "result.json" for p in written)
+    rights = {str(p.relative_to(tmp_path)): stat.S_IMODE(p.stat().st_mode) for p in written}
+    assert not {name for name, mode in rights.items() if mode & umask}
+    # SQLite creates optuna.db, through Optuna, without the group's right to write.
+    narrower = {name: oct(mode) for name, mode in rights.items() if mode | 0o111 != (0o777 & ~umask) | 0o111}
+    assert narrower == ({"optuna.db": "0o644"} if umask == 0o002 else {})
 
 
-# --- what is run ------------------------------------------------------------------------------------------------------
+# --- what is executed -------------------------------------------------------------------------------------------------
 
 
-def test_a_trainer_is_said_before_its_module_is_imported(
+def test_a_trainer_is_named_before_its_module_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hpo.study.config import StudyError, load_study
@@ -366,47 +371,47 @@ def test_a_trainer_is_said_before_its_module_is_imported(
     assert capsys.readouterr().err == "importing the trainer loud_trainer:Trainer\nimported\n"
 
 
-def test_a_command_is_said_whole_with_its_folder_and_variables(tmp_path: Path) -> None:
+def test_a_command_is_shown_in_full_with_its_folder_and_variables(tmp_path: Path) -> None:
     from proxies.trainers.command_family import CommandFamily
     from scaling.laws.compute import Fidelity
 
     family = CommandFamily(
         command="train --lr {lr} {tokens}", sizes=[{"N": 10}], cwd=tmp_path, environment={"LD_PRELOAD": "a b.so"}
     )
-    said = family.example({"lr": "1; rm x"}, Fidelity(10, 100))
-    assert said == f"cd {tmp_path} && env 'LD_PRELOAD=a b.so' train --lr '1; rm x' 100"
+    shown = family.example({"lr": "1; rm x"}, Fidelity(10, 100))
+    assert shown == f"cd {tmp_path} && env 'LD_PRELOAD=a b.so' train --lr '1; rm x' 100"
 
 
 @pytest.mark.parametrize("field", ["{lr.__class__}", "{lr.__init__.__globals__}", "{lr[0]}", "{lr!r}", "{lr:>30}"])
 def test_a_name_in_a_command_is_a_name_and_no_more(field: str) -> None:
-    from proxies.trainers.command import resolved
+    from proxies.trainers.command import resolve_command
 
     with pytest.raises(ValueError, match=r"a \{name\} and no more between braces"):
-        resolved(f"train {field}", {"lr": 0.1})
-    assert resolved("train '{\"a\": {lr}}' {a: 1}", {"lr": 0.1}) == ["train", '{"a": 0.1}', "{a:", "1}"]
+        resolve_command(f"train {field}", {"lr": 0.1})
+    assert resolve_command("train '{\"a\": {lr}}' {a: 1}", {"lr": 0.1}) == ["train", '{"a": 0.1}', "{a:", "1}"]
 
 
-def calls(path: Path) -> list[tuple[str, ast.Call]]:
-    """Every call of a file, with the name that is called as it is written."""
+def find_calls(path: Path) -> list[tuple[str, ast.Call]]:
+    """Return every call in a file with the name of what is called, as written."""
     tree = ast.parse(path.read_text())
     return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
-def test_nothing_is_unpickled_but_by_the_readers_that_allow_it() -> None:
+def test_only_the_restricted_readers_unpickle() -> None:
     wrong = []
     for path in (p for package in PACKAGES for p in (ROOT / package).rglob("*.py")):
-        for name, call in calls(path):
-            said = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        for name, call in find_calls(path):
+            options = {k.arg: ast.unparse(k.value) for k in call.keywords}
             end = name.split(".")[-1]
             bad = (
-                (name in ("torch.load", "load_state_dict_from_url") and said.get("weights_only") != "True")
-                or (name in ("np.load", "numpy.load") and said.get("allow_pickle", "False") != "False")
+                (name in ("torch.load", "load_state_dict_from_url") and options.get("weights_only") != "True")
+                or (name in ("np.load", "numpy.load") and options.get("allow_pickle", "False") != "False")
                 or (
                     name.startswith(("pickle.", "marshal.", "joblib.", "dill.", "shelve."))
                     and end in ("load", "loads", "open", "Unpickler")
                 )
                 or name in ("eval", "exec", "pd.read_pickle", "yaml.load", "os.system", "os.popen")
-                or said.get("shell", "False") != "False"
+                or options.get("shell", "False") != "False"
             )
             if bad:
                 wrong.append(f"{path.relative_to(ROOT)}:{call.lineno} {name}")
@@ -420,11 +425,11 @@ def test_nothing_is_unpickled_but_by_the_readers_that_allow_it() -> None:
     assert text == {"proxies/training/shards.py"}
 
 
-# --- folders of a run made by someone who knows the checksums ---------------------------------------------------------
+# --- run folders from an attacker who can compute checksums ------------------------------------------------------------
 
 
-class Trap:
-    """Makes a folder when it is unpickled."""
+class FolderTrap:
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -433,20 +438,20 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-def text(word: str) -> bytes:
+def pickle_text(word: str) -> bytes:
     return b"\x8c" + bytes([len(word)]) + word.encode()
 
 
-METADATA = text("torch.distributed.checkpoint.metadata") + text("Metadata") + b"\x93"
+METADATA = pickle_text("torch.distributed.checkpoint.metadata") + pickle_text("Metadata") + b"\x93"
 TRAPS = {
-    "os.mkdir": text("posix") + text("mkdir") + b"\x93" + text("ran") + b"\x85R.",
-    "builtins.eval": text("builtins") + text("eval") + b"\x93" + text("1") + b"\x85R.",
-    "what torch has imported": text("torch.distributed.checkpoint.filesystem") + text("os.mkdir") + b"\x93" + text("ran") + b"\x85R.",
-    "torch's own loader": text("torch") + text("load") + b"\x93" + text("x.pt") + b"\x85R.",
-    "a writer": text("torch.distributed.checkpoint.filesystem") + text("FileSystemWriter") + b"\x93" + text("ran") + b"\x85R.",
-    "a bytes entry": text("torch.distributed.checkpoint.metadata") + text("BytesStorageMetadata") + b"\x93)\x81.",
-    "an attribute of a class": METADATA + b"N}" + text("planner_data") + b"K\x01s\x86b.",
-    "an attribute of a function": text("torch.serialization") + text("_get_layout") + b"\x93}" + text("x") + b"K\x01sb.",
+    "os.mkdir": pickle_text("posix") + pickle_text("mkdir") + b"\x93" + pickle_text("ran") + b"\x85R.",
+    "builtins.eval": pickle_text("builtins") + pickle_text("eval") + b"\x93" + pickle_text("1") + b"\x85R.",
+    "a module that torch has imported": pickle_text("torch.distributed.checkpoint.filesystem") + pickle_text("os.mkdir") + b"\x93" + pickle_text("ran") + b"\x85R.",
+    "torch's own loader": pickle_text("torch") + pickle_text("load") + b"\x93" + pickle_text("x.pt") + b"\x85R.",
+    "a writer": pickle_text("torch.distributed.checkpoint.filesystem") + pickle_text("FileSystemWriter") + b"\x93" + pickle_text("ran") + b"\x85R.",
+    "a bytes entry": pickle_text("torch.distributed.checkpoint.metadata") + pickle_text("BytesStorageMetadata") + b"\x93)\x81.",
+    "an attribute of a class": METADATA + b"N}" + pickle_text("planner_data") + b"K\x01s\x86b.",
+    "an attribute of a function": pickle_text("torch.serialization") + pickle_text("_get_layout") + b"\x93}" + pickle_text("x") + b"K\x01sb.",
     "a persistent object": b"Pid\n.",
     "an extension": b"\x82\x01.",
     "a memo of 34 GB": b"Nr\xff\xff\xff\x7f.",
@@ -458,9 +463,7 @@ TRAPS = {
 
 
 @pytest.mark.parametrize("which", TRAPS)
-def test_a_table_of_tensors_runs_nothing_that_is_in_it(
-    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_of_tensors_executes_nothing(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.checkpoint.metadata import Metadata
 
     from proxies.training.shards import TABLE, open_tensors
@@ -475,12 +478,12 @@ def test_a_table_of_tensors_runs_nothing_that_is_in_it(
 
 
 def test_a_tensor_that_a_table_calls_bytes_is_not_unpickled(tmp_path: Path) -> None:
-    """torch reads such an entry with weights_only=False, whatever was asked for."""
+    """torch reads such an entry with weights_only=False, whatever the caller asked for."""
     import torch
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
     from proxies.training.checkpoints import FORMAT, HEADER, load_state, write_run, write_state
-    from proxies.training.shards import TABLE, sums
+    from proxies.training.shards import TABLE, compute_checksums
 
     path = tmp_path / "run"
     write_run({"format": FORMAT, "trunk": {"c": torch.ones(3, 2)}}, path)
@@ -488,7 +491,7 @@ def test_a_tensor_that_a_table_calls_bytes_is_not_unpickled(tmp_path: Path) -> N
     folder = path / header["data"]
     table: Any = pickle.loads((folder / TABLE).read_bytes())
     trap = io.BytesIO()
-    torch.save(Trap(tmp_path / "ran"), trap)
+    torch.save(FolderTrap(tmp_path / "ran"), trap)
     (part,) = (p for p in folder.iterdir() if p.name != TABLE)
     part.write_bytes(trap.getvalue())
     (info,) = table.storage_data.values()
@@ -496,7 +499,7 @@ def test_a_tensor_that_a_table_calls_bytes_is_not_unpickled(tmp_path: Path) -> N
     table.state_dict_metadata = {"trunk/c": BytesStorageMetadata()}
     table.storage_data = {MetadataIndex("trunk/c"): info}
     (folder / TABLE).write_bytes(pickle.dumps(table))
-    write_state(header | {"files": sums(folder.iterdir())}, path / HEADER)
+    write_state(header | {"files": compute_checksums(folder.iterdir())}, path / HEADER)
     with pytest.raises(ValueError, match="BytesStorageMetadata"):
         load_state(path)
     assert not (tmp_path / "ran").exists()
@@ -523,17 +526,17 @@ def test_a_header_names_nothing_outside_its_folder(change: dict[str, Any], tmp_p
 
 @mlflow_warns
 @pytest.mark.parametrize("name", ["/tmp/elsewhere", "../elsewhere", "a/b"])
-def test_a_study_of_mlflow_whose_name_is_a_path_is_not_written_to_that_path(
+def test_an_experiment_whose_name_is_a_path_is_not_written_to_that_path(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Databricks calls experiments so; anyone who can write to a shared store can."""
+    """Databricks names experiments by paths, and anyone who can write to a shared store can."""
     from scaling.__main__ import app
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("scaling.runs.io.load_runs", lambda *_, **__: None)
-    told = CliRunner().invoke(app, ["report", name, "--tracking-uri", f"sqlite:///{tmp_path}/x.db"])
-    assert told.exit_code == 2
-    assert "is no name of a folder in studies/: say --out" in told.output
+    result = CliRunner().invoke(app, ["report", name, "--tracking-uri", f"sqlite:///{tmp_path}/x.db"])
+    assert result.exit_code == 2
+    assert "is no name of a folder in studies/: say --out" in result.output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -542,19 +545,19 @@ def test_a_file_that_cannot_be_opened_is_bad_input(tmp_path: Path) -> None:
 
     (tmp_path / "x.toml").mkdir()
     (tmp_path / "y.toml").write_bytes(b"\xff")
-    for name, said in (("x.toml", "no study file"), ("y.toml", "not TOML")):
-        told = CliRunner().invoke(app, ["validate", str(tmp_path / name)])
-        assert (told.exit_code, said in told.output, str(tmp_path / name) in told.output) == (2, True, True)
+    for name, reason in (("x.toml", "no study file"), ("y.toml", "not TOML")):
+        result = CliRunner().invoke(app, ["validate", str(tmp_path / name)])
+        assert (result.exit_code, reason in result.output, str(tmp_path / name) in result.output) == (2, True, True)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "shape"), [("exp_avg", (0, 4)), ("exp_avg_sq", (2, 4)), ("step", (0,))])
-def test_moments_of_another_shape_are_refused_before_torch_writes_beside_them(
+def test_moments_of_another_shape_are_refused_before_torch_writes_out_of_bounds(
     name: str, shape: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """torch's fused Adam does not look: on CPU it ends in a segmentation fault, or in memory that is not its own."""
+    """torch's fused Adam does not check shapes: on CPU it crashes or writes to memory that it does not own."""
     import torch
 
     from proxies.config.proxy import ProxyConfig

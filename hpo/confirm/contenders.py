@@ -1,4 +1,4 @@
-"""Which configurations may be the best: the answer and those too close to it to be told apart."""
+"""The two configurations that a confirmation compares: the search's answer and its runner-up."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from hpo.launch.progress import words
+from hpo.launch.progress import format_params
 from hpo.samplers.unit_cube import Cube
-from hpo.storage.trial_attributes import config_of
-from hpo.study.mlflow_run import outcomes
+from hpo.storage.trial_attributes import read_config
+from hpo.study.mlflow_run import list_outcomes
 from scaling.laws.compute import Fidelity
 
 if TYPE_CHECKING:
@@ -18,59 +18,81 @@ if TYPE_CHECKING:
 
     from hpo.search.search import Search
 
-NEAR = 0.02  # of a parameter's range: settings that are closer in all of them are the same for a comparison
-ROUNDING = 1e-9  # of a parameter's range: a model's answer comes back from the unit cube
+# As shares of a parameter's range. Settings that are closer than the first in every parameter are the same for a
+# comparison; those that are closer than the second are equal, because a model's answer comes back from the unit cube.
+SAME_SETTINGS_DISTANCE = 0.02
+ROUNDING_DISTANCE = 1e-9
 
 
 class Contender(BaseModel):
-    """Settings, and their number when the record has them."""
+    """Settings that take part in a comparison.
+
+    Attributes:
+        params: The searched parameters.
+        config: The number of their configuration; None if no trial has trained them.
+        loss: Their loss at the largest run in the record; None if they have not finished there.
+    """
 
     model_config = ConfigDict(frozen=True)
+
     params: dict[str, Any]
     config: int | None
-    loss: float | None  # in the record at the largest run, when it has finished there
+    loss: float | None
 
     def __str__(self) -> str:
-        return f"{'new settings' if self.config is None else f'configuration {self.config}'} ({words(self.params)})"
+        name = "new settings" if self.config is None else f"configuration {self.config}"
+        return f"{name} ({format_params(self.params)})"
 
 
-def largest(search: Search) -> Fidelity:
-    """The largest proxy at its largest token count."""
+def find_largest_run(search: Search) -> Fidelity:
+    """Return the fidelity of the largest proxy at its largest token count."""
     return Fidelity(search.sizes[-1], search.ladder.levels[-1])
 
 
-def contenders(search: Search, best: dict[str, Any], against: int | None = None) -> tuple[Contender, Contender]:
-    """The search's answer, and the best other settings of the record at the highest fidelity (largest N, then D).
+def choose_contenders(
+    search: Search, best: dict[str, Any], against: int | None = None
+) -> tuple[Contender, Contender]:
+    """Return the search's answer, and the best other settings at the highest fidelity (largest N, then D).
 
-    Other: at least 2 % of its range away in some parameter, because a model's answer often lies just beside a run.
-    best: what search.best() says. against: a configuration's number, instead of the best other. ValueError when there is no such configuration, it has
-    the answer's settings, or nothing else has run.
+    Other settings are at least 2 % of the range away in some parameter, because a model's answer often lies just beside
+    a run.
+
+    Args:
+        search: The search.
+        best: Its answer, as `search.best()` returns it.
+        against: The number of a configuration to compare with, instead of the best other one.
+
+    Returns:
+        The answer and its rival.
+
+    Raises:
+        ValueError: If there is no such configuration, it has the answer's settings, or no other one has finished.
     """
-    top = largest(search)
-    ran = sorted(
-        (t for t in outcomes(search) if t.value is not None),
+    largest = find_largest_run(search)
+    finished = sorted(
+        (t for t in list_outcomes(search) if t.value is not None),
         key=lambda t: (-t.user_attrs["N"], -t.user_attrs["tokens"], t.value, t.number),
     )
 
     cube = Cube(search.space)
 
-    def apart(trial: FrozenTrial, params: dict[str, Any]) -> float:
-        return float(np.abs(cube.unit(trial.params) - cube.unit(params)).max())
+    def measure_distance(trial: FrozenTrial, params: dict[str, Any]) -> float:
+        return float(np.abs(cube.to_unit(trial.params) - cube.to_unit(params)).max())
 
-    def made(params: dict[str, Any]) -> Contender:
-        own = [t for t in ran if apart(t, params) < ROUNDING]
-        there = [t.value for t in own if (t.user_attrs["N"], t.user_attrs["tokens"]) == (top.N, top.D)]
+    def make_contender(params: dict[str, Any]) -> Contender:
+        own = [t for t in finished if measure_distance(t, params) < ROUNDING_DISTANCE]
+        losses = [t.value for t in own if (t.user_attrs["N"], t.user_attrs["tokens"]) == (largest.N, largest.D)]
         return Contender(
-            params=settings(search, own[0]) if own else params,
-            config=config_of(own[0]) if own else None,
-            loss=there[0] if there else None,
+            params=read_params(search, own[0]) if own else params,
+            config=read_config(own[0]) if own else None,
+            loss=losses[0] if losses else None,
         )
 
-    answer = made(best)
-    others = [t for t in ran if apart(t, answer.params) > NEAR]
+    answer = make_contender(best)
+    others = [t for t in finished if measure_distance(t, answer.params) > SAME_SETTINGS_DISTANCE]
     if against is not None:
-        known = sorted({config_of(t) for t in others})
-        others = [t for t in others if config_of(t) == against]
+        known = sorted({read_config(t) for t in others})
+        others = [t for t in others if read_config(t) == against]
         if not others:
             raise ValueError(
                 f"needed a configuration with a finite loss and other settings than the answer's, got {against}: "
@@ -80,9 +102,9 @@ def contenders(search: Search, best: dict[str, Any], against: int | None = None)
         raise ValueError(
             "nothing to compare the answer with: no run with other settings has finished with a finite loss"
         )
-    return answer, made(settings(search, others[0]))
+    return answer, make_contender(read_params(search, others[0]))
 
 
-def settings(search: Search, trial: FrozenTrial) -> dict[str, Any]:
-    """A trial's searched parameters, in the space's order."""
+def read_params(search: Search, trial: FrozenTrial) -> dict[str, Any]:
+    """Return a trial's searched parameters, in the order of the space."""
     return {name: trial.params[name] for name in search.space}

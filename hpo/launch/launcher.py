@@ -1,12 +1,12 @@
-"""Running a study: its files, and the launcher that starts and watches local workers (hpo.worker.loop is what each does).
+"""The launcher: starts the workers of a study, watches them, and shows progress. `hpo.worker.loop` is what each does.
 
-A study's files live in studies/<name>/: `study.journal` (the Optuna study, which is the state of the search), `study.json` (the
-settings it was launched with), `data.json` (the files it trains on) and `checkpoints/`. A worker may die at any moment: its trial is taken up by the next one that asks.
+A worker may die at any moment. The next one that asks takes over its trial.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.launch.estimate import Estimate
-from hpo.launch.progress import ProgressLine, spent_in_words
-from hpo.storage.retry import patiently, storage_errors
+from hpo.launch.progress import ProgressLog, format_spending
+from hpo.storage.retry import get_storage_errors, retry_storage
 from hpo.study.files import StudyFiles
-from hpo.study.mlflow_run import figures_of, noted, status_of
+from hpo.study.mlflow_run import record_figures, set_status, update_study_run
 from hpo.study.schema import Workers
 from hpo.worker.signals import GRACE_SECONDS, POLL_SECONDS
-from scaling.common.cli import say
 from scaling.common.signals import ignore_signals, interrupt_on_sigterm
-from scaling.tracking import sender
 from scaling.tracking.client import connect
+from scaling.tracking.sender import send_spooled_records
 
 if TYPE_CHECKING:
     from hpo.search.search import Search
+
+logger = logging.getLogger("muscale.hpo")
 
 
 def supervise(
@@ -41,92 +42,149 @@ def supervise(
     storage: str | None = None,
     ray: str | None = None,
 ) -> int:
-    """Start the study's workers, here or on the Ray cluster at an address, show progress until it is finished; the exit code."""
-    uri = connect(uri).tracking_uri
-    noted(files.name, uri, status_of("RUNNING"))
-    show, codes = patiently(lambda: ProgressLine(search, cost, workers.count)).show, ""
-    if ray is not None:
-        from hpo.launch.ray_cluster import Ray
+    """Start a study's workers, watch them until the study is finished, and record how it ended.
 
-        with Ray(ray) as cluster:
-            stopped = cluster.work(files, workers, uri=uri, storage=storage, show=show)
-        patiently(show)
+    Args:
+        files: The study's files.
+        search: The study's search.
+        workers: How many workers to start, and on how many threads each.
+        cost: What is left of the search.
+        uri: The MLflow store; None for the default one.
+        storage: The URL of the storage that the study was launched in; None for its journal.
+        ray: The address of the Ray cluster to run them on; None: run them as processes on this machine.
+
+    Returns:
+        The exit code: 0 if the study is finished, 130 if a signal stopped it, 1 if the workers ended before.
+    """
+    uri = connect(uri).tracking_uri
+    update_study_run(files.name, uri, set_status("RUNNING"))
+    show, exit_codes = retry_storage(lambda: ProgressLog(search, cost, workers.count)).show, ""
+    if ray is not None:
+        from hpo.launch.ray_cluster import RayCluster
+
+        with RayCluster(ray) as cluster:
+            was_stopped = cluster.run_workers(files, workers, uri=uri, storage=storage, show=show)
+        retry_storage(show)
     else:
-        running = start(files, workers, uri, workers.count, storage=storage)
-        stopped = watch(running, show)
-        codes = f" (exit codes {', '.join(str(w.returncode) for w in running)})"
-    send_left(files, uri)
-    figures = patiently(lambda: figures_of(search))
-    finished = patiently(lambda: search.finished)
-    noted(files.name, uri, figures, status_of("FINISHED" if finished else "KILLED" if stopped else "FAILED"))
-    say(spent_in_words(patiently(lambda: search.progress)))
-    if finished:
+        processes = start_workers(files, workers, uri, workers.count, storage=storage)
+        was_stopped = watch_workers(processes, show)
+        exit_codes = f" (exit codes {', '.join(str(p.returncode) for p in processes)})"
+    send_pending_records(files, uri)
+    figures = retry_storage(lambda: record_figures(search))
+    is_finished = retry_storage(lambda: search.finished)
+    status = "FINISHED" if is_finished else "KILLED" if was_stopped else "FAILED"
+    update_study_run(files.name, uri, figures, set_status(status))
+    logger.info(format_spending(retry_storage(lambda: search.progress)))
+    if is_finished:
         return 0
-    if stopped:
-        say(f"stopped; nothing is lost: `hpo resume {files.name}` carries on where it was")
+    if was_stopped:
+        logger.info(f"stopped; nothing is lost: `hpo resume {files.name}` continues")
         return 130
-    say(f"the workers ended before the study did{codes}; mend the cause, then `hpo resume {files.name}`")
+    logger.error(
+        f"the workers ended before the study did{exit_codes}: see their messages above, fix the cause, "
+        f"then `hpo resume {files.name}` continues"
+    )
     return 1
 
 
-def send_left(files: StudyFiles, uri: str | None) -> None:
-    """Send what the workers could not."""
-    if left := sender.send(files.records, uri):
-        say(f"{left} records are not in MLflow yet; {files.records} keeps them, `hpo resume {files.name}` sends them")
+def send_pending_records(files: StudyFiles, uri: str | None) -> None:
+    """Send the records to MLflow that the workers could not send."""
+    if unsent := send_spooled_records(files.records, uri):
+        logger.warning(
+            f"{unsent} records are not in MLflow yet; they are kept in {files.records}, and `hpo resume {files.name}` "
+            "sends them"
+        )
 
 
-def start(
+def start_workers(
     files: StudyFiles, workers: Workers, uri: str, count: int, *options: str, storage: str | None = None
 ) -> list[subprocess.Popen[bytes]]:
-    """So many worker processes of the study, each with a GPU of its own as far as there are any."""
-    shared = os.environ | {"OMP_NUM_THREADS": str(workers.threads), "MLFLOW_TRACKING_URI": uri}
+    """Start worker processes of a study on this machine, each with a GPU of its own if there are enough.
+
+    Args:
+        files: The study's files.
+        workers: The threads of each worker.
+        uri: The MLflow store.
+        count: How many to start.
+        *options: More options of `hpo worker`.
+        storage: The URL of the storage that the study was launched in; None for its journal.
+
+    Returns:
+        The processes.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(workers.threads), "MLFLOW_TRACKING_URI": uri}
     if storage is not None:
-        shared["MUSCALE_STORAGE"] = storage  # and not where `ps` shows it to everyone
-    command = [sys.executable, "-m", "hpo", "worker", str(files.toml), *options]
-    return [subprocess.Popen(command, env=shared | pinned) for pinned in pins(count, visible_gpus())]
+        # Not in the command line, which `ps` shows to everyone on the machine.
+        environment["MUSCALE_STORAGE"] = storage
+    command = [sys.executable, "-m", "hpo", "worker", str(files.toml), *options, *choose_verbosity()]
+    return [subprocess.Popen(command, env=environment | gpu) for gpu in assign_gpus(count, list_visible_gpus())]
 
 
-def pins(count: int, gpus: Sequence[str]) -> list[dict[str, str]]:
-    """What each of so many workers finds in its environment: one GPU, shared only where there are more workers than GPUs."""
+def choose_verbosity() -> list[str]:
+    """Return the option by which another command logs as much as this one."""
+    level = logger.getEffectiveLevel()
+    return ["--quiet"] if level >= logging.WARNING else ["--verbose"] if level <= logging.DEBUG else []
+
+
+def assign_gpus(count: int, gpus: Sequence[str]) -> list[dict[str, str]]:
+    """Assign one GPU to each worker, which workers share only if there are fewer GPUs.
+
+    Args:
+        count: How many workers there are.
+        gpus: Names of the GPUs, as in CUDA_VISIBLE_DEVICES.
+
+    Returns:
+        What to add to the environment of each worker; nothing without GPUs.
+    """
     return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(count)]
 
 
-def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them; without it, what Linux's driver shows."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [gpu.strip() for gpu in named.split(",") if gpu.strip() not in ("", "-1")]
+def list_visible_gpus() -> list[str]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES names or, if it is not set, those that Linux's driver shows."""
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if variable is not None:
+        return [gpu.strip() for gpu in variable.split(",") if gpu.strip() not in ("", "-1")]
     return sorted((p.name.removeprefix("nvidia") for p in Path("/dev").glob("nvidia[0-9]*")), key=int)
 
 
-def watch(running: Sequence[subprocess.Popen[bytes]], show: Callable[[], None]) -> bool:
-    """Show progress while workers run, and once more at the end; whether a signal had them stopped."""
-    stopped = False
+def watch_workers(processes: Sequence[subprocess.Popen[bytes]], show: Callable[[], None]) -> bool:
+    """Show progress until all workers have ended, and once more then. A signal stops them.
+
+    Args:
+        processes: The workers.
+        show: Logs what has finished since its last call.
+
+    Returns:
+        Whether a signal stopped them.
+    """
+    was_stopped = False
     try:
         with interrupt_on_sigterm():
-            while any(w.poll() is None for w in running):
-                with contextlib.suppress(*storage_errors()):  # the workers say it, and wait for it
+            while any(p.poll() is None for p in processes):
+                # While the storage is down, the workers log it and wait for it.
+                with contextlib.suppress(*get_storage_errors()):
                     show()
                 time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
-        stopped = True
+        was_stopped = True
         ignore_signals()
-        stop_all(running)
-    patiently(show)
-    return stopped
+        stop_workers(processes)
+    retry_storage(show)
+    return was_stopped
 
 
-def stop_all(running: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Tell workers to stop, wait for their checkpoints, kill who does not come."""
-    for process in running:
+def stop_workers(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Stop workers: wait GRACE_SECONDS for them to write their checkpoints, then kill those that are left."""
+    for process in processes:
         process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
-    for process in running:
+    for process in processes:
         try:
             process.wait(max(deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
-            say(
-                f"worker {process.pid} did not stop within {GRACE_SECONDS:.0f} s: killed; its trial will be taken up again"
+            logger.warning(
+                f"worker {process.pid} did not stop within {GRACE_SECONDS:.0f} s and was killed; "
+                "another worker will take over its trial"
             )
             process.kill()
             process.wait()

@@ -1,8 +1,9 @@
-"""Workers on the nodes of a Ray cluster. Ray places and restarts them; what they do is hpo.worker.loop, as everywhere."""
+"""Workers on the nodes of a Ray cluster. Ray places and restarts them; `hpo.worker.loop` is what each does."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -10,19 +11,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpo.storage.retry import storage_errors
+from hpo.storage.retry import get_storage_errors
 from hpo.study.files import StudyFiles
 from hpo.study.schema import Workers
 from hpo.worker.signals import GRACE_SECONDS, POLL_SECONDS
-from scaling.common.cli import say
-from scaling.common.redact import without_passwords
+from scaling.common.logs import configure_logging
+from scaling.common.redact import redact_passwords
 from scaling.common.signals import interrupt_on_sigterm
 
-HEAD_SECONDS = 5.0  # between two looks whether the cluster's head answers
+logger = logging.getLogger("muscale.hpo")
+
+# Time between two checks that the cluster's head answers.
+HEAD_SECONDS = 5.0
 
 
-class Ray:
-    """A connection to a cluster: `with Ray(address) as ray: ray.work(...)`. ValueError without the extra, or without a cluster there."""
+class RayCluster:
+    """A connection to a Ray cluster: `with RayCluster(address) as cluster: cluster.run_workers(...)`.
+
+    Args:
+        address: HOST:PORT of the cluster's head; "auto" for the cluster of this machine.
+
+    Raises:
+        ValueError: If Ray is not installed or, on entering the block, if no cluster answers at the address.
+    """
 
     def __init__(self, address: str) -> None:
         try:
@@ -31,81 +42,102 @@ class Ray:
             raise ValueError("--executor ray needs Ray: pip install 'muscale[ray]'") from error
         self._ray, self._address = ray, address
 
-    def __enter__(self) -> Ray:
+    def __enter__(self) -> RayCluster:
         environment = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
         try:
             self._ray.init(
-                address=self._address, runtime_env={"env_vars": environment}, logging_level=40, log_to_driver=True
+                address=self._address,
+                runtime_env={"env_vars": environment},
+                logging_level=logging.ERROR,
+                log_to_driver=True,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"no Ray cluster at {without_passwords(self._address)}: {error}; `ray start --head` makes one"
+                f"no Ray cluster at {redact_passwords(self._address)}: {error}; `ray start --head` starts one"
             ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ray.shutdown()
 
-    def work(
+    def run_workers(
         self, files: StudyFiles, workers: Workers, *, uri: str, storage: str | None, show: Callable[[], None]
     ) -> bool:
-        """Run so many workers until the study is finished, with progress; whether a signal had them stopped.
+        """Run workers on the cluster until the study is finished, and show progress. A signal stops them.
 
-        A worker that dies with its node is started again where there is room, for as long as this process lives.
+        As long as this process lives, a worker that dies with its node is restarted on another one.
+
+        Args:
+            files: The study's files, which every node must see under the same path.
+            workers: How many workers to run, and on how many threads each.
+            uri: The MLflow store.
+            storage: The URL of the storage that the study was launched in; None for its journal.
+            show: Logs what has finished since its last call.
+
+        Returns:
+            Whether a signal stopped them.
         """
         gpus = float(self._ray.cluster_resources().get("GPU", 0.0))
-        share = min(1.0, gpus / workers.count)
-        remote = self._ray.remote(num_cpus=workers.threads, num_gpus=share, max_retries=-1)(_work)
-        given = (str(files.toml.absolute()), uri, storage, workers.threads)
-        running = [remote.remote(*given) for _ in range(workers.count)]
+        gpu_share = min(1.0, gpus / workers.count)
+        remote = self._ray.remote(num_cpus=workers.threads, num_gpus=gpu_share, max_retries=-1)(_run_worker)
+        arguments = (str(files.toml.absolute()), uri, storage, workers.threads, logger.getEffectiveLevel())
+        tasks = [remote.remote(*arguments) for _ in range(workers.count)]
         room = float(self._ray.cluster_resources().get("CPU", 0.0)) / workers.threads
         if room < workers.count:
-            say(
-                f"the cluster has room for {int(room)} of {workers.count} workers now; the others start when there is more"
+            logger.warning(
+                f"the cluster has room for {int(room)} of {workers.count} workers now; the others start when there is "
+                "more"
             )
-        looked, away = time.monotonic(), False
+        checked, is_down = time.monotonic(), False
         try:
             with interrupt_on_sigterm():
-                while running:
-                    if time.monotonic() - looked > HEAD_SECONDS:
-                        away, looked = self._look_for_the_head(files.name, away), time.monotonic()
-                    ended, running = self._ray.wait(running, timeout=POLL_SECONDS)
-                    self._ray.get(ended)  # what a worker raised is raised here
-                    with contextlib.suppress(*storage_errors()):  # the workers say it, and wait for it
+                while tasks:
+                    if time.monotonic() - checked > HEAD_SECONDS:
+                        is_down, checked = self._check_head(files.name, is_down), time.monotonic()
+                    ended, tasks = self._ray.wait(tasks, timeout=POLL_SECONDS)
+                    # This raises here what a worker raised there.
+                    self._ray.get(ended)
+                    # While the storage is down, the workers log it and wait for it.
+                    with contextlib.suppress(*get_storage_errors()):
                         show()
         except KeyboardInterrupt:
-            self._stop(running)
+            self._stop(tasks)
             return True
         return False
 
-    def _look_for_the_head(self, study: str, was_away: bool) -> bool:
-        """Whether the cluster's head is away, said once: Ray itself ends this process, after a minute, without a word about the study."""
+    def _check_head(self, study: str, was_down: bool) -> bool:
+        """Return whether the cluster's head is down, and log it once.
+
+        After a minute without the head, Ray itself ends this process and says nothing about the study.
+        """
         host, _, port = self._ray.get_runtime_context().gcs_address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_SECONDS).close()
         except OSError as error:
-            if not was_away:
-                say(
-                    f"the head of the Ray cluster does not answer ({error}): Ray will end this program; its workers may go on or end. Nothing "
-                    f"is lost: `hpo resume {study}` watches again, here or on another cluster, and adds workers"
+            if not was_down:
+                logger.error(
+                    f"the head of the Ray cluster does not answer ({error}): Ray will end this program; its workers "
+                    f"may continue or end. Nothing is lost: `hpo resume {study}` continues, here or on another cluster"
                 )
             return True
         return False
 
-    def _stop(self, running: list[Any]) -> None:
-        """Let workers keep their states, then end who does not come."""
-        for task in running:
-            self._ray.cancel(task, force=False)  # a KeyboardInterrupt there, as from a terminal
+    def _stop(self, tasks: list[Any]) -> None:
+        """Stop workers: wait GRACE_SECONDS for them to write their checkpoints, then kill those that are left."""
+        for task in tasks:
+            # Without force, Ray raises KeyboardInterrupt in the worker.
+            self._ray.cancel(task, force=False)
         deadline = time.monotonic() + GRACE_SECONDS
-        while running and time.monotonic() < deadline:
-            _, running = self._ray.wait(running, num_returns=len(running), timeout=1.0)
-        for task in running:
+        while tasks and time.monotonic() < deadline:
+            _, tasks = self._ray.wait(tasks, num_returns=len(tasks), timeout=1.0)
+        for task in tasks:
             self._ray.cancel(task, force=True)
 
 
-def _work(toml: str, uri: str, storage: str | None, threads: int) -> int:
-    """On a node."""
+def _run_worker(toml: str, uri: str, storage: str | None, threads: int, level: int) -> int:
+    """Run one worker on a node, and return its exit code."""
+    configure_logging(level)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    from hpo.worker.loop import work
+    from hpo.worker.loop import run_worker
 
-    return work(StudyFiles(Path(toml)), uri=uri, storage=storage)
+    return run_worker(StudyFiles(Path(toml)), uri=uri, storage=storage)

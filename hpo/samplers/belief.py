@@ -17,17 +17,17 @@ import numpy as np
 from optuna.distributions import CategoricalDistribution
 
 from hpo.samplers.unit_cube import Cube
-from hpo.surrogate.inputs import Centre
+from hpo.surrogate.inputs import BowlPrior
 from scaling.laws.compute import Fidelity
 
 if TYPE_CHECKING:
     from scaling.fitting.lr_batch_law import HPFit
 
-SHARE = 0.7  # of the losses' spread within a level that the believed bowl makes out; assumed
+BOWL_SHARE = 0.7  # of the losses' spread within a level that the believed bowl makes out; assumed
 
 
 @dataclass(frozen=True)
-class Law:
+class OptimumLaw:
     """A power law of one parameter's optimum. at: N_0 and D_0, where the optimum is `value`."""
 
     value: float
@@ -46,10 +46,10 @@ class Law:
         return float(self.value * (at.N / self.at.N) ** self.exponent_N * (at.D / self.at.D) ** self.exponent_D)
 
 
-Belief = Mapping[str, Law]  # by parameter
+Belief = Mapping[str, OptimumLaw]  # by parameter
 
 
-def belief_of(fit: HPFit, at: Fidelity, *, lr: str = "lr", batch: str | None = None) -> dict[str, Law]:
+def make_belief(fit: HPFit, at: Fidelity, *, lr: str = "lr", batch: str | None = None) -> dict[str, OptimumLaw]:
     """The laws of learning rate and batch size (in tokens) that `scaling.fit_hp_law` found, as a belief.
 
     at: a fidelity within the fitted runs' reach. lr, batch: the parameters' names; None: not searched, or not in tokens.
@@ -58,7 +58,7 @@ def belief_of(fit: HPFit, at: Fidelity, *, lr: str = "lr", batch: str | None = N
     here = fit.law(at.N, at.D)
     there = [fit.law(f.N, f.D) for f in tenfold]
     return {
-        name: Law(float(here[i]), at, *(math.log10(float(other[i]) / float(here[i])) for other in there))
+        name: OptimumLaw(float(here[i]), at, *(math.log10(float(other[i]) / float(here[i])) for other in there))
         for i, name in ((0, lr), (1, batch))
         if name is not None
     }
@@ -75,16 +75,16 @@ def check_belief(belief: Belief, cube: Cube) -> None:
         raise ValueError(f"a belief is a power law of a searched parameter: {'; '.join(wrong)}; remove it")
 
 
-def in_cube(belief: Belief, cube: Cube, at: Fidelity) -> dict[str, float]:
+def locate_in_cube(belief: Belief, cube: Cube, at: Fidelity) -> dict[str, float]:
     """The believed optimum at a fidelity, by parameter, as cube coordinates; they may lie outside [0, 1]."""
     found = {}
     for name, law in belief.items():
-        low, high = cube.range_of(name)
+        low, high = cube.get_range(name)
         found[name] = (math.log(law(at)) - low) / (high - low)
     return found
 
 
-def centre_of(belief: Belief, cube: Cube, levels: Sequence[Fidelity], target: Fidelity) -> Centre:
+def make_bowl_prior(belief: Belief, cube: Cube, levels: Sequence[Fidelity], target: Fidelity) -> BowlPrior:
     """The belief as the model wants it. levels: those that span the fidelity coordinates, as in fidelity_coordinates."""
     check_belief(belief, cube)
     offset, columns = 0, {}
@@ -98,10 +98,10 @@ def centre_of(belief: Belief, cube: Cube, levels: Sequence[Fidelity], target: Fi
         Fidelity(target.N, target.D * math.exp(-span[0])),
         Fidelity(target.N * math.exp(-span[1]), target.D),
     )
-    top = in_cube(belief, cube, target)
+    top = locate_in_cube(belief, cube, target)
     names = list(belief)
     at_target = np.array([top[name] for name in names])
-    moves = np.array([[in_cube(belief, cube, f)[name] - top[name] for name in names] for f in below])
+    moves = np.array([[locate_in_cube(belief, cube, f)[name] - top[name] for name in names] for f in below])
     u = np.random.default_rng(0).random((256, len(names)))
     bowl = ((u - at_target) ** 2).sum(1)
-    return Centre(tuple(columns[name] for name in names), at_target, moves, SHARE / float(bowl.std()))
+    return BowlPrior(tuple(columns[name] for name in names), at_target, moves, BOWL_SHARE / float(bowl.std()))

@@ -12,13 +12,13 @@ from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState, create_trial
 
 
-def draw(space: Mapping[str, BaseDistribution], study: optuna.Study, sampler: RandomSampler) -> dict[str, Any]:
+def draw_settings(space: Mapping[str, BaseDistribution], study: optuna.Study, sampler: RandomSampler) -> dict[str, Any]:
     """Parameters for a trial that is not there yet, the same as fill_in would choose."""
     nobody = create_trial(state=TrialState.RUNNING)
     return {name: sampler.sample_independent(study, nobody, name, dist) for name, dist in space.items()}
 
 
-def fill_in(
+def complete_settings(
     space: Mapping[str, BaseDistribution], study: str, storage: BaseStorage, sampler: BaseSampler, trial_id: int
 ) -> None:
     """Have an Optuna sampler choose all parameters that a running trial does not have yet."""

@@ -26,30 +26,30 @@ from optuna.search_space import intersection_search_space
 from optuna.trial import FrozenTrial
 
 from hpo.samplers.belief import Belief, check_belief
-from hpo.samplers.names import MODELS
-from hpo.samplers.observations import _direction, _fidelity, _look, _Seen
-from hpo.samplers.unit_cube import Cube, from_unit, known_kind
+from hpo.samplers.names import MODEL_SAMPLERS
+from hpo.samplers.observations import get_direction, get_fidelity, read_observations, Observations
+from hpo.samplers.unit_cube import Cube, convert_from_unit, check_distribution
 from scaling.common.arrays import Array
 from scaling.laws.compute import Fidelity
 
 if TYPE_CHECKING:
-    from hpo.surrogate.acquisition import Offer
+    from hpo.surrogate.acquisition import AvailableRuns
     from hpo.surrogate.gp import Fitter, Surrogate
 
-SURE = 0.5  # see MultiFidelitySampler.best
+MIN_GAIN_PER_DOUBT = 0.5  # see MultiFidelitySampler.best
 
 
-def _fitter(surrogate: str) -> Fitter:
+def _load_fitter(surrogate: str) -> Fitter:
     if surrogate == "bowl":
-        from hpo.surrogate.gp import fit_bowl
+        from hpo.surrogate.gp import fit_bowl_kernel
 
-        return fit_bowl
-    from hpo.surrogate.deep_kernels import fit_deep, fit_nngp
+        return fit_bowl_kernel
+    from hpo.surrogate.deep_kernels import fit_deep_kernels, fit_nngp_kernel
 
-    return {"deep": fit_deep, "nngp": fit_nngp}[surrogate]
+    return {"deep": fit_deep_kernels, "nngp": fit_nngp_kernel}[surrogate]
 
 
-def _milestone(runs: int) -> int:
+def _count_warm_start_runs(runs: int) -> int:
     """To how many of the first runs hyperparameters are fitted from the beginning; a fit to all of them goes on from there.
 
     All up to 40, then the last of 40, 48, 58, ...: most asks then pay for a few steps, and still depend on nothing but the
@@ -83,8 +83,8 @@ class MultiFidelitySampler(BaseSampler):
             raise ValueError(
                 f"n_startup_trials must be at least 1, got {n_startup_trials}: leave it out for the default"
             )
-        if surrogate not in MODELS.values():
-            raise ValueError(f"surrogate must be one of {', '.join(MODELS.values())}, got {surrogate!r}")
+        if surrogate not in MODEL_SAMPLERS.values():
+            raise ValueError(f"surrogate must be one of {', '.join(MODEL_SAMPLERS.values())}, got {surrogate!r}")
         self._surrogate = surrogate
         self._belief = dict(belief or {})
         self._seed = secrets.randbits(32) if seed is None else seed
@@ -99,29 +99,29 @@ class MultiFidelitySampler(BaseSampler):
     # A plain study
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        _direction(study)
+        get_direction(study)
         space = intersection_search_space(study.get_trials(deepcopy=False))
         return {name: distribution for name, distribution in space.items() if not distribution.single()}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        _direction(study)
+        get_direction(study)
         if not search_space:
             return {}
-        levels = [_fidelity(t, Fidelity(1.0, 1.0)) for t in study.get_trials(deepcopy=False)]
+        levels = [get_fidelity(t, Fidelity(1.0, 1.0)) for t in study.get_trials(deepcopy=False)]
         target = max(levels, key=lambda f: (f.N, f.D), default=Fidelity(1.0, 1.0))
-        slot = _fidelity(trial, target)
+        slot = get_fidelity(trial, target)
         cube = Cube(search_space)
-        seen = _look(study, cube, target, asking=trial.number)
+        seen = read_observations(study, cube, target, asking=trial.number)
         return self._next(cube, seen, [slot], lambda _: 1.0, target, number=trial.number)[0]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        _direction(study)
+        get_direction(study)
         rng = np.random.default_rng([self._seed, trial.number, zlib.crc32(param_name.encode())])
-        return from_unit(known_kind(param_name, param_distribution), float(rng.random()))
+        return convert_from_unit(check_distribution(param_name, param_distribution), float(rng.random()))
 
     # A search over fidelities
 
@@ -150,7 +150,7 @@ class MultiFidelitySampler(BaseSampler):
                 raise ValueError(f"the cost of a run must be positive and finite, got {cost(slot)} at {slot}")
         cube = Cube(space)
         check_belief(self._belief, cube)
-        seen = _look(study, cube, target)
+        seen = read_observations(study, cube, target)
         return self._next(cube, seen, slots, cost, target, number=seen.configurations, continues=continues, limit=limit)
 
     def best(self, study: optuna.Study, space: dict[str, BaseDistribution], target: Fidelity) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class MultiFidelitySampler(BaseSampler):
         loss.
         """
         cube = Cube(space)
-        seen = _look(study, cube, target)
+        seen = read_observations(study, cube, target)
         if not seen.finite.any():
             raise ValueError(
                 "no trial in this space has finished with a finite loss: run some before asking for the best"
@@ -170,13 +170,13 @@ class MultiFidelitySampler(BaseSampler):
         model = self._model(cube, seen, target)
         run = [i for i in np.flatnonzero(seen.finite) if seen.levels[i] == target]
         if model is not None and run:
-            points = cube.features(np.vstack([seen.cube[run], answer]))
+            points = cube.encode(np.vstack([seen.cube[run], answer]))
             mean, joint = model.predict(points, np.zeros(2))[0], model.posterior_covariance(points, np.zeros(2))
             best = int(np.argmin(mean[:-1]))
             doubt = math.sqrt(max(float(joint[best, best] + joint[-1, -1] - 2.0 * joint[best, -1]), 0.0))
-            if mean[best] - mean[-1] < SURE * doubt:
+            if mean[best] - mean[-1] < MIN_GAIN_PER_DOUBT * doubt:
                 answer = seen.cube[run[best]]
-        return cube.params(answer)
+        return cube.to_params(answer)
 
     def predict(
         self,
@@ -210,29 +210,29 @@ class MultiFidelitySampler(BaseSampler):
     ) -> bool:
         """Whether even a lucky outcome at the target (mean - 2 sd) would be worse than the present answer's mean."""
         cube = Cube(space)
-        seen = _look(study, cube, target)
+        seen = read_observations(study, cube, target)
         model = self._model(cube, seen, target)
         if model is None:
             return False
-        points = np.stack([cube.unit(params), self._answer(cube, seen, target)])
-        mean, sd = model.predict(cube.features(points), np.zeros(2))
+        points = np.stack([cube.to_unit(params), self._answer(cube, seen, target)])
+        mean, sd = model.predict(cube.encode(points), np.zeros(2))
         return bool(mean[0] - 2.0 * sd[0] > mean[1])
 
     def usefulness(
         self, study: optuna.Study, space: dict[str, BaseDistribution], levels: Sequence[Fidelity], target: Fidelity
     ) -> Array | None:
         """How far losses at each of the levels go with those at the target, [l]; None while there is no model. See
-        hpo.surrogate.acquisition.usefulness."""
-        from hpo.surrogate.acquisition import usefulness
-        from hpo.surrogate.gp import fidelity_coordinates
+        hpo.surrogate.acquisition.compute_usefulness."""
+        from hpo.surrogate.acquisition import compute_usefulness
+        from hpo.surrogate.gp import compute_fidelity_coordinates
 
         cube = Cube(space)
-        seen = _look(study, cube, target)
+        seen = read_observations(study, cube, target)
         if not self._has_model(seen, cube):
             return None
         member = self._fit(cube, seen, target, levels).best
-        coordinates = fidelity_coordinates([*seen.levels, *levels], target)[len(seen.levels) :]
-        return usefulness(member, cube, coordinates, [self._seed, len(seen.loss), 3])
+        coordinates = compute_fidelity_coordinates([*seen.levels, *levels], target)[len(seen.levels) :]
+        return compute_usefulness(member, cube, coordinates, [self._seed, len(seen.loss), 3])
 
     # How
 
@@ -245,26 +245,26 @@ class MultiFidelitySampler(BaseSampler):
     ) -> tuple[Array, Array] | None:
         """Posterior mean [m] and covariance [m, m] of the losses at the target."""
         cube = Cube(space)
-        model = self._model(cube, _look(study, cube, target), target)
+        model = self._model(cube, read_observations(study, cube, target), target)
         if model is None:
             return None
-        features = cube.features(np.stack([cube.unit(p) for p in params]))
+        features = cube.encode(np.stack([cube.to_unit(p) for p in params]))
         return model.predict(features, np.zeros(2))[0], model.posterior_covariance(features, np.zeros(2))
 
-    def _has_model(self, seen: _Seen, cube: Cube) -> bool:
+    def _has_model(self, seen: Observations, cube: Cube) -> bool:
         startup = self._n_startup if self._n_startup is not None else max(4, len(cube.space) + 1)
         return seen.configurations >= startup and int(seen.finite.sum()) >= 2
 
-    def _model(self, cube: Cube, seen: _Seen, target: Fidelity) -> Surrogate | None:
+    def _model(self, cube: Cube, seen: Observations, target: Fidelity) -> Surrogate | None:
         return self._fit(cube, seen, target, ()) if self._has_model(seen, cube) else None
 
-    def _fit(self, cube: Cube, seen: _Seen, target: Fidelity, slots: Sequence[Fidelity]) -> Surrogate:
+    def _fit(self, cube: Cube, seen: Observations, target: Fidelity, slots: Sequence[Fidelity]) -> Surrogate:
         """The surrogate of the finished runs, then told of the pending ones. Its fidelity coordinates span slots, too."""
-        from hpo.samplers.belief import centre_of
-        from hpo.surrogate.gp import fidelity_coordinates, fit_bowl, fit_surrogate
+        from hpo.samplers.belief import make_bowl_prior
+        from hpo.surrogate.gp import compute_fidelity_coordinates, fit_bowl_kernel, fit_surrogate
 
-        n, features, levels = len(seen.loss), cube.features(seen.cube), [*seen.levels, *slots]
-        coordinates = fidelity_coordinates(levels, target)[: len(seen.levels)]
+        n, features, levels = len(seen.loss), cube.encode(seen.cube), [*seen.levels, *slots]
+        coordinates = compute_fidelity_coordinates(levels, target)[: len(seen.levels)]
 
         def key(runs: int) -> tuple[bytes, ...]:
             return features[:runs].tobytes(), coordinates[:runs].tobytes(), seen.loss[:runs].tobytes()
@@ -275,24 +275,24 @@ class MultiFidelitySampler(BaseSampler):
         ids = {level: i for i, level in enumerate(dict.fromkeys(seen.levels[:n]))}
         level = np.array([ids[f] for f in seen.levels[:n]], dtype=np.int64)
         belief = {name: law for name, law in self._belief.items() if name in cube.distributions}
-        centre = centre_of(belief, cube, levels, target) if belief else None
+        centre = make_bowl_prior(belief, cube, levels, target) if belief else None
 
         def fit(runs: int, fitter: Fitter) -> Surrogate:
             u, t = features[:runs], coordinates[:runs]
-            return fit_surrogate(u, t, level[:runs], seen.loss[:runs], fitter=fitter, centre=centre)
+            return fit_surrogate(u, t, level[:runs], seen.loss[:runs], fitter=fitter, bowl=centre)
 
-        fitter, first = _fitter(self._surrogate), _milestone(n)
+        fitter, first = _load_fitter(self._surrogate), _count_warm_start_runs(n)
         if self._surrogate == "bowl" and first < n and seen.finite[:first].any():
             if self._begun is None or self._begun[0] != key(first):
                 self._begun = key(first), fit(first, fitter)
-            fitter = partial(fit_bowl, near=self._begun[1].best)
+            fitter = partial(fit_bowl_kernel, near=self._begun[1].best)
         self._fitted = everything, fit(n, fitter).with_pending(features[n:], coordinates[n:])
         return self._fitted[1]
 
-    def _answer(self, cube: Cube, seen: _Seen, target: Fidelity) -> Array:
+    def _answer(self, cube: Cube, seen: Observations, target: Fidelity) -> Array:
         """The cube point [p] that is recommended. At least one loss must be finite."""
         from hpo.surrogate.acquisition import recommend
-        from hpo.surrogate.gp import one_thread
+        from hpo.surrogate.gp import limit_to_one_thread
 
         model = self._model(cube, seen, target)
         if model is None:
@@ -300,14 +300,14 @@ class MultiFidelitySampler(BaseSampler):
             best: Array = seen.cube[min(rows, key=lambda i: (-seen.levels[i].N, -seen.levels[i].D, seen.loss[i]))]
             return best
         if self._answered is None or self._answered[0] is not model:
-            with one_thread():
+            with limit_to_one_thread():
                 self._answered = model, recommend(model, cube, seen.cube, [self._seed, len(seen.loss), 2])
         return self._answered[1]
 
     def _next(
         self,
         cube: Cube,
-        seen: _Seen,
+        seen: Observations,
         slots: Sequence[Fidelity],
         cost: Callable[[Fidelity], float],
         target: Fidelity,
@@ -324,35 +324,35 @@ class MultiFidelitySampler(BaseSampler):
                 sequence.fast_forward(number)
             point, cheapest = sequence.random(1)[0], min(range(len(slots)), key=lambda i: cost(slots[i]))
             if number == 0 and self._belief:
-                from hpo.samplers.belief import in_cube
+                from hpo.samplers.belief import locate_in_cube
 
-                for name, place in in_cube(self._belief, cube, slots[cheapest]).items():
+                for name, place in locate_in_cube(self._belief, cube, slots[cheapest]).items():
                     point[list(cube.distributions).index(name)] = min(max(place, 0.0), 1.0)
-            return cube.params(point), cheapest
+            return cube.to_params(point), cheapest
         from hpo.surrogate.acquisition import suggest
-        from hpo.surrogate.gp import fidelity_coordinates, one_thread
+        from hpo.surrogate.gp import compute_fidelity_coordinates, limit_to_one_thread
 
         model = self._fit(cube, seen, target, slots)
-        coordinates = fidelity_coordinates([*seen.levels, *slots], target)
-        offer = _offer(seen, slots, coordinates[len(seen.levels) :], cost, continues, limit)
-        with one_thread():
+        coordinates = compute_fidelity_coordinates([*seen.levels, *slots], target)
+        offer = _price_slots(seen, slots, coordinates[len(seen.levels) :], cost, continues, limit)
+        with limit_to_one_thread():
             point, slot = suggest(model, cube, seen.cube, offer, seed=[self._seed, number, len(seen.levels)])
-        return cube.params(point), slot
+        return cube.to_params(point), slot
 
 
-def _offer(
-    seen: _Seen,
+def _price_slots(
+    seen: Observations,
     slots: Sequence[Fidelity],
     coordinates: Array,
     cost: Callable[[Fidelity], float],
     continues: bool,
     limit: float,
-) -> Offer:
+) -> AvailableRuns:
     """What the slots (at fidelity coordinates [l, 2]) cost, and what was paid.
 
     The unit of cost is a run at the dearest fidelity within reach: the target itself may be far beyond it.
     """
-    from hpo.surrogate.acquisition import Offer
+    from hpo.surrogate.acquisition import AvailableRuns
 
     whole = np.array([cost(f) for f in seen.levels])
     saved = np.array([cost(Fidelity(f.N, r)) if r else 0.0 for f, r in zip(seen.levels, seen.resumed, strict=True)])
@@ -364,7 +364,7 @@ def _offer(
     low = np.array([point.tobytes() not in reached for point in seen.cube])
     slot_of = {level: i for i, level in enumerate(slots)}
     sizes = {f.N: i for i, f in enumerate(slots)}
-    return Offer(
+    return AvailableRuns(
         slots=coordinates,
         cost=costs / unit,
         top=int(np.argmax(costs)) if costs.max() >= unit * (1 - 1e-9) else None,

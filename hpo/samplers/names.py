@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-MODELS = {"mfbo": "bowl", "mfbo-deep": "deep", "mfbo-nngp": "nngp"}  # sampler: surrogate
-SAMPLERS = (*MODELS, "random", "qmc", "tpe", "gp")
+MODEL_SAMPLERS = {"mfbo": "bowl", "mfbo-deep": "deep", "mfbo-nngp": "nngp"}  # sampler: surrogate
+SAMPLERS = (*MODEL_SAMPLERS, "random", "qmc", "tpe", "gp")

@@ -12,13 +12,13 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.samplers.unit_cube import Cube
-from hpo.storage.trial_attributes import stopped_of, violates
+from hpo.storage.trial_attributes import read_stopped, is_infeasible
 from scaling.common.arrays import Array
 from scaling.laws.compute import Fidelity
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Observations:
     """What the trials of a study say: finished runs, then pending ones."""
 
     cube: Array  # [n + q, p]
@@ -34,14 +34,14 @@ class _Seen:
         return np.isfinite(self.loss) & ~self.stopped
 
 
-def _fidelity(trial: FrozenTrial, default: Fidelity) -> Fidelity:
+def get_fidelity(trial: FrozenTrial, default: Fidelity) -> Fidelity:
     attrs = trial.user_attrs
     return Fidelity(float(attrs["N"]), float(attrs["tokens"])) if "N" in attrs and "tokens" in attrs else default
 
 
-def _look(study: optuna.Study, cube: Cube, target: Fidelity, asking: int | None = None) -> _Seen:
+def read_observations(study: optuna.Study, cube: Cube, target: Fidelity, asking: int | None = None) -> Observations:
     """Read all trials but the one that asks."""
-    sign = -1.0 if _direction(study) == StudyDirection.MAXIMIZE else 1.0
+    sign = -1.0 if get_direction(study) == StudyDirection.MAXIMIZE else 1.0
     done: list[tuple[FrozenTrial, float]] = []
     pending: list[tuple[FrozenTrial, float]] = []
     configurations = set()
@@ -49,29 +49,29 @@ def _look(study: optuna.Study, cube: Cube, target: Fidelity, asking: int | None 
         if trial.number == asking or trial.state == TrialState.WAITING:
             continue
         configurations.add(trial.user_attrs.get("config", trial.number))
-        if not cube.holds(trial):
+        if not cube.contains(trial):
             continue
         if trial.state == TrialState.COMPLETE and trial.value is not None:
-            broken = not math.isfinite(trial.value) or violates(trial)
+            broken = not math.isfinite(trial.value) or is_infeasible(trial)
             done.append((trial, math.nan if broken else sign * trial.value))
-        elif (stopped := stopped_of(trial)) is not None:
+        elif (stopped := read_stopped(trial)) is not None:
             done.append((trial, sign * stopped.mean))
         elif trial.state == TrialState.FAIL and trial.user_attrs.get("diverged") is True:
             done.append((trial, math.nan))
         elif trial.state == TrialState.RUNNING:
             pending.append((trial, math.nan))
     trials = [trial for trial, _ in done + pending]
-    return _Seen(
-        np.array([cube.unit(t.params) for t in trials], float).reshape(-1, len(cube.space)),
-        [_fidelity(t, target) for t in trials],
+    return Observations(
+        np.array([cube.to_unit(t.params) for t in trials], float).reshape(-1, len(cube.space)),
+        [get_fidelity(t, target) for t in trials],
         np.array([loss for _, loss in done], float),
-        np.array([stopped_of(trial) is not None for trial, _ in done], bool),
+        np.array([read_stopped(trial) is not None for trial, _ in done], bool),
         np.array([float(t.user_attrs.get("resumed_tokens") or 0) for t in trials], float),
         len(configurations),
     )
 
 
-def _direction(study: optuna.Study) -> StudyDirection:
+def get_direction(study: optuna.Study) -> StudyDirection:
     if len(study.directions) != 1:
         raise ValueError(
             f"MultiFidelitySampler minimises one loss, got a study with {len(study.directions)} directions"

@@ -52,7 +52,7 @@ class Predictor(Protocol):
 
 
 @runtime_checkable
-class Judge(Protocol):
+class UsefulnessEstimator(Protocol):
     """A sampler with a model, which can say which rungs are worth their cost."""
 
     def usefulness(

@@ -10,7 +10,7 @@ from optuna.samplers import BaseSampler
 
 from hpo.samplers.belief import Belief
 from hpo.samplers.multi_fidelity import MultiFidelitySampler
-from hpo.samplers.names import MODELS, SAMPLERS
+from hpo.samplers.names import MODEL_SAMPLERS, SAMPLERS
 
 
 def resolve_sampler(sampler: str | BaseSampler, seed: int, belief: Belief | None = None) -> BaseSampler:
@@ -30,10 +30,10 @@ def make_sampler(name: str, *, seed: int | None = None, belief: Belief | None = 
 
     Optuna's know nothing of fidelities: they take the losses of all rungs for one function.
     """
-    if name in MODELS:
-        return MultiFidelitySampler(seed=seed, surrogate=MODELS[name], belief=belief)
+    if name in MODEL_SAMPLERS:
+        return MultiFidelitySampler(seed=seed, surrogate=MODEL_SAMPLERS[name], belief=belief)
     if belief and name in SAMPLERS:
-        raise ValueError(f"a belief needs a model, which {' and '.join(MODELS)} have, got sampler {name!r}: remove it")
+        raise ValueError(f"a belief needs a model, which {' and '.join(MODEL_SAMPLERS)} have, got sampler {name!r}: remove it")
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if name == "tpe":

@@ -1,13 +1,13 @@
-"""Ask, tell, extend: a multi-fidelity search that lives in an ordinary Optuna study.
+"""Ask, tell, extend: a multi-fidelity search in an ordinary Optuna study.
 
 The study is the only state. Every (configuration, rung) evaluation is one trial; a promotion is a new trial that names
-the one it continues. What to run next is worked out from the list of trials at every ask, so that a restart is just
-asking again, and a second process sees the same. hpo.search.view reads the trials, hpo.search.hyperband or hpo.search.model_driven says what may
-be run, hpo.search.trial_writer writes it.
+the one that it continues. Each ask decides from the list of trials what to run next, so that a restart is just asking
+again, and a second process sees the same. `hpo.search.view` reads the trials, `hpo.search.decide` chooses what to run,
+and `hpo.search.trial_writer` writes it.
 
-Decisions are taken under a lock, and a kill at any point leaves either nothing or a running trial of a dead worker,
-which the next ask takes over. A trial that failed without `diverged`, or was pruned without `stopped` (from the dashboard,
-say), is no result: its run is asked again.
+Decisions are taken under a lock. A kill at any point leaves either nothing or a running trial of a dead worker, which
+the next ask takes over. A trial that failed without `diverged`, or was pruned without `stopped` (from the dashboard,
+say), has no result: its run is asked again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,55 +26,68 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from hpo.samplers.belief import Belief, check_belief
-from hpo.samplers.drawing import draw
-from hpo.samplers.protocols import FidelitySampler, Judge, Predictor
+from hpo.samplers.protocols import FidelitySampler, Predictor, UsefulnessEstimator
 from hpo.samplers.registry import resolve_sampler
 from hpo.samplers.unit_cube import Cube
-from hpo.search import trial_writer
-from hpo.search.hyperband import Bracket, FreeSlots, Ladder, Promote, Scores, Variant, moves
-from hpo.search.model_driven import NextTrial, paid, wanted
-from hpo.search.settings import Promotion, checked_seeds, checked_settings, whole_tokens
-from hpo.search.trial_writer import SETTINGS
-from hpo.search.view import Job, Plan, Progress, View, job_of, plan_of, progress_of, read_trials, whole_runs_of
+from hpo.search.decide import Decider
+from hpo.search.hyperband import Variant
+from hpo.search.ladder import Ladder
+from hpo.search.model_driven import NextTrial
+from hpo.search.settings import Promotion, SearchSettings, parse_tokens
+from hpo.search.stored import count_trials_before_raise, open_study, read_max_tokens, store_raise
+from hpo.search.trial_writer import TrialWriter
+from hpo.search.view import Job, Plan, Progress, View, build_job, measure_progress, read_trials
 from hpo.storage.connect import open_storage
-from hpo.storage.leases import LeaseMonitor, abandoned, process_name
-from hpo.storage.trial_attributes import Stopped, config_of, loss_of
-from scaling.common.redact import without_passwords
+from hpo.storage.leases import LeaseMonitor, find_abandoned, identify_process
+from hpo.storage.trial_attributes import Stopped, has_outcome, read_config, read_loss
+from scaling.common.redact import redact_passwords
 from scaling.laws.compute import Fidelity
 
 
 class Search:
-    """A search over `space`, a dict of Optuna distributions. ValueError on bad input, before anything is written.
+    """A search for the best configuration at a target fidelity, from cheaper runs.
 
-    tokens: smallest and largest run; the ladder between them is max / eta^i.
-    sizes: parameter counts N of the proxies, one Hyperband each, kept in ascending order. Default: the target's, or 1.
-    target: where the settings are to be good. Default: the largest size at the largest run; it then follows extend().
-    It only says where the sampler looks, so a study may be opened again with another one.
-    sampler: one of hpo.samplers.names.SAMPLERS, which give the same sequence when killed and resumed, or any Optuna sampler,
-        which then answers for its own seeds.
-    iterations: how often Hyperband is run: its brackets are then the plan, and the sampler fills them. None: without
-        end; a sampler with a model ("mfbo") is then free to choose settings, rungs and what to continue by itself.
-    budget: what a search without iterations may cost in all, in the unit of cost; None: without end. It is only a
-        stopping rule, so a study may be opened again with another one.
-    cost: of one training from the beginning, any unit. Default: FLOPs.
-    resumable: a promotion continues the run that it promotes, and pays only the difference.
-    seeds: how many trainings with different random seeds an evaluation is, whose mean loss counts: one number for all
-        rungs, or one per rung, cheapest first, never falling; the last one holds for rungs that are added on top.
-    promote: who goes on to the next rung: "rank", the lowest losses at this one; "predicted", the lowest losses at the
-        target that the sampler predicts (the losses rank until it has a model). Places once taken are then kept, as in
-        the efficient variant, whatever `variant` says.
-    asynchronous: promote good runs before all of their rung have finished: the top is reached sooner, at the price of
-        some promotions that prove wrong; see hpo.search.hyperband.
-    belief: where the optimum of some parameters is believed to lie, for a sampler with a model; see hpo.samplers.belief.
-    storage: None (memory), a path that ends in .journal, a URL, or an Optuna storage. An existing study called `name`
-        ("search" by default) is opened and must have been made with the same settings.
-    worker: who runs the jobs; unique among live workers. Default: this process. Jobs of a dead process of this host are
-        taken over by whoever asks next. Any other name is believed to be alive, but after a restart it may take its own
-        jobs up again.
-    lock: path of the file that is locked to take decisions. Default: beside a journal or SQLite file; on a database server
-        or behind Optuna's gRPC proxy a lock there (hpo.storage.locks).
-    lease: seconds after which a job that `beat` was not called for is another's, wherever its worker is; all workers of a
-        study have the same. None: only a dead process of this host loses its jobs.
+    Args:
+        space: The search space, a dict of Optuna distributions.
+        tokens: Smallest and largest run. The ladder between them is max / eta^i.
+        eta: Each rung keeps the best 1/eta and trains them eta times longer.
+        sizes: Parameters N of the proxies, one Hyperband each, kept in ascending order. Default: the target's, or 1.
+        target: Where the settings are to be good. Default: the largest size at the largest run, which then follows
+            `extend`. It only tells the sampler where to look, so a study may be opened again with another one.
+        sampler: One of `hpo.samplers.names.SAMPLERS`, which give the same sequence when killed and resumed; or any
+            Optuna sampler, which is then responsible for its own seeds.
+        scheduler: "incremental-hyperband". variant: Which configurations compete for a place after a raise: see
+        `hpo.search.hyperband`. iterations: How often Hyperband is run. Its brackets are then the plan, and the
+        sampler fills them. None: no end;
+            a sampler with a model ("mfbo") then chooses settings, rungs and what to continue by itself.
+        budget: What a search without iterations may cost in total, in the unit of `cost`; None: no end. It is only a
+            stopping rule, so a study may be opened again with another one.
+        cost: Cost of one training from the beginning, in any unit. Default: FLOPs.
+        resumable: A promotion continues the run that it promotes, and pays only the difference.
+        seeds: How many trainings with different random seeds an evaluation consists of. Their mean loss counts. One
+            number for all rungs, or one per rung, cheapest first, never falling; the last one holds for rungs that are
+            added on top.
+        promote: Which configurations are promoted to the next rung: "rank", the lowest losses at this one; "predicted",
+            the lowest losses at the target that the sampler predicts (the losses rank until it has a model). Places
+            once taken are then kept, as in the efficient variant, for any `variant`.
+        asynchronous: Promote good runs before their whole rung has finished. The top is reached sooner, at the price of
+            some promotions that prove wrong: see `hpo.search.hyperband`.
+        belief: Where the optimum of some parameters is believed to lie, for a sampler with a model: see
+            `hpo.samplers.belief`.
+        storage: None (memory), a path that ends in .journal, a URL, or an Optuna storage. An existing study called
+            `name` is opened and must have been made with the same settings.
+        name: Name of the study. Default: "search".
+        seed: Seed of the sampler.
+        worker: Name of the process that runs the jobs, unique among live workers. Default: this process. Jobs of a dead
+            process of this host are taken over by the next worker that asks. A worker with any other name counts as
+            alive, but after a restart it may take its own jobs up again.
+        lock: Path of the file that is locked to take decisions. Default: beside a journal or SQLite file; on a database
+            server or behind Optuna's gRPC proxy, a lock there (`hpo.storage.locks`).
+        lease: Seconds without a call of `beat` after which another worker may take a job over, on any host. It is the
+            same for all workers of a study. None: only a dead process of this host loses its jobs.
+
+    Raises:
+        ValueError: On bad input, before anything is written.
     """
 
     def __init__(
@@ -103,8 +116,8 @@ class Search:
         lock: str | Path | None = None,
         lease: float | None = None,
     ) -> None:
-        settings = checked_settings(
-            space,
+        self.settings = settings = SearchSettings(
+            space=dict(space) if space else {},
             tokens=tokens,
             eta=eta,
             sizes=sizes,
@@ -112,36 +125,26 @@ class Search:
             scheduler=scheduler,
             variant=variant,
             iterations=iterations,
+            budget=budget,
             resumable=resumable,
+            seeds=seeds,
             promote=promote,
             asynchronous=asynchronous,
+            seed=seed,
+            worker=worker,
+            lease=lease,
         )
-        ladder = Ladder.make(settings["tokens"][0], settings["tokens"][1], eta)
-        ladder = replace(ladder, seeds=checked_seeds(seeds, ladder.levels))
-        settings["seeds"] = list(ladder.seeds)
-        if budget is not None and (iterations is not None or not (math.isfinite(budget) and budget > 0)):
-            raise ValueError(
-                f"budget must be positive and finite, and stands in place of iterations, got {budget} and iterations "
-                f"{iterations}"
-            )
-        if seed < 0:
-            raise ValueError(f"seed must be a non-negative integer, got {seed}")
-        if worker == "":
-            raise ValueError("worker must not be empty: leave it out for host and process")
-        if lease is not None and not (math.isfinite(lease) and lease > 0):
-            raise ValueError(f"lease must be positive and finite, or None, got {lease}")
-        self.space = dict(space)
-        self.sizes: tuple[float, ...] = tuple(settings["sizes"])
-        self.variant: Variant = variant if promote == "rank" else "efficient"
+        self.space = settings.space
+        self.sizes: tuple[float, ...] = settings.proxy_sizes
+        self.variant: Variant = settings.effective_variant
         self.promote: Promotion = promote
         self.asynchronous = asynchronous
         self.iterations = iterations
         self.budget = budget
         self.resumable = resumable
-        self.cost = cost if cost is not None else _flops
+        self.cost = cost if cost is not None else attrgetter("C")
         self.seed = seed
-        self.worker = worker if worker is not None else process_name()
-        self._target = target
+        self.worker = worker if worker is not None else identify_process()
         if belief:
             check_belief(belief, Cube(self.space))
         self._sampler = resolve_sampler(sampler, seed, belief)
@@ -150,297 +153,245 @@ class Search:
                 'promote="predicted" needs a sampler that has a method predict, such as "mfbo", got '
                 f'{sampler!r}: use one, or promote="rank"'
             )
-        named = sampler if isinstance(sampler, str) else None
-        self._held: set[int] = set()  # numbers of the trials that this object handed out
-        self._leased = lease is not None
-        self._sightings = LeaseMonitor(math.inf if lease is None else lease)
+        # Numbers of the trials that this object has handed out.
+        self._held: set[int] = set()
+        self._lease_monitor = LeaseMonitor(math.inf if lease is None else lease)
         name = name if name is not None else "search"
         opened, self._lock = open_storage(storage, lock, name)
         with self._lock:
-            self._opened = trial_writer.open_study(
-                opened, name, self._sampler, settings, without_passwords(str(storage))
-            )
-        self.study = self._opened.study
-        self._random = partial(trial_writer.random_for, self.study, named, seed)  # of a trial's number
-        self._sampler_of = partial(trial_writer.sampler_for, self.study, self._sampler, named, seed)
-        self._ladder = ladder  # raised to what the study says at every look
+            self.study = open_study(opened, name, self._sampler, settings, redact_passwords(str(storage)))
+        sampler_name = sampler if isinstance(sampler, str) else None
+        self._decider = Decider(settings, self.study, self._sampler, sampler_name, self.cost)
+        self._writer = TrialWriter(
+            self.study,
+            opened,
+            space=self.space,
+            sizes=self.sizes,
+            worker=self.worker,
+            is_leased=lease is not None,
+            resumable=resumable,
+            make_sampler=self._decider.make_sampler,
+        )
 
     # What is known
 
     @property
     def ladder(self) -> Ladder:
         """The budgets in tokens, raises included."""
-        return self._ladder.raised(self.study.user_attrs[SETTINGS]["max_tokens"])
+        return self.settings.ladder.raised(read_max_tokens(self.study))
 
     @property
     def target(self) -> Fidelity:
         """Where the settings are to be good."""
-        return self._target if self._target is not None else Fidelity(self.sizes[-1], self.ladder.levels[-1])
+        return self._decider.find_target(self.ladder)
 
     @property
     def finished(self) -> bool:
-        """Nothing is left, neither to be asked nor in progress. Never, without iterations and budget."""
-        view = self._read()
-        if self.iterations is None:
-            return self._is_spent(view) and not view.pending
-        return not view.pending and not self._moves(view)
+        """Whether nothing is left to ask or in progress. Never true without iterations and without a budget."""
+        return self._decider.is_finished(self._read())
 
     @property
     def progress(self) -> Progress:
+        """What was run, spent and saved so far, and what is planned."""
         view = self._read()
-        plan = None if self.iterations is None and self.budget is None else self._plan(view)
-        raises = self.study.user_attrs[SETTINGS].get("raises") or [(0, 0)]
-        return progress_of(view, plan, self.variant, raised_at=raises[-1][1])
+        plan = self._decider.plan(view) if self._decider.has_end else None
+        return measure_progress(view, plan, self.variant, raised_at=count_trials_before_raise(self.study))
 
     def plan(self, max_tokens: int | None = None) -> Plan:
-        """What is still to be run; with max_tokens: what would be after extend(max_tokens). Writes nothing.
+        """Return what is still to be run. Writes nothing.
 
-        ValueError when the search has no end, or the ladder cannot be raised so.
+        Args:
+            max_tokens: Plan as if `extend(max_tokens)` had been called.
+
+        Raises:
+            ValueError: If the search has no end, or its largest run cannot be raised to `max_tokens`.
         """
-        if self.iterations is None and self.budget is None:
+        if not self._decider.has_end:
             raise ValueError(
                 "a search without end has no plan: give iterations, 1 for one Hyperband per size, or a budget"
             )
         view = self._read()
         if max_tokens is not None:
-            view = replace(view, ladder=view.ladder.raised(whole_tokens(max_tokens)))
-        return self._plan(view)
+            view = replace(view, ladder=view.ladder.raised(parse_tokens(max_tokens)))
+        return self._decider.plan(view)
 
     def best(self) -> dict[str, Any]:
-        """The search's own answer for the target: the model's, where the sampler has one; otherwise the parameters of
-        the lowest loss at the highest fidelity (largest N, then D) that has a finite one. ValueError when there is none
-        yet.
+        """Return the search's answer: the settings for the target.
+
+        If the sampler has a model, this is the model's answer. Otherwise these are the parameters of the lowest loss at
+        the highest fidelity (largest N, then D) that has a finite one.
+
+        Raises:
+            ValueError: If no run has finished with a finite loss.
         """
-        done = [t for t in self._read().at.values() if t.state.is_finished() and math.isfinite(loss_of(t))]
+        done = [t for t in self._read().evaluations.values() if t.state.is_finished() and math.isfinite(read_loss(t))]
         if not done:
             raise ValueError("no run has finished with a finite loss: run some before asking for the best")
         if isinstance(self._sampler, FidelitySampler):
             return self._sampler.best(self.study, self.space, self.target)
-        top = min(done, key=lambda t: (-t.user_attrs["N"], -t.user_attrs["tokens"], loss_of(t), t.number))
+        top = min(done, key=lambda t: (-t.user_attrs["N"], -t.user_attrs["tokens"], read_loss(t), t.number))
         return {name: top.params[name] for name in self.space}
 
     def usefulness(self) -> dict[Fidelity, float]:
-        """For every size and rung: how far its losses go with the target's, by the sampler's model (posterior
-        correlation over settings). Empty without a model."""
+        """Return how far the losses of every size and rung correlate with the target's, by the sampler's model.
+
+        Returns:
+            Posterior correlation over settings, by fidelity. Empty without a model.
+        """
         levels = [Fidelity(size, tokens) for size in self.sizes for tokens in self.ladder.levels]
-        if not isinstance(self._sampler, Judge):
+        if not isinstance(self._sampler, UsefulnessEstimator):
             return {}
-        found = self._sampler.usefulness(self.study, self.space, levels, self.target)
-        return {} if found is None else {level: float(x) for level, x in zip(levels, found, strict=True)}
+        correlations = self._sampler.usefulness(self.study, self.space, levels, self.target)
+        if correlations is None:
+            return {}
+        return {level: float(x) for level, x in zip(levels, correlations, strict=True)}
 
     # What to do
 
     def ask(self) -> Job | None:
-        """The next job: first those that were given back or left by a dead worker, then promotions, then configurations
-        (enqueued ones first). None: nothing can be run now; `finished` tells whether there will be more.
+        """Return the next job.
+
+        Jobs that were given back or left by a dead worker come first, then promotions, then new configurations
+        (enqueued ones first).
+
+        Returns:
+            The job, or None if nothing can be run now. `finished` tells whether there will be more.
         """
         with self._lock:
             view = self._read()
-            expired = self._sightings.expired(view.trials)
-            for trial in abandoned(view.trials, self.worker, self._held, expired):
-                started = self._start(trial.number)
-                first = view.at[config_of(trial), int(trial.user_attrs["rung"])]
-                if first is trial and not trial_writer.has_ended(trial):
-                    return self._handed_out(started)
-                # A second run of the same, or one whose worker was killed between the two writes of its outcome.
-                trial_writer.close(self._opened, trial)
+            expired = self._lease_monitor.find_expired(view.trials)
+            for trial in find_abandoned(view.trials, self.worker, self._held, expired):
+                started = self._writer.start_trial(trial.number)
+                counted = view.evaluations[read_config(trial), int(trial.user_attrs["rung"])]
+                if counted is trial and not has_outcome(trial):
+                    return self._hand_out(started)
+                # It is a second run of the same evaluation, or its worker was killed while it wrote the outcome.
+                self._writer.close_abandoned(trial)
                 view = self._read()
-            if self._is_spent(view):
+            if self._decider.is_budget_spent(view):
                 return None
-            if self.iterations is None and isinstance(self._sampler, FidelitySampler):
-                created: FrozenTrial | None = self._freely(view, self._sampler)
-            else:
-                created = self._next(view, self._moves(view, self._predictions(view)))
-            return None if created is None else self._handed_out(created)
+            created = self._start_next(view)
+            return None if created is None else self._hand_out(created)
 
     def tell(self, job: Job, loss: float | Sequence[float]) -> None:
-        """Record the loss of each of the job's seeds, in their order; a number will do where there is one seed. Any
-        that is not finite: diverged, which ranks last and is not asked again.
+        """Record the result of a job.
 
-        ValueError, and nothing is changed, for a job that is unknown or was told already (Lost, where it was another's by
-        then), or another number of losses.
+        Args:
+            job: The job.
+            loss: The loss of each of its seeds, in their order; a number for a single seed. One that is not finite
+                means that the run diverged: it ranks last and is not asked again.
+
+        Raises:
+            ValueError: If the job is unknown, or the number of losses is wrong. Nothing is changed then.
+            LeaseLost: If the job was told already, or is another worker's by now. Nothing is changed then.
         """
         losses = [float(x) for x in loss] if isinstance(loss, Sequence | np.ndarray) else [float(loss)]
-        trial_writer.finish(self._opened, job, losses, self.worker if self._leased else None)
+        self._writer.finish_trial(job, losses)
         self._held.discard(job.number)
 
     def beat(self, job: Job) -> None:
-        """Keep a job's lease, some times within it. Lost when it is another's, or has been told."""
-        trial_writer.beat(self._opened, job, self.worker)
+        """Keep a job's lease. Call this a few times within its length.
+
+        Raises:
+            LeaseLost: If the job is another worker's by now, or has been told.
+        """
+        self._writer.record_heartbeat(job)
 
     def report(self, job: Job, tokens: int, loss: float) -> None:
-        """Keep a point of a running job's curve, for the forecasts of hpo.worker.early_stopping. ValueError when it is not running."""
-        trial_writer.report(self._opened, job, tokens, loss)
+        """Record a point of a running job's loss curve, for the forecasts of `hpo.worker.early_stopping`.
+
+        Args:
+            job: The job.
+            tokens: Tokens that the run has trained.
+            loss: Its loss there, in nats per token.
+
+        Raises:
+            ValueError: If the job is not running.
+        """
+        self._writer.report_point(job, tokens, loss)
 
     def stop(self, job: Job, stopped: Stopped) -> None:
-        """Record that a job was given up on the way: it ranks last, like one that diverged, and is not asked again.
+        """Record that a job was stopped early. It ranks last, like one that diverged, and is not asked again.
 
-        ValueError, and nothing is changed, for a job that is unknown or was told already, or has several seeds.
+        Args:
+            job: The job.
+            stopped: Where and why it was stopped.
+
+        Raises:
+            ValueError: If the job is unknown, was told already, or has several seeds. Nothing is changed then.
         """
         if job.seeds > 1:
             raise ValueError(
                 f"only a run of one seed can be stopped, trial {job.number} has {job.seeds}: tell its losses"
             )
-        trial_writer.stop(self._opened, job, stopped, self.worker if self._leased else None)
+        self._writer.stop_trial(job, stopped)
         self._held.discard(job.number)
 
     def crashed(self, job: Job, why: str, *, attempts: int = 2) -> bool:
-        """Note that a job's training crashed, and give it back; whether it is now given up, as diverged, after so many times.
+        """Record that a job's training crashed, and give the job back.
 
-        Lost, and nothing is changed, when it is another's.
+        Args:
+            job: The job.
+            why: The reason, which is kept with the trial.
+            attempts: After this many crashes the job counts as diverged.
+
+        Returns:
+            Whether it now counts as diverged.
+
+        Raises:
+            LeaseLost: If the job is another worker's by now. Nothing is changed then.
         """
-        if trial_writer.crashed(self._opened, job, why, self.worker) < attempts:
+        if self._writer.record_crash(job, why) < attempts:
             self.release(job)
             return False
         self.tell(job, [math.nan] * job.seeds)
         return True
 
     def release(self, job: Job) -> None:
-        """Give a job back unfinished: it will be asked again, as the same trial."""
-        self._opened.storage.set_trial_user_attr(trial_writer.running(self._opened, job)[0], "worker", "")
+        """Give a job back unfinished. It is asked again, as the same trial."""
+        self._writer.release_trial(job)
         self._held.discard(job.number)
 
     def check_extend(self, max_tokens: int) -> None:
-        """ValueError, with the nearest values that work, when extend(max_tokens) cannot be."""
-        self.ladder.raised(whole_tokens(max_tokens))
+        """Check that `extend(max_tokens)` is possible. The ValueError names the nearest values that are."""
+        self.ladder.raised(parse_tokens(max_tokens))
 
     def extend(self, max_tokens: int) -> None:
-        """Raise the largest run to max_tokens: the present one times a power of eta. ask() then gives what is
-        missing."""
+        """Raise the largest run. `ask` then returns what is missing.
+
+        Args:
+            max_tokens: The present largest run times a power of eta.
+
+        Raises:
+            ValueError: If it is any other number. The message names the nearest values that work.
+        """
         with self._lock:
             self.check_extend(max_tokens)
-            settings = self.study.user_attrs[SETTINGS]
-            if whole_tokens(max_tokens) == settings["max_tokens"]:
-                return
-            # to how many tokens, and how many trials there were then: what they found is what the raise reuses
-            raised = [whole_tokens(max_tokens), len(self.study.get_trials(deepcopy=False))]
-            new = {"max_tokens": raised[0], "raises": [*settings.get("raises", []), raised]}
-            self.study.set_user_attr(SETTINGS, settings | new)
-
-    # How
+            if parse_tokens(max_tokens) != read_max_tokens(self.study):
+                store_raise(self.study, parse_tokens(max_tokens))
 
     def _read(self) -> View:
         return read_trials(self.study.get_trials(deepcopy=False), self.ladder, self.space)
 
-    def _plan(self, view: View) -> Plan:
-        if self.iterations is not None:
-            return plan_of(view, self.sizes, self.variant, self.iterations, resumable=self.resumable)
-        top = Fidelity(self.sizes[-1], view.ladder.levels[-1])
-        runs = max(self._left(view), 0.0) / self.cost(top)
-        return whole_runs_of(view, top, runs)
-
-    def _left(self, view: View) -> float:
-        """Of the budget, when all that runs has ended; without end when there is none."""
-        if self.budget is None:
-            return math.inf
-        return self.budget - paid(view, self.cost)
-
-    def _is_spent(self, view: View) -> bool:
-        """Whether not even the cheapest run can be paid."""
-        if self.budget is None:
-            return False
-        cheapest = min(self._start_cost(view, Fidelity(size, view.ladder.levels[0])) for size in self.sizes)
-        return self._left(view) < cheapest * (1 - 1e-9)
-
-    def _moves(self, view: View, scores: Scores | None = None) -> list[Promote | FreeSlots]:
-        """What may be run. Whether there is anything does not depend on the scores."""
-        return moves(
-            view.entries,
-            view.ladder,
-            variant=self.variant,
-            sizes=len(self.sizes),
-            iterations=self.iterations,
-            asynchronous=self.asynchronous,
-            scores=scores,
-        )
-
-    def _predictions(self, view: View) -> Scores | None:
-        """Predicted losses at the target, by configuration; None when ranks decide."""
-        sampler = self._sampler
-        if self.promote == "rank" or not isinstance(sampler, Predictor):
+    def _start_next(self, view: View) -> FrozenTrial | None:
+        """Start the trial that is to run next; None if nothing can be run now."""
+        decider = self._decider
+        moves = [] if decider.is_model_driven else decider.list_moves(view, decider.make_scores(view))
+        promotion = decider.choose_promotion(view, moves)
+        if promotion is not None:
+            return self._create(view, promotion)
+        brackets = decider.list_brackets(view, moves)
+        if not brackets:
             return None
-
-        def scores(configs: Sequence[int]) -> Sequence[float] | None:
-            params = [{name: view.trials[c].params[name] for name in self.space} for c in configs]
-            predicted = sampler.predict(self.study, self.space, params, self.target)
-            return None if predicted is None else [float(x) for x in predicted]
-
-        return scores
-
-    def _start_cost(self, view: View, fidelity: Fidelity) -> float:
-        """Of all seeds of an evaluation at a fidelity, from the beginning."""
-        levels = view.ladder.levels
-        rung = next((k for k, level in enumerate(levels) if level >= fidelity.D), view.ladder.top)
-        return view.ladder.seeds_at(rung) * self.cost(fidelity)
-
-    def _next(self, view: View, possible: list[Promote | FreeSlots]) -> FrozenTrial | None:
-        """Create the trial of the best move."""
-        if not possible:
-            return None
-        first = possible[0]
-        if isinstance(first, Promote):
-            before = view.at.get((first.config, first.rung - 1))
-            params = view.trials[first.config].params
-            bracket = next(e.bracket for e in view.entries if e.config == first.config)
-            return self._create(view, NextTrial(params, first.rung, bracket, first.config, before))
-        starts = sorted(
-            (m.bracket for m in possible if isinstance(m, FreeSlots)),
-            key=lambda b: self._start_cost(view, self._at(view, b)),
-        )
-        enqueued = self._enqueued(view, starts[0])
+        enqueued = self._writer.take_enqueued(view, brackets[0])
         if enqueued is not None:
             return enqueued
-        if isinstance(self._sampler, FidelitySampler):
-            slots = [self._at(view, bracket) for bracket in starts]
-            cost = partial(self._start_cost, view)
-            params, chosen = self._sampler.propose(self.study, self.space, slots, cost, self.target)
-            return self._create(view, NextTrial(params, starts[chosen].start, starts[chosen]))
-        random = self._random(len(view.trials))
-        params = {} if random is None else draw(self.space, self.study, random)
-        return self._create(view, NextTrial(params, starts[0].start, starts[0]))
-
-    def _enqueued(self, view: View, bracket: Bracket) -> FrozenTrial | None:
-        """Start the first trial that was enqueued by hand, if there is one."""
-        attrs = self._attributes(view, NextTrial({}, bracket.start, bracket))
-        number = trial_writer.take_enqueued(self._opened, self.space, view, attrs)
-        return None if number is None else self._start(number)
-
-    def _freely(self, view: View, sampler: FidelitySampler) -> FrozenTrial:
-        """Create the trial that the sampler's model wants."""
-        enqueued = self._enqueued(view, Bracket(0, 0, 0))
-        if enqueued is not None:
-            return enqueued
-        chosen = wanted(
-            view,
-            sampler,
-            self.study,
-            self.space,
-            sizes=self.sizes,
-            cost=partial(self._start_cost, view),
-            target=self.target,
-            resumable=self.resumable,
-            left=self._left(view),
-        )
-        return self._create(view, chosen)
-
-    def _at(self, view: View, bracket: Bracket) -> Fidelity:
-        return Fidelity(self.sizes[bracket.size], view.ladder.levels[bracket.start])
-
-    def _attributes(self, view: View, chosen: NextTrial) -> dict[str, Any]:
-        attrs = trial_writer.attributes(view, chosen, sizes=self.sizes, worker=self.worker, resumable=self.resumable)
-        return {"beat": 0} | attrs if self._leased else attrs
+        return self._create(view, decider.choose_configuration(view, brackets))
 
     def _create(self, view: View, chosen: NextTrial) -> FrozenTrial:
-        trial = trial_writer.create(self._opened, self.space, chosen, self._attributes(view, chosen))
-        return self._start(trial.number, trial)
+        trial = self._writer.create_trial(view, chosen)
+        return self._writer.start_trial(trial.number, trial)
 
-    def _start(self, number: int, trial: FrozenTrial | None = None) -> FrozenTrial:
-        return trial_writer.start(self._opened, self.space, number, self.worker, self._sampler_of, trial)
-
-    def _handed_out(self, trial: FrozenTrial) -> Job:
+    def _hand_out(self, trial: FrozenTrial) -> Job:
         self._held.add(trial.number)
-        return job_of(trial, self.space, resumable=self.resumable)
-
-
-def _flops(fidelity: Fidelity) -> float:
-    return fidelity.C
+        return build_job(trial, self.space, resumable=self.resumable)

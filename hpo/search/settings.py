@@ -1,140 +1,242 @@
-"""Opening a search: its arguments checked, its storage and lock."""
+"""The settings of a search: checked when they are given, stored in its study, and compared when it is opened again."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
-import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.trial import TrialState
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from hpo.search.hyperband import VARIANTS
+from hpo.search.hyperband import VARIANTS, Variant
+from hpo.search.ladder import Ladder
+from scaling.common.suggest import find_similar
 from scaling.laws.compute import Fidelity
 
 SCHEDULERS = ("incremental-hyperband",)
 Promotion = Literal["rank", "predicted"]
-# What a study has that was made before these settings existed.
-BEFORE: dict[str, Any] = {"seeds": [1], "promote": "rank", "asynchronous": False}
 
 
-def checked_settings(
-    space: Mapping[str, BaseDistribution],
-    *,
-    tokens: tuple[int, int],
-    eta: int,
-    sizes: Sequence[float] | None,
-    target: Fidelity | None,
-    scheduler: str,
-    variant: str,
-    iterations: int | None,
-    resumable: bool,
-    promote: str,
-    asynchronous: bool,
-) -> dict[str, Any]:
-    """The settings of a search as they are stored, or ValueError. (min <= max and eta are checked by Ladder.make.)"""
-    if not space:
-        raise ValueError("the search space is empty: give at least one parameter, as a dict of Optuna distributions")
-    for name, distribution in space.items():
-        if not isinstance(distribution, BaseDistribution):
-            raise ValueError(f"parameter {name!r} needs an Optuna distribution, got {distribution!r}")
-        if distribution.single():
-            raise ValueError(
-                f"parameter {name!r} has a single value, {distribution}: there is nothing to search; give it to the "
-                "trainer as a setting instead"
-            )
-    one_of("scheduler", scheduler, SCHEDULERS)
-    one_of("variant", variant, VARIANTS)
-    one_of("promote", promote, get_args(Promotion))
-    if not isinstance(asynchronous, bool):
-        raise ValueError(f"asynchronous is True or False, got {asynchronous!r}")
-    if len(tokens) != 2:
-        raise ValueError(f"tokens are (smallest run, largest run), got {tokens}")
-    lowest, highest = (whole_tokens(t) for t in tokens)
-    if target is not None and not all(math.isfinite(x) and x > 0 for x in (target.N, target.D)):
-        raise ValueError(f"the target's N and D must be positive and finite, got {target}")
-    if sizes is None:
-        sizes = (1.0 if target is None else target.N,)
-    if not sizes or not all(math.isfinite(n) and n > 0 for n in sizes):
-        raise ValueError(f"sizes are parameter counts N, at least one, positive and finite, got {tuple(sizes)}")
-    if len(set(sizes)) < len(sizes):
-        raise ValueError(f"sizes must differ, got {tuple(sizes)}: each has a Hyperband of its own already")
-    if iterations is not None and iterations < 1:
-        raise ValueError(f"iterations must be at least 1, or None for no end, got {iterations}")
-    return {
-        "space": {name: distribution_to_json(distribution) for name, distribution in space.items()},
-        "tokens": [lowest, highest],
-        "max_tokens": highest,  # raised by extend()
-        "eta": eta,
-        "sizes": sorted(float(n) for n in sizes),
-        "variant": variant,
-        "iterations": iterations,
-        "scheduler": scheduler,
-        "resumable": resumable,
-        "promote": promote,
-        "asynchronous": asynchronous,
-    }
+class StoredSettings(BaseModel):
+    """The settings of a search as its study stores them, in this order. Defaults are those of older studies.
 
-
-def checked_seeds(seeds: int | Sequence[int], levels: Sequence[int]) -> tuple[int, ...]:
-    """Training seeds by rung, without repetition of the last number, which holds for all rungs above. ValueError when
-    it is neither one number nor one per level. (That they are whole, positive and do not fall is checked by Ladder.)
+    Attributes:
+        space: Each parameter's distribution, in Optuna's JSON.
+        tokens: Smallest and largest run, as they were first given.
+        max_tokens: Largest run, raises included.
+        eta: The reduction factor.
+        sizes: Parameters N of the proxies, in ascending order.
+        variant: Which configurations compete for a place.
+        iterations: How often Hyperband is run; None for no end.
+        scheduler: Name of the scheduler.
+        resumable: Whether promotions resume from checkpoints.
+        promote: Whether ranks or predictions decide promotions.
+        asynchronous: Whether promotions do not wait for their rung.
+        seeds: Trainings with different random seeds, by rung.
+        raises: For each raise, the new largest run and how many trials there were then. Absent before the first.
     """
-    given = tuple(seeds) if isinstance(seeds, Sequence) else (seeds,)
-    if isinstance(seeds, str) or len(given) not in (1, len(levels)):
+
+    model_config = ConfigDict(strict=True)
+
+    space: dict[str, str]
+    tokens: list[PositiveInt] = Field(min_length=2, max_length=2)
+    max_tokens: PositiveInt
+    eta: int = Field(ge=2)
+    sizes: list[PositiveFloat] = Field(min_length=1)
+    variant: str
+    iterations: PositiveInt | None
+    scheduler: str
+    resumable: bool
+    promote: str = "rank"
+    asynchronous: bool = False
+    seeds: list[PositiveInt] = Field(default_factory=lambda: [1])
+    raises: list[list[int]] = Field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """The settings of a search, checked. `hpo.Search` describes them and has their defaults.
+
+    Those that `to_stored` returns define the study and cannot change. The others (target, budget, seed, worker, lease)
+    only say how it is worked on, and may differ each time that it is opened.
+
+    Attributes:
+        ladder: The budgets, before any raise.
+        proxy_sizes: Parameters N of the proxies, in ascending order.
+
+    Raises:
+        ValueError: If a setting is invalid.
+    """
+
+    space: dict[str, BaseDistribution]
+    tokens: tuple[int, int]
+    eta: int
+    sizes: Sequence[float] | None
+    target: Fidelity | None
+    scheduler: str
+    variant: Variant
+    iterations: int | None
+    budget: float | None
+    resumable: bool
+    seeds: int | Sequence[int]
+    promote: Promotion
+    asynchronous: bool
+    seed: int
+    worker: str | None
+    lease: float | None
+    ladder: Ladder = field(init=False)
+    proxy_sizes: tuple[float, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._check_space()
+        check_choice("scheduler", self.scheduler, SCHEDULERS)
+        check_choice("variant", self.variant, VARIANTS)
+        check_choice("promote", self.promote, get_args(Promotion))
+        if not isinstance(self.asynchronous, bool):
+            raise ValueError(f"asynchronous is True or False, got {self.asynchronous!r}")
+        if len(self.tokens) != 2:
+            raise ValueError(f"tokens are (smallest run, largest run), got {self.tokens}")
+        lowest, highest = (parse_tokens(t) for t in self.tokens)
+        object.__setattr__(self, "proxy_sizes", self._resolve_sizes())
+        if self.iterations is not None and self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, or None for no end, got {self.iterations}")
+        ladder = Ladder.make(lowest, highest, self.eta)
+        object.__setattr__(self, "ladder", replace(ladder, seeds=resolve_seeds(self.seeds, ladder.levels)))
+        self._check_run_options()
+
+    def _check_space(self) -> None:
+        if not self.space:
+            raise ValueError(
+                "the search space is empty: give at least one parameter, as a dict of Optuna distributions"
+            )
+        for name, distribution in self.space.items():
+            if not isinstance(distribution, BaseDistribution):
+                raise ValueError(f"parameter {name!r} needs an Optuna distribution, got {distribution!r}")
+            if distribution.single():
+                raise ValueError(
+                    f"parameter {name!r} has a single value, {distribution}: there is nothing to search; "
+                    "give it to the trainer as a setting instead"
+                )
+
+    def _resolve_sizes(self) -> tuple[float, ...]:
+        sizes, target = self.sizes, self.target
+        if target is not None and not all(math.isfinite(x) and x > 0 for x in (target.N, target.D)):
+            raise ValueError(f"the target's N and D must be positive and finite, got {target}")
+        if sizes is None:
+            sizes = (1.0 if target is None else target.N,)
+        if not sizes or not all(math.isfinite(n) and n > 0 for n in sizes):
+            raise ValueError(f"sizes are parameter counts N, at least one, positive and finite, got {tuple(sizes)}")
+        if len(set(sizes)) < len(sizes):
+            raise ValueError(f"sizes must differ, got {tuple(sizes)}: each has a Hyperband of its own already")
+        return tuple(sorted(float(n) for n in sizes))
+
+    def _check_run_options(self) -> None:
+        """Check the settings that the study does not store."""
+        budget, lease = self.budget, self.lease
+        if budget is not None and (self.iterations is not None or not (math.isfinite(budget) and budget > 0)):
+            raise ValueError(
+                f"budget must be positive and finite, and is given in place of iterations, got {budget} and iterations "
+                f"{self.iterations}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed must be a non-negative integer, got {self.seed}")
+        if self.worker == "":
+            raise ValueError("worker must not be empty: leave it out for host and process")
+        if lease is not None and not (math.isfinite(lease) and lease > 0):
+            raise ValueError(f"lease must be positive and finite, or None, got {lease}")
+
+    @property
+    def effective_variant(self) -> Variant:
+        """The variant in use: promotion by prediction keeps places once taken, as the efficient variant does."""
+        return self.variant if self.promote == "rank" else "efficient"
+
+    def to_stored(self) -> StoredSettings:
+        """Return what a new study stores."""
+        lowest, highest = (parse_tokens(t) for t in self.tokens)
+        return StoredSettings.model_construct(
+            space={name: distribution_to_json(distribution) for name, distribution in self.space.items()},
+            tokens=[lowest, highest],
+            max_tokens=highest,
+            eta=self.eta,
+            sizes=list(self.proxy_sizes),
+            variant=self.variant,
+            iterations=self.iterations,
+            scheduler=self.scheduler,
+            resumable=self.resumable,
+            promote=self.promote,
+            asynchronous=self.asynchronous,
+            seeds=list(self.ladder.seeds),
+        )
+
+    def check_same(self, study: str, stored: StoredSettings) -> None:
+        """Check that a study was made with these settings. The largest run may be the first one or the raised one.
+
+        Args:
+            study: Name of the study, for the message.
+            stored: Its settings.
+
+        Raises:
+            ValueError: If any differ. The message lists all differences.
+        """
+        given, differences = self.to_stored(), []
+        for name in StoredSettings.model_fields.keys() - {"space", "tokens", "max_tokens", "raises"}:
+            old, new = getattr(stored, name), getattr(given, name)
+            if old != new:
+                differences.append(f"{name}: the study has {old}, got {new}")
+        (lowest, highest), (low, high) = stored.tokens, given.tokens
+        if low != lowest or high not in (highest, stored.max_tokens):
+            raised = "" if highest == stored.max_tokens else f" raised to {stored.max_tokens}"
+            differences.append(f"tokens: the study has {(lowest, highest)}{raised}, got {(low, high)}")
+        for name in stored.space.keys() | given.space.keys():
+            old, new = (
+                None if text is None else json.loads(text) for text in (s.space.get(name) for s in (stored, given))
+            )
+            if old != new:
+                known, got = (
+                    "no such parameter" if x is None else f"{x['name']} {x['attributes']}" for x in (old, new)
+                )
+                differences.append(f"space, {name}: the study has {known}, got {got}")
+        if differences:
+            listed = "".join(f"\n  {line}" for line in sorted(differences))
+            raise ValueError(f"study {study!r} exists with other settings:{listed}\nuse those, or choose another name")
+
+
+def resolve_seeds(seeds: int | Sequence[int], levels: Sequence[int]) -> tuple[int, ...]:
+    """Return the number of trainings by rung, without repetitions of the last number, which holds for all rungs above.
+
+    `Ladder` checks that the numbers are whole and positive and do not fall.
+
+    Args:
+        seeds: One number for all rungs, or one for each.
+        levels: Tokens at each rung.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    numbers = tuple(seeds) if isinstance(seeds, Sequence) else (seeds,)
+    if isinstance(seeds, str) or len(numbers) not in (1, len(levels)):
         raise ValueError(
             f"seeds needs one number, or one for each of the {len(levels)} rungs {tuple(levels)}, cheapest first, got "
             f"{seeds!r}"
         )
-    while len(given) > 1 and given[-1] == given[-2]:
-        given = given[:-1]
-    return given
+    while len(numbers) > 1 and numbers[-1] == numbers[-2]:
+        numbers = numbers[:-1]
+    return numbers
 
 
-def check_same(study: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """ValueError that lists all differences. The largest run may be the original one or the one it was raised to."""
-    found = []
-    for key in given.keys() - {"space", "tokens", "max_tokens"}:
-        old = stored[key] if key in stored else BEFORE[key]
-        if old != given[key]:
-            found.append(f"{key}: the study has {old}, got {given[key]}")
-    (lowest, highest), (low, high) = stored["tokens"], given["tokens"]
-    if low != lowest or high not in (highest, stored["max_tokens"]):
-        raised = "" if highest == stored["max_tokens"] else f" raised to {stored['max_tokens']}"
-        found.append(f"tokens: the study has {(lowest, highest)}{raised}, got {(low, high)}")
-    for name in stored["space"].keys() | given["space"].keys():
-        old, new = (
-            None if json_ is None else json.loads(json_) for json_ in (s["space"].get(name) for s in (stored, given))
-        )
-        if old != new:
-            there, here = ("no such parameter" if x is None else f"{x['name']} {x['attributes']}" for x in (old, new))
-            found.append(f"space, {name}: the study has {there}, got {here}")
-    if found:
-        listed = "".join(f"\n  {line}" for line in sorted(found))
-        raise ValueError(f"study {study!r} exists with other settings:{listed}\nuse those, or choose another name")
-
-
-def check_fresh(study: optuna.Study) -> None:
-    """ValueError when a study that has no settings of ours is not an empty one."""
-    if study.directions != [optuna.study.StudyDirection.MINIMIZE]:
-        raise ValueError(f"study {study.study_name!r} exists and does not minimize one value: choose another name")
-    if any(t.state != TrialState.WAITING for t in study.get_trials(deepcopy=False)):
-        raise ValueError(f"study {study.study_name!r} exists and was not made by a Search: choose another name")
-
-
-def whole_tokens(tokens: float) -> int:
-    """Tokens as an integer; ValueError when they are not whole and positive."""
+def parse_tokens(tokens: float) -> int:
+    """Return a number of tokens as an integer. ValueError if it is not whole and positive."""
     if not math.isfinite(tokens) or tokens != int(tokens) or tokens <= 0:
         raise ValueError(f"tokens must be a positive whole number, got {tokens}")
     return int(tokens)
 
 
-def one_of(what: str, given: str, known: Iterable[str]) -> None:
-    """ValueError with the nearest name when `given` is not known."""
+def check_choice(setting: str, value: str, known: Iterable[str]) -> None:
+    """Check that a setting has one of the known values. The ValueError suggests the most similar one."""
     names = list(known)
-    if given not in names:
-        near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{what} must be one of {', '.join(names)}, got {given!r}: did you mean {near!r}?")
+    if value not in names:
+        (similar,) = find_similar(str(value), names, cutoff=0.0)
+        raise ValueError(f"{setting} must be one of {', '.join(names)}, got {value!r}: did you mean {similar!r}?")

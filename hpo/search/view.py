@@ -1,6 +1,6 @@
-"""What the trials of a search's study say: jobs, configurations, results, what was spent and what is still to come.
+"""Read the trials of a search's study: jobs, configurations, results, what was spent and what is still to run.
 
-A pure reading of the trial list; the attributes that are read here are written by hpo.search.trial_writer.
+These functions only read the list of trials. `hpo.search.trial_writer` writes the attributes that they read.
 """
 
 from __future__ import annotations
@@ -12,55 +12,91 @@ from typing import Any, cast
 
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.search.hyperband import Bracket, Entry, Ladder, Variant, remaining, standing
+from hpo.search.hyperband import Bracket, Entry, Variant, count_remaining, find_standing
+from hpo.search.ladder import Ladder
 from hpo.storage.trial_attributes import (
-    config_of,
-    last_tokens,
-    loss_of,
-    resumed_tokens,
-    seeds_of,
-    stopped_of,
-    trained_tokens,
+    count_resumed_tokens,
+    count_trained_tokens,
+    is_search_trial,
+    read_config,
+    read_last_tokens,
+    read_loss,
+    read_resumed_seeds,
+    read_seeds,
+    read_stopped,
 )
 from scaling.laws.compute import Fidelity
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to run next: train `params` at `fidelity`, with `seeds` different random seeds, then tell the losses."""
+    """What to run next: train `params` at `fidelity` with `seeds` different random seeds, then tell the losses.
+
+    Attributes:
+        params: The configuration.
+        fidelity: Model size N and tokens D of each training.
+        resume_from: Number of the trial that it continues; None to start from the beginning.
+        number: Number of its own trial.
+        config: Number of the configuration's first trial.
+        rung: Index of its rung.
+        bracket: Its bracket.
+        resume_tokens: Tokens at which the trial that it continues ended.
+        seeds: How many trainings it consists of.
+        resume_seeds: How many of them, the first ones, continue at `resume_tokens`. The others start at zero.
+    """
 
     params: dict[str, Any]
     fidelity: Fidelity
-    resume_from: int | None  # number of the trial that it continues; None: from the beginning
-    number: int  # of its trial
-    config: int  # number of the configuration's first trial
+    resume_from: int | None
+    number: int
+    config: int
     rung: int
     bracket: Bracket
-    resume_tokens: int | None = None  # where the trial that it continues ended
-    seeds: int = 1  # how many trainings it is
-    resume_seeds: int = 0  # how many of them, the first ones, go on from resume_tokens; the others start at zero
+    resume_tokens: int | None = None
+    seeds: int = 1
+    resume_seeds: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is still to be run, runs in progress included. After a raise, or asynchronously, a lower bound: see
-    hyperband.remaining."""
+    """What is still to be run, runs in progress included.
 
-    increments: list[Fidelity]  # one per evaluation; D is what its seeds train together, without what they resume
-    configurations: int  # new ones among them
-    counted: bool = True  # False: what a budget is worth in runs of the largest kind, not what will be run
+    After a raise, or in asynchronous mode, this is a lower bound: see `hpo.search.hyperband.count_remaining`.
+
+    Attributes:
+        increments: One fidelity per evaluation. D is what its seeds train together, without the tokens that they
+        resume. configurations: How many of the evaluations start new configurations. counted: Whether these runs will
+        be run. False if they only express a budget in runs of the largest kind.
+    """
+
+    increments: list[Fidelity]
+    configurations: int
+    counted: bool = True
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a search is. Counts are of evaluations, (configuration, rung) pairs, each with all its seeds; planned is
-    None when it has no end.
+    """How far a search has come. Counts are of evaluations, that is (configuration, rung) pairs with all their seeds.
 
-    reused: what raising saved. Evaluations that were started before the last raise and hold a place in today's
-    Hyperband: a study of the same configurations that begins with today's largest run would train them again, and pay
-    tokens_reused for them (resuming its own). Places count when their rung is decided, so that the numbers grow until
-    the search is finished; results that lost their place are not among them. 0 when never raised (or before this was
-    recorded).
+    `reused` and `tokens_reused` are what raising the largest run saved: the evaluations that were started before the
+    last raise and hold a place in today's Hyperband. A new study of the same configurations whose largest run is
+    today's would train them again and pay `tokens_reused` for them (resuming its own). A place counts once its rung is
+    decided, so the numbers grow until the search is finished. Results that lost their place do not count. Both are 0 if
+    the search was never raised, or was raised before this was recorded.
+
+    Attributes:
+        done: Evaluations with a result.
+        planned: All evaluations, done ones included; None if the search has no end.
+        running: Evaluations in progress.
+        diverged: Evaluations with a loss that was not finite.
+        configurations: Configurations that were started.
+        tokens_spent: Tokens trained.
+        tokens_saved: Tokens that were not trained again because runs resumed from checkpoints.
+        tokens_planned: Tokens of all evaluations, spent ones included; None if the search has no end.
+        reused: Evaluations that a raise reused.
+        tokens_reused: Their tokens.
+        stopped: Evaluations stopped early. They do not count as diverged.
+        tokens_stopped: Tokens that those had left to train.
     """
 
     done: int
@@ -69,119 +105,162 @@ class Progress:
     diverged: int
     configurations: int
     tokens_spent: int
-    tokens_saved: int  # by resuming
-    tokens_planned: int | None  # spent ones included
+    tokens_saved: int
+    tokens_planned: int | None
     reused: int = 0
     tokens_reused: int = 0
-    stopped: int = 0  # given up as hopeless; not among the diverged
-    tokens_stopped: int = 0  # that those had still before them
+    stopped: int = 0
+    tokens_stopped: int = 0
 
 
 @dataclass(frozen=True)
 class View:
-    """A search, read once."""
+    """A search as its trials show it at one moment.
 
-    ladder: Ladder  # of today
+    Attributes:
+        ladder: The budgets, raises included.
+        trials: All trials of the study, by number.
+        entries: The configurations, in the order in which they were started.
+        evaluations: For each (configuration, rung) the trial that counts: the first with a result, else a pending one.
+    """
+
+    ladder: Ladder
     trials: list[FrozenTrial]
     entries: list[Entry]
-    at: dict[
-        tuple[int, int], FrozenTrial
-    ]  # (config, rung) -> the trial that counts: the first result, else a pending one
+    evaluations: dict[tuple[int, int], FrozenTrial]
 
     @property
     def pending(self) -> list[FrozenTrial]:
-        """Those that count and have no result yet."""
-        return [t for t in self.at.values() if not t.state.is_finished()]
+        """The evaluations that have no result yet."""
+        return [t for t in self.evaluations.values() if not t.state.is_finished()]
 
 
 def read_trials(trials: list[FrozenTrial], ladder: Ladder, parameters: Iterable[str]) -> View:
-    """trials: all of the study, by number. parameters: the names in the space. Every ask reads all: this is its cost."""
+    """Return the view of a search.
+
+    Every ask reads all trials, and this function is most of its cost.
+
+    Args:
+        trials: All trials of the study, by number.
+        ladder: The budgets, raises included.
+        parameters: Names of the parameters in the search space.
+    """
     names = set(parameters)
     entries: dict[int, Entry] = {}
-    at: dict[tuple[int, int], FrozenTrial] = {}
+    evaluations: dict[tuple[int, int], FrozenTrial] = {}
     for trial in trials:
-        attrs = trial.user_attrs
-        if "bracket" not in attrs:
-            continue  # someone else's, or enqueued by hand and not taken yet
-        config, rung = config_of(trial), int(attrs["rung"])
-        loss = loss_of(trial) if trial.state.is_finished() else None
-        lost = loss is not None and math.isnan(loss)
+        # Trials that were added by hand, or are enqueued and not taken yet, are not the search's.
+        if not is_search_trial(trial):
+            continue
+        attributes = trial.user_attrs
+        config, rung = read_config(trial), int(attributes["rung"])
+        loss = read_loss(trial) if trial.state.is_finished() else None
+        is_lost = loss is not None and math.isnan(loss)
         entry = entries.get(config)
         if entry is None:
-            if lost and config == trial.number and not names <= trial.params.keys():
-                continue  # it failed before it had parameters: not a configuration
-            entry = entries[config] = Entry(config, Bracket(*attrs["bracket"]), {})
-        losses = cast(dict[int, float | None], entry.losses)  # nobody else has it yet
-        if not lost and losses.get(rung) is None and (rung not in losses or loss is not None):
-            at[config, rung] = trial
+            # A trial that failed before it had parameters is not a configuration.
+            if is_lost and config == trial.number and not names <= trial.params.keys():
+                continue
+            entry = entries[config] = Entry(config, Bracket(*attributes["bracket"]), {})
+        # The losses are read-only once the view is complete; here they are still private.
+        losses = cast(dict[int, float | None], entry.losses)
+        if not is_lost and losses.get(rung) is None and (rung not in losses or loss is not None):
+            evaluations[config, rung] = trial
             losses[rung] = loss
-    return View(ladder, trials, list(entries.values()), at)
+    return View(ladder, trials, list(entries.values()), evaluations)
 
 
-def plan_of(view: View, sizes: tuple[float, ...], variant: Variant, iterations: int, *, resumable: bool) -> Plan:
-    """What is still to be run of a search that ends."""
-    increments = [Fidelity(t.user_attrs["N"], trained_tokens(t)) for t in view.pending]
+def plan_remaining(view: View, sizes: tuple[float, ...], variant: Variant, iterations: int, *, resumable: bool) -> Plan:
+    """Return what is still to be run in a search that ends after some iterations of Hyperband.
+
+    Args:
+        view: The search.
+        sizes: Parameters N of the proxies.
+        variant: Which configurations compete for a place.
+        iterations: How often Hyperband is run.
+        resumable: Whether promotions resume from checkpoints.
+    """
+    increments = _list_pending_increments(view)
     configurations = 0
-    for bracket, rung, missing in remaining(
+    for bracket, rung, missing in count_remaining(
         view.entries, view.ladder, variant=variant, sizes=len(sizes), iterations=iterations
     ):
-        first = rung == bracket.start
-        increments += [
-            Fidelity(sizes[bracket.size], view.ladder.tokens(rung, resumed=resumable and not first))
-        ] * missing
-        configurations += missing if first else 0
+        is_start = rung == bracket.start
+        tokens = view.ladder.tokens(rung, resumed=resumable and not is_start)
+        increments += [Fidelity(sizes[bracket.size], tokens)] * missing
+        configurations += missing if is_start else 0
     return Plan(increments, configurations)
 
 
-def whole_runs_of(view: View, top: Fidelity, runs: float) -> Plan:
-    """What is still to be run when a budget for so many runs like `top` is left and nobody knows yet what they will be:
-    counted as such runs, the last one a shorter one."""
-    increments = [Fidelity(t.user_attrs["N"], trained_tokens(t)) for t in view.pending]
+def plan_whole_runs(view: View, top: Fidelity, runs: float) -> Plan:
+    """Return what is still to be run when only the budget that is left is known, and not what the sampler will choose.
+
+    Args:
+        view: The search.
+        top: The largest run.
+        runs: For how many such runs the budget is left. The fraction becomes a shorter last run.
+    """
+    increments = _list_pending_increments(view)
     increments += [top] * int(runs)
     rest = int(top.D * (runs - int(runs)))
     return Plan(increments + ([Fidelity(top.N, rest)] if rest else []), 0, counted=False)
 
 
-def progress_of(view: View, plan: Plan | None, variant: Variant, raised_at: int) -> Progress:
-    """plan: what is still to be run, None when the search has no end. raised_at: how many trials there were when the
-    largest run was last raised; 0: never.
+def _list_pending_increments(view: View) -> list[Fidelity]:
+    return [Fidelity(t.user_attrs["N"], count_trained_tokens(t)) for t in view.pending]
+
+
+def measure_progress(view: View, plan: Plan | None, variant: Variant, raised_at: int) -> Progress:
+    """Return how far a search has come.
+
+    Args:
+        view: The search.
+        plan: What is still to be run; None if the search has no end.
+        variant: Which configurations compete for a place.
+        raised_at: How many trials there were when the largest run was last raised; 0 if never.
     """
-    done = [t for t in view.at.values() if t.state.is_finished()]
-    spent, saved = sum(map(trained_tokens, done)), sum(map(resumed_tokens, done))
-    given_up = [t for t in done if stopped_of(t) is not None]
+    done = [t for t in view.evaluations.values() if t.state.is_finished()]
+    spent, saved = sum(map(count_trained_tokens, done)), sum(map(count_resumed_tokens, done))
+    stopped = [t for t in done if read_stopped(t) is not None]
     reused = []
     if raised_at:
-        places = standing(view.entries, view.ladder, variant=variant)
-        reused = [trial for place, trial in view.at.items() if place in places and trial.number < raised_at]
+        standing = find_standing(view.entries, view.ladder, variant=variant)
+        reused = [t for place, t in view.evaluations.items() if place in standing and t.number < raised_at]
     return Progress(
         done=len(done),
         planned=None if plan is None or not plan.counted else len(done) + len(plan.increments),
         running=sum(t.state == TrialState.RUNNING for t in view.pending),
-        diverged=sum(not math.isfinite(loss_of(t)) for t in done) - len(given_up),
+        diverged=sum(not math.isfinite(read_loss(t)) for t in done) - len(stopped),
         configurations=len(view.entries),
         tokens_spent=spent,
         tokens_saved=saved,
         tokens_planned=None if plan is None else spent + int(sum(f.D for f in plan.increments)),
         reused=len(reused),
-        tokens_reused=sum(map(trained_tokens, reused)),
-        stopped=len(given_up),
-        tokens_stopped=sum(int(t.user_attrs["tokens"]) - last_tokens(t) for t in given_up),
+        tokens_reused=sum(map(count_trained_tokens, reused)),
+        stopped=len(stopped),
+        tokens_stopped=sum(int(t.user_attrs["tokens"]) - read_last_tokens(t) for t in stopped),
     )
 
 
-def job_of(trial: FrozenTrial, parameters: Iterable[str], *, resumable: bool) -> Job:
-    """A running trial as the job that it is. resumable: whether promotions go on from checkpoints."""
-    attrs = trial.user_attrs
-    resume = attrs.get("continues") if resumable else None
+def build_job(trial: FrozenTrial, parameters: Iterable[str], *, resumable: bool) -> Job:
+    """Return the job of a running trial.
+
+    Args:
+        trial: The trial, with all its parameters.
+        parameters: Names of the parameters in the search space.
+        resumable: Whether promotions resume from checkpoints.
+    """
+    attributes = trial.user_attrs
+    continues = attributes.get("continues") if resumable else None
     return Job(
         params={name: trial.params[name] for name in parameters},
-        fidelity=Fidelity(attrs["N"], attrs["tokens"]),
-        resume_from=resume,
+        fidelity=Fidelity(attributes["N"], attributes["tokens"]),
+        resume_from=continues,
         number=trial.number,
-        config=config_of(trial),
-        rung=int(attrs["rung"]),
-        bracket=Bracket(*attrs["bracket"]),
-        resume_tokens=None if resume is None else attrs.get("resumed_tokens"),
-        seeds=seeds_of(trial),
-        resume_seeds=0 if resume is None else int(attrs.get("resumed_seeds", 1)),
+        config=read_config(trial),
+        rung=int(attributes["rung"]),
+        bracket=Bracket(*attributes["bracket"]),
+        resume_tokens=None if continues is None else attributes.get("resumed_tokens"),
+        seeds=read_seeds(trial),
+        resume_seeds=0 if continues is None else read_resumed_seeds(trial),
     )

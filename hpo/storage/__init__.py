@@ -1,1 +1,2 @@
-"""Where a study lives: connections, the journal, locks, leases, retries, and the attributes of a trial. Imports `scaling` only."""
+"""Where a study is stored: connections, the journal, locks, leases, retries, and the user attributes of a trial.
+Imports only `scaling`."""

@@ -1,4 +1,4 @@
-"""Connect to an Optuna storage: a journal, a database, or a gRPC proxy, with the lock for its decisions."""
+"""Connect to an Optuna storage (a journal, a database or a gRPC proxy) and to the lock for a search's decisions."""
 
 from __future__ import annotations
 
@@ -13,53 +13,66 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage, get_storage
 
 from hpo.storage.journal import open_journal
-from hpo.storage.locks import Flock, lock_of
-from scaling.common.redact import without_passwords
+from hpo.storage.locks import Flock, make_lock
+from scaling.common.redact import redact_passwords
 
-SERVER_SECONDS = 30  # that a proxy which does not answer is waited for
+# How long to wait for a gRPC proxy that does not answer.
+SERVER_SECONDS = 30
 
 
 def open_storage(
     storage: str | Path | BaseStorage | None, lock: str | Path | None, study: str
 ) -> tuple[BaseStorage, AbstractContextManager[Any]]:
-    """The storage, and the lock under which decisions on this study are taken in it.
+    """Open a storage, and the lock under which decisions about a study in it are taken.
 
-    A path that ends in .journal (its folder is made), a URL (a database's, or grpc://HOST:PORT of Optuna's proxy), an Optuna
-    storage, or None for memory. ValueError when a journal is damaged. The lock: the file `lock`, else one beside the journal or the SQLite file, else hpo.storage.locks says.
+    Args:
+        storage: A path that ends in .journal, whose folder is created; a URL of a database, or grpc://HOST:PORT of
+            Optuna's proxy; an Optuna storage; or None for memory.
+        lock: The file to lock. Default: one beside the journal or the SQLite file; otherwise see `hpo.storage.locks`.
+        study: Name of the study.
+
+    Returns:
+        The storage and the lock.
+
+    Raises:
+        ValueError: If the storage is none of these, does not answer, or is a damaged journal.
     """
     beside: str | None = None
-    made: BaseStorage
+    created: BaseStorage
     opened: BaseStorage
     if storage is None:
-        made = opened = InMemoryStorage()
+        created = opened = InMemoryStorage()
     elif isinstance(storage, BaseStorage):
-        made, opened = storage, get_storage(storage)
+        created, opened = storage, get_storage(storage)
     elif str(storage).endswith(".journal") and "://" not in str(storage):
         path = Path(storage).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = opened = open_journal(path)
+        created = opened = open_journal(path)
         beside = f"{path}.ask.lock"
     elif str(storage).startswith("grpc://"):
-        made = opened = _proxy(str(storage))
+        created = opened = _open_proxy(str(storage))
     elif "://" in str(storage):
-        # a database in memory, or the file of one, is opened anew; a server once
-        sqlite = str(storage).startswith("sqlite")
-        made, opened = found = _database(str(storage)) if sqlite else _server(str(storage), os.getpid())
-        database = found[0].engine.url
-        if database.get_backend_name() == "sqlite" and database.database not in (None, "", ":memory:"):
-            beside = f"{Path(str(database.database)).absolute()}.ask.lock"
+        # SQLite, in memory or in a file, gets a new connection each time; a server gets one for the whole process.
+        is_sqlite = str(storage).startswith("sqlite")
+        database, opened = _open_database(str(storage)) if is_sqlite else _open_server(str(storage), os.getpid())
+        created, url = database, database.engine.url
+        if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
+            beside = f"{Path(str(url.database)).absolute()}.ask.lock"
     else:
         raise ValueError(
-            "storage must be a path that ends in .journal, a URL such as sqlite:///study.db, postgresql://... or grpc://HOST:PORT, "
-            f"an Optuna storage or None (memory), got {str(storage)!r}"
+            "storage must be a path that ends in .journal, a URL such as sqlite:///study.db, postgresql://... or "
+            f"grpc://HOST:PORT, an Optuna storage or None (memory), got {str(storage)!r}"
         )
     if lock is not None or beside is not None:
         return opened, Flock(str(lock if lock is not None else beside))
-    return opened, lock_of(made, opened, study)
+    return opened, make_lock(created, opened, study)
 
 
-def _proxy(url: str) -> BaseStorage:
-    """Optuna's gRPC proxy. ValueError when the address is none, or its extra is missing."""
+def _open_proxy(url: str) -> BaseStorage:
+    """Connect to Optuna's gRPC proxy.
+
+    ValueError if the address is invalid, the proxy's package is missing, or it does not answer.
+    """
     from optuna.storages import GrpcStorageProxy
 
     host, _, port = url.removeprefix("grpc://").partition(":")
@@ -75,31 +88,39 @@ def _proxy(url: str) -> BaseStorage:
         proxy.wait_server_ready(timeout=SERVER_SECONDS)
     except ConnectionError as error:
         raise ValueError(
-            f"no proxy answers at {url} within {SERVER_SECONDS} s: start Optuna's, or mend the address"
+            f"no proxy answers at {url} within {SERVER_SECONDS} s: start Optuna's proxy, or correct the address"
         ) from error
     return proxy
 
 
-def _database(url: str) -> tuple[RDBStorage, BaseStorage]:
-    """A connection pool, and Optuna's cache in front of it, which is to be one for all studies opened. ValueError when it cannot be reached."""
+def _open_database(url: str) -> tuple[RDBStorage, BaseStorage]:
+    """Return a connection pool, and Optuna's cache in front of it, which all studies of a process should share.
+
+    ValueError if the database cannot be reached or its driver is missing.
+    """
     from sqlalchemy.exc import DBAPIError
 
     try:
-        # The driver of our extra: SQLAlchemy's default has changed. A connection that a restarted server has forgotten is replaced before
-        # it is used.
-        named = url.replace("postgresql://", "postgresql+psycopg2://", 1) if url.startswith("postgresql://") else url
-        storage = RDBStorage(named, engine_kwargs={"pool_pre_ping": True})
+        # Name the driver of our extra, because SQLAlchemy's default has changed.
+        driver = url.replace("postgresql://", "postgresql+psycopg2://", 1) if url.startswith("postgresql://") else url
+        # The pre-ping replaces a connection that a restarted server has forgotten before it is used.
+        storage = RDBStorage(driver, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise ValueError(
             f"{url.partition(':')[0]}:// needs its driver, for PostgreSQL pip install 'muscale[postgresql]'"
         ) from error
     except DBAPIError as error:
-        said = without_passwords(str(error.orig).splitlines()[0])
-        raise ValueError(f"{without_passwords(url)} does not answer: {said}; start it, or mend the address") from error
+        reason = redact_passwords(str(error.orig).splitlines()[0])
+        raise ValueError(
+            f"{redact_passwords(url)} does not answer: {reason}; start it, or correct the address"
+        ) from error
     return storage, get_storage(storage)
 
 
 @cache
-def _server(url: str, process: int) -> tuple[RDBStorage, BaseStorage]:
-    """The same, one for all searches of a process; a fork must not use its parent's connections."""
-    return _database(url)
+def _open_server(url: str, process: int) -> tuple[RDBStorage, BaseStorage]:
+    """Return the database connection that all searches of a process share.
+
+    The process number is part of the cache's key, because a forked process must not use its parent's connections.
+    """
+    return _open_database(url)

@@ -1,4 +1,4 @@
-"""A search's journal, which is Optuna's: refused by file and line where it is damaged, and mended where a writer was killed."""
+"""The journal of a search: Optuna's file format, with damaged lines reported and truncated lines removed."""
 
 from __future__ import annotations
 
@@ -16,24 +16,33 @@ from hpo.storage.locks import Flock
 
 
 class Journal(JournalFileBackend):
-    """Optuna's file of one JSON record per line.
+    """Optuna's file of one JSON record per line, protected against truncated lines.
 
-    Optuna passes over a last line without its end, which a killed writer or a full disk leaves, but appends the next record to it: from
-    then on the file cannot be read. Here such a line goes before anything is appended. And of Optuna's lock, a symbolic link, a
-    killed holder leaves the others waiting for half a minute. Who writes without this backend (to enqueue a trial, say) is not
-    excluded, and need not be: Optuna appends in one write.
+    A killed writer or a full disk leaves a truncated last line. Optuna skips it but appends to it, which corrupts the
+    file. This class removes it before it appends. It also replaces Optuna's lock, a symbolic link, for which the
+    others wait half a minute after its holder was killed. A program that writes with Optuna's own backend (to enqueue
+    a trial, say) does not take this lock and needs no lock, because Optuna appends in one write.
+
+    Attributes:
+        path: The file.
+        line: Number of the line that was read last, from 1.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, Flock(f"{path}.flock")
-        super().__init__(str(path), self.lock)  # type: ignore[arg-type]  # acquire and release are all that is asked
-        self.line = 0  # of the record read last, from 1
+        # Optuna only calls acquire and release.
+        super().__init__(str(path), self.lock)  # type: ignore[arg-type]
+        self.line = 0
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """All lines or none. OSError where the disk is full, after which the file is as it was."""
+        """Append all records or none.
+
+        Raises:
+            OSError: If the disk is full. The file is then unchanged.
+        """
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         with self.lock, self.path.open("a+b", buffering=0) as file:
-            end = _end_of_last_line(file)
+            end = _find_end_of_last_line(file)
             if end < os.fstat(file.fileno()).st_size:
                 file.truncate(end)
             try:
@@ -45,6 +54,11 @@ class Journal(JournalFileBackend):
                 raise
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Yield the records from a number on.
+
+        Raises:
+            ValueError: If a line is not valid JSON.
+        """
         self.line = log_number_from
         try:
             for log in super().read_logs(log_number_from):
@@ -52,33 +66,43 @@ class Journal(JournalFileBackend):
                 yield log
         except (ValueError, RecursionError) as error:
             self.line += 1
-            raise self.refused(f"no JSON ({error})") from error
+            raise self.make_error(f"invalid JSON ({error})") from error
 
-    def refused(self, why: str) -> ValueError:
+    def make_error(self, reason: str) -> ValueError:
+        """Return the error that names the file and the line that was read last."""
         return ValueError(
-            f"{self.path}, line {self.line}: needed a record of Optuna's journal, got {why}: restore the file, or remove that line"
+            f"{self.path}, line {self.line}: needed a record of Optuna's journal, got {reason}: "
+            "restore the file, or remove that line"
         )
 
 
-def _end_of_last_line(file: RawIOBase) -> int:
-    """Bytes up to and with the last line's end."""
+def _find_end_of_last_line(file: RawIOBase) -> int:
+    """Return the number of bytes up to the last newline, that newline included."""
     end = file.seek(0, os.SEEK_END)
     while end:
-        begin = max(0, end - 4096)
-        file.seek(begin)
-        found = (file.read(end - begin) or b"").rfind(b"\n")
-        if found >= 0:
-            return begin + found + 1
-        end = begin
+        start = max(0, end - 4096)
+        file.seek(start)
+        newline = (file.read(end - start) or b"").rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
     return 0
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """The storage in this file, made when there is none. ValueError that names the line which cannot be read."""
+    """Open the Optuna storage in a journal, and create the file if it does not exist.
+
+    Args:
+        path: The file. Its folder must exist.
+
+    Raises:
+        ValueError: If a line cannot be read. The message names it.
+    """
     journal = Journal(path)
     try:
         return JournalStorage(journal)
-    except Exception as error:  # Optuna replays what it finds, and raises whatever comes of it
+    # Optuna replays whatever the file holds, so a damaged line can raise anything.
+    except Exception as error:
         if isinstance(error, OSError) or str(path) in str(error):
             raise
-        raise journal.refused(f"{type(error).__name__} ({error})") from error
+        raise journal.make_error(f"{type(error).__name__} ({error})") from error

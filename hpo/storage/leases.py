@@ -1,8 +1,9 @@
-"""Who of a search's workers is alive: processes of this host by their number, others by the beat of their leases.
+"""Find out which workers of a search are alive: those of this host by their process, others by their lease.
 
-A worker that holds a lease writes a number, one higher each time, into its running trial. Whoever asks remembers since when it
-has seen the same number: by its own clock, which no other host shares and nobody sets. So a new worker waits for a whole
-lease before it takes up a trial from another host; one of a dead process of its own host it takes at once.
+A worker that holds a lease increments a number, the heartbeat, in its running trial. A reader remembers since when it
+has seen the same number, by its own monotonic clock, which is neither set nor compared with another host's. A new
+worker therefore waits for a whole lease before it takes over a trial from another host. It takes over a trial of a
+dead process of its own host at once.
 """
 
 from __future__ import annotations
@@ -15,24 +16,37 @@ from collections.abc import Callable, Container, Iterable
 import psutil
 from optuna.trial import FrozenTrial, TrialState
 
-BEATS = 3  # in the time of a lease: one that comes late costs nothing
-CLOCK_SECONDS = 1.0  # two readings of one process's start may differ by this much when the clock is set in between
+from hpo.storage.trial_attributes import is_search_trial
+
+# Heartbeats in the time of a lease, so that a late one costs nothing.
+BEATS_PER_LEASE = 3
+# Two readings of a process's start time may differ by this much when the clock is set in between.
+CLOCK_SECONDS = 1.0
 
 
 class LeaseLost(ValueError):
-    """A trial that is no longer this worker's: its lease ran out and another has taken it, or it has been told."""
+    """The trial is not this worker's any more: its lease expired and another worker took it, or it has a result."""
 
 
 class LeaseMonitor:
-    """Since when each running trial's beat has been seen unchanged."""
+    """Remember since when each running trial has shown the same heartbeat."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """seconds: of a lease, the same for all workers of a study. clock: one that is never set."""
+        """Create a monitor that has seen nothing yet.
+
+        Args:
+            seconds: Length of a lease, the same for all workers of a study.
+            clock: A clock that is never set.
+        """
         self._seconds, self._clock = seconds, clock
         self._seen: dict[int, tuple[object, float]] = {}
 
-    def expired(self, trials: Iterable[FrozenTrial]) -> set[int]:
-        """The numbers of those whose beat has stood still for a lease."""
+    def find_expired(self, trials: Iterable[FrozenTrial]) -> set[int]:
+        """Return the numbers of the running trials whose heartbeat has not changed for the length of a lease.
+
+        Args:
+            trials: All trials of the study as they are now.
+        """
         now = self._clock()
         beats = {
             t.number: (t.user_attrs.get("worker"), t.user_attrs["beat"])
@@ -46,21 +60,24 @@ class LeaseMonitor:
         return {number for number, (_, since) in self._seen.items() if now - since > self._seconds}
 
 
-def host() -> str:
-    """This host, and on Linux the process numbers that are valid here: containers of one host name have their own."""
+def identify_host() -> str:
+    """Return the name of this host and, on Linux, its process namespace.
+
+    Containers may share a host name but have process numbers of their own.
+    """
     try:
         return f"{socket.gethostname()}:{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return socket.gethostname()
 
 
-def process_name() -> str:
-    """host/pid/start time of this process: a pid alone is used again."""
-    return f"{host()}/{os.getpid()}/{psutil.Process().create_time()!r}"
+def identify_process() -> str:
+    """Return host/pid/start time of this process. The start time is needed because process numbers are reused."""
+    return f"{identify_host()}/{os.getpid()}/{psutil.Process().create_time()!r}"
 
 
-def process_of(worker: str) -> tuple[str, int, float] | None:
-    """host, pid and start time, when a worker's name is of that form."""
+def parse_process_name(worker: str) -> tuple[str, int, float] | None:
+    """Return host, pid and start time of a worker's name, or None if it is not of the form of `identify_process`."""
     parts = worker.rsplit("/", 2)
     try:
         return parts[0], int(parts[1]), float(parts[2])
@@ -68,45 +85,56 @@ def process_of(worker: str) -> tuple[str, int, float] | None:
         return None
 
 
-def abandoned(
+def find_abandoned(
     trials: Iterable[FrozenTrial], worker: str, held: Container[int], expired: Container[int] = ()
 ) -> list[FrozenTrial]:
-    """Trials of a search that nobody works on: given back, of a dead worker, of one whose lease ran out, or waiting in Optuna's queue.
+    """Return the unfinished trials of a search that no worker is running.
 
-    worker: who asks; held: numbers of the trials that were handed out to it since it was started; expired: see Sightings.
+    These are trials that were given back, trials of dead workers or with an expired lease, and trials in Optuna's queue
+    that have the attributes of a search.
+
+    Args:
+        trials: All trials of the study.
+        worker: Name of the worker that asks.
+        held: Numbers of the trials that it was given since it was started.
+        expired: Numbers of the trials with an expired lease, see `LeaseMonitor`.
     """
     alive: dict[str, bool] = {}
-    found = []
+    abandoned = []
     for trial in trials:
-        if trial.state.is_finished() or "bracket" not in trial.user_attrs:
+        if trial.state.is_finished() or not is_search_trial(trial):
             continue
         owner = str(trial.user_attrs.get("worker") or "")
         if trial.state == TrialState.RUNNING and owner == worker:
-            # Not handed out: a worker of that name was started again, or an ask broke off after its write.
-            if trial.number in held or ("beat" not in trial.user_attrs and process_of(owner) is not None):
+            # If this worker was not given its own trial, it was restarted under the same name, or an ask failed after
+            # its write.
+            if trial.number in held or ("beat" not in trial.user_attrs and parse_process_name(owner) is not None):
                 continue
         elif trial.state == TrialState.RUNNING and trial.number not in expired:
             if owner not in alive:
                 alive[owner] = is_alive(owner)
             if alive[owner]:
                 continue
-        found.append(trial)
-    return found
+        abandoned.append(trial)
+    return abandoned
 
 
 def is_alive(worker: str) -> bool:
-    """Whether a worker may still be working. One on another host, or with a name of its own, counts as alive."""
+    """Return whether a worker may still be working.
+
+    A worker on another host, or with a name of another form, counts as alive. An empty name means that the trial was
+    given back.
+    """
     if not worker:
-        return False  # given back
-    process = process_of(worker)
-    if process is None or process[0] not in (
-        host(),
-        socket.gethostname(),
-    ):  # the second: studies before there was the first
+        return False
+    process_name = parse_process_name(worker)
+    # The bare host name stands in studies that are older than the namespace in names.
+    if process_name is None or process_name[0] not in (identify_host(), socket.gethostname()):
         return True
+    _, pid, created = process_name
     try:
-        found = psutil.Process(process[1])
-        same = abs(found.create_time() - process[2]) <= CLOCK_SECONDS
-        return bool(same and found.status() != psutil.STATUS_ZOMBIE)
+        process = psutil.Process(pid)
+        is_same = abs(process.create_time() - created) <= CLOCK_SECONDS
+        return bool(is_same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False

@@ -1,61 +1,85 @@
-"""Storages that go away for a while: a server that is restarted, a disk that is full."""
+"""Wait for a storage that is away for a while: a server that restarts, a disk that is full."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
-from scaling.common.cli import say
-from scaling.common.redact import without_passwords
+from scaling.common.redact import redact_passwords
 
 T = TypeVar("T")
-PATIENCE_SECONDS = 600.0  # with a storage that does not answer
+# How long to wait for a storage that does not answer.
+PATIENCE_SECONDS = 600.0
+
+logger = logging.getLogger("muscale.hpo")
 
 
-class Stop(Protocol):
-    """Whether this process was told to stop, as hpo.worker.signals.StopSignals knows it."""
+class StopRequest(Protocol):
+    """A request to stop this process, such as `hpo.worker.signals.StopSignals`."""
 
     @property
     def requested(self) -> bool: ...
 
 
-def patiently(do: Callable[[], T], stop: Stop | None = None) -> T:
-    """Do it again while the storage is away, for PATIENCE_SECONDS at most, or until this process is told to stop."""
-    began, wait = time.monotonic(), 0.5
+def retry_storage(operation: Callable[[], T], stop: StopRequest | None = None) -> T:
+    """Call a function again until the storage answers.
+
+    Args:
+        operation: What to call. It may be called several times.
+        stop: Give up when this is requested.
+
+    Returns:
+        What `operation` returns.
+
+    Raises:
+        Exception: The storage's error, see `get_storage_errors`, after PATIENCE_SECONDS or when `stop` is requested.
+    """
+    started, wait = time.monotonic(), 0.5
     while True:
         try:
-            return do()
-        except storage_errors() as error:
-            if (stop is not None and stop.requested) or time.monotonic() - began > PATIENCE_SECONDS:
+            return operation()
+        except get_storage_errors() as error:
+            if (stop is not None and stop.requested) or time.monotonic() - started > PATIENCE_SECONDS:
                 raise
-            say(f"the storage does not answer, trying again in {wait:g} s: {type(error).__name__}")
+            logger.warning(f"the storage does not answer, trying again in {wait:g} s: {type(error).__name__}")
             time.sleep(wait)
             wait = min(2 * wait, 15.0)
 
 
 @contextlib.contextmanager
-def answering(storage: str | None) -> Iterator[None]:
-    """ValueError where a server, or the disk's space, goes while a study is opened: whoever starts a command can do so again."""
+def refuse_storage_errors(storage: str | None) -> Iterator[None]:
+    """Turn the errors of a storage into a ValueError while a study is opened, when a user can still act on them.
+
+    Args:
+        storage: The storage's URL or path, for the message; None for the study's journal.
+
+    Raises:
+        ValueError: If the storage does not answer, or the disk is full or not readable.
+    """
     try:
         yield
-    except storage_errors() as error:
+    except get_storage_errors() as error:
         if isinstance(error, OSError):
             raise ValueError(
-                f"the study cannot be read or written ({error}): make room, or mend its rights, and then this again"
+                f"the study cannot be read or written ({error}): "
+                "free disk space or fix the permissions, then run the command again"
             ) from error
+        name = redact_passwords(storage or "the storage")
         raise ValueError(
-            f"{without_passwords(storage or 'the storage')} does not answer any more ({type(error).__name__}): start it, and then this again"
+            f"{name} no longer answers ({type(error).__name__}): start it, then run the command again"
         ) from error
 
 
-def storage_errors() -> tuple[type[Exception], ...]:
-    """What Optuna's storages and our locks raise when a server, or the disk's space, has gone for a while."""
+def get_storage_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions by which Optuna's storages and our locks report that the server or the disk is away."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import DBAPIError
 
     errors: tuple[type[Exception], ...] = (StorageInternalError, DBAPIError, OSError)
-    grpc = sys.modules.get("grpc")  # loaded by a storage that needs it
+    # Loaded only by a storage that needs it.
+    grpc = sys.modules.get("grpc")
     return errors if grpc is None else (*errors, grpc.RpcError)

@@ -1,2 +1,2 @@
-"""The study file, the `Trainer` protocol, a study's folder, creating, opening and forgetting it, and its run in MLflow. Imports
-the rooms `surrogate` to `search`."""
+"""The study file, the `Trainer` protocol, a study's folder, creating, opening and deleting a study, and its run in
+MLflow. Imports the rooms `surrogate` to `search`."""

@@ -1,33 +1,34 @@
-"""The study file: TOML read into frozen models, checked whole before anything is spent.
+"""The study file: TOML that is read into frozen models and checked whole before any compute is spent.
 
     seed = 0
 
     [search]
-    tokens = { min = 81_920, max = 737_280 }   # the ladder: max, max / eta, ... down to min
-    seeds = [1, 1, 3]                           # trainings of a configuration at each rung; one number for all
+    tokens = { min = 81_920, max = 737_280 }    # the ladder of run lengths: max, max / eta, ... down to min
+    seeds = [1, 1, 3]                           # trainings per configuration at each rung, or one number for all rungs
 
     [space]
     lr = { low = 1e-3, high = 1.0, log = true }
     batch_seqs = { low = 1, high = 16, log = true, type = "int" }
 
-    [trainer]                                   # every other key goes to the trainer
+    [trainer]                                   # every other key is passed to the trainer
     use = "proxies:ProxyFamily"
     widths = [16, 32, 64]
 
-    [target]                                    # the run that all this is for, in the trainer's words
+    [target]                                    # the large run that is being planned, described in the trainer's terms
     d_model = 128
     tokens = 1_474_560
 
-All mistakes are reported at once in a StudyError, each by field name.
+All mistakes are reported at once in a `StudyError`, each by field name.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
@@ -35,19 +36,26 @@ from optuna.distributions import BaseDistribution
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hpo.samplers.belief import check_belief
-from hpo.samplers.names import MODELS
+from hpo.samplers.names import MODEL_SAMPLERS
 from hpo.samplers.unit_cube import Cube
-from hpo.study.schema import Dimension, LawTable, SearchTable, StudyTable, Tokens, TrainerTable, Workers, meant
+from hpo.study.schema import Dimension, LawTable, SearchTable, StudyTable, Tokens, TrainerTable, Workers
 from hpo.study.trainer import Trainer
-from scaling.common.cli import say
-from scaling.common.redact import secrets_in
-from scaling.tracking.log import NAMES, unusable_names
+from scaling.common.redact import find_secrets
+from scaling.common.suggest import did_you_mean
+from scaling.tracking.log import PARAMETER_NAME_RULE, find_unusable_names
 
-REFUSALS = (ValueError, TypeError, ArithmeticError, OSError)  # of a trainer, of what the file says
+logger = logging.getLogger("muscale.hpo")
+
+# What a trainer may raise because of values in the study file, such as a path that no file can have.
+TRAINER_ERRORS = (ValueError, TypeError, ArithmeticError, OSError)
 
 
 class StudyError(ValueError):
-    """Everything that is wrong with a study file, one sentence each."""
+    """All mistakes in a study file.
+
+    Attributes:
+        problems: One sentence per mistake, each of which begins with the name of its field.
+    """
 
     def __init__(self, where: str, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -56,7 +64,17 @@ class StudyError(ValueError):
 
 
 class StudyConfig(StudyTable):
-    """A study file, validated."""
+    """A validated study file.
+
+    Attributes:
+        seed: The random seed of the search.
+        search: How compute is spent: run lengths, sampler, scheduler, budget.
+        space: The searched parameters by name.
+        belief: Where the optimum of some searched parameters is believed to lie, for a sampler with a model.
+        trainer: Which trainer to use, and its settings.
+        target: The large run that the settings are for, in the trainer's terms. None: the largest proxy run.
+        workers: How many local processes train, and on how many threads.
+    """
 
     seed: int = Field(0, ge=0)
     search: SearchTable
@@ -68,14 +86,14 @@ class StudyConfig(StudyTable):
 
     @field_validator("space")
     @classmethod
-    def _names_can_be_recorded(cls, space: dict[str, Dimension]) -> dict[str, Dimension]:
-        if wrong := unusable_names(space):
-            raise ValueError(f"MLflow, which keeps the record, takes no parameters named {wrong}; {NAMES}")
+    def _check_names(cls, space: dict[str, Dimension]) -> dict[str, Dimension]:
+        if unusable := find_unusable_names(space):
+            raise ValueError(f"MLflow cannot store parameters named {unusable}; {PARAMETER_NAME_RULE}")
         return space
 
     @model_validator(mode="after")
-    def _belief_is_used(self) -> Self:
-        if self.belief and self.search.sampler not in MODELS:
+    def _check_belief(self) -> Self:
+        if self.belief and self.search.sampler not in MODEL_SAMPLERS:
             raise ValueError(f"belief needs a sampler with a model, such as 'mfbo', got {self.search.sampler!r}")
         if self.belief:
             check_belief({name: table.law for name, table in self.belief.items()}, Cube(self.distributions))
@@ -83,11 +101,12 @@ class StudyConfig(StudyTable):
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
+        """The search space as Optuna distributions."""
         return {name: dimension.distribution() for name, dimension in self.space.items()}
 
     @property
     def probes(self) -> list[dict[str, Any]]:
-        """The low end, the middle (geometric on a log range) and the high end of the space, to estimate costs at."""
+        """Three settings to estimate costs at: the low end, the middle (geometric on a log scale) and the high end."""
         probes: list[dict[str, Any]] = [{}, {}, {}]
         for name, dimension in self.space.items():
             if dimension.choices is not None:
@@ -104,33 +123,41 @@ class StudyConfig(StudyTable):
         return probes
 
     def with_workers(self, count: int | None) -> StudyConfig:
-        """The same with so many workers; None: its own."""
-        return (
-            self
-            if count is None
-            else self.model_copy(update={"workers": self.workers.model_copy(update={"count": count})})
-        )
+        """Return the study with another number of workers, or unchanged if `count` is None."""
+        if count is None:
+            return self
+        return self.model_copy(update={"workers": self.workers.model_copy(update={"count": count})})
 
     def make_trainer(self) -> Trainer:
-        """The trainer that the study names, made with its settings."""
+        """Return the trainer that the study names, constructed with its settings."""
         return cast(Trainer, self.trainer.find()(**self.trainer.settings))
 
 
 def load_study(path: Path) -> tuple[StudyConfig, Trainer]:
-    """Read and check a study file and what it names. StudyError with all mistakes; nothing is written.
+    """Read and check a study file and construct its trainer. Nothing is written.
 
-    The file is data. The one thing that is run is the import of its trainer, which is said first when it is not one of ours.
+    The file is data. The only code that it makes run is its trainer's module, whose import is logged first unless the
+    trainer is a built-in one.
+
+    Args:
+        path: The study file.
+
+    Returns:
+        The study and its trainer.
+
+    Raises:
+        StudyError: If the file or the trainer's settings contain mistakes. It lists all of them.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise StudyError(str(path), [f"not TOML: {error}"]) from error
-    problems = secrets_in(table)
+    problems = find_secrets(table)
     study: StudyConfig | None = None
     try:
         study = StudyConfig.model_validate(table)
     except ValidationError as error:
-        problems += explain(error, StudyConfig)
+        problems += explain_errors(error, StudyConfig)
     trainer = _check_trainer(table, study, problems)
     if problems or study is None or trainer is None:
         raise StudyError(str(path), problems)
@@ -138,120 +165,134 @@ def load_study(path: Path) -> tuple[StudyConfig, Trainer]:
 
 
 def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: list[str]) -> Trainer | None:
-    """Also when other tables are wrong, so that the trainer's mistakes come in the same breath."""
+    """Construct the trainer and append its mistakes to `problems`, also if other tables of the file are wrong."""
     raw = table.get("trainer", {})
+    # A [trainer] that is malformed as a whole is already among the problems of the study.
     if not isinstance(raw, dict):
-        return None  # named already
+        return None
     try:
-        named = TrainerTable.model_validate(raw)
+        trainer_table = TrainerTable.model_validate(raw)
     except ValidationError:
-        return None  # named already
-    if not named.use.startswith("proxies"):
-        say(f"importing the trainer {named.use}")
+        return None
+    if not trainer_table.use.startswith("proxies"):
+        logger.info(f"importing the trainer {trainer_table.use}")
     try:
-        make = named.find()
-    except Exception as error:  # whatever that module raises
+        factory = trainer_table.find()
+    # The module is the user's code, so it may raise anything.
+    except Exception as error:
         problems.append(
-            f"trainer.use: cannot import {named.use!r} ({error}); the built-in one is 'proxies:ProxyFamily'"
+            f"trainer.use: cannot import {trainer_table.use!r} ({error}); the built-in one is 'proxies:ProxyFamily'"
         )
         return None
-    trainer = _make(make, named.settings, problems)
+    trainer = _make_trainer(factory, trainer_table.settings, problems)
     if trainer is None:
         return None
-    problems += _without_repeat(trainer, named.use)
+    problems += _check_takes_repeat(trainer, trainer_table.use)
     if study is not None and max(study.search.seeds) > 1 and not getattr(trainer, "repeatable", True):
         problems.append("search.seeds: this trainer cannot take another random seed (a command needs {seed} for that)")
-    tokens = study.search.tokens if study else _readable_tokens(table)
-    space = study.distributions if study else _readable_space(table)
+    tokens = study.search.tokens if study else _read_tokens(table)
+    space = study.distributions if study else _read_space(table)
     try:
         problems += trainer.problems(space, (tokens.min, tokens.max) if tokens else None)
-    except REFUSALS as error:  # a path that no file can have, say
+    except TRAINER_ERRORS as error:
         problems.append(f"trainer: {error}")
     if isinstance(table.get("target"), dict):
         try:
             trainer.target(**table["target"])
         except ValidationError as error:
-            # a trainer may say which keys its [target] knows, for the hint
-            problems += [f"target.{p}" for p in explain(error, getattr(trainer, "target_table", None))]
-        except REFUSALS as error:
+            # A trainer may name a model of its [target] table, whose keys are then suggested.
+            problems += [f"target.{p}" for p in explain_errors(error, getattr(trainer, "target_table", None))]
+        except TRAINER_ERRORS as error:
             problems.append(f"target: {error}")
     return trainer
 
 
-def _without_repeat(trainer: Trainer, name: str) -> list[str]:
-    """A trainer written before there were repeats would fail in the first worker."""
-    said = []
+def _check_takes_repeat(trainer: Trainer, name: str) -> list[str]:
+    """Return a problem for each method without the keyword `repeat`, which would fail in the first worker."""
+    problems = []
     for method in ("__call__", "describe"):
-        takes = inspect.signature(getattr(trainer, method)).parameters
-        if "repeat" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-            said.append(
-                f"trainer.use: {name}'s {method} needs a keyword `repeat: int = 0`, the index of the random seed to train with"
+        parameters = inspect.signature(getattr(trainer, method)).parameters
+        if "repeat" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            problems.append(
+                f"trainer.use: {name}'s {method} needs a keyword `repeat: int = 0`, the index of the random seed to "
+                "train with"
             )
-    return said
+    return problems
 
 
-def _make(make: Any, settings: dict[str, Any], problems: list[str]) -> Trainer | None:
-    """The trainer; after a mistake one without the wrong settings, so that the rest of the file can still be checked."""
+def _make_trainer(factory: Callable[..., Any], settings: dict[str, Any], problems: list[str]) -> Trainer | None:
+    """Construct the trainer. If some settings are wrong, leave them out, so that the rest can still be checked."""
     try:
-        return cast(Trainer, make(**settings))
+        return cast(Trainer, factory(**settings))
     except ValidationError as error:
-        problems += [f"trainer.{p}" for p in explain(error, make)]
+        problems += [f"trainer.{p}" for p in explain_errors(error, factory)]
         wrong = {item["loc"][0] for item in error.errors() if item["loc"]}
-    except REFUSALS as error:
+    except TRAINER_ERRORS as error:
         problems.append(f"trainer: {error}")
         return None
     try:
-        return cast(Trainer, make(**{k: v for k, v in settings.items() if k not in wrong}))
-    except REFUSALS:
-        return None  # its mistakes are named already, or follow from those
+        return cast(Trainer, factory(**{k: v for k, v in settings.items() if k not in wrong}))
+    except TRAINER_ERRORS:
+        # These mistakes are among the problems already, or follow from those.
+        return None
 
 
-def _readable_space(table: dict[str, Any]) -> dict[str, BaseDistribution]:
+def _read_space(table: dict[str, Any]) -> dict[str, BaseDistribution]:
+    """Return the dimensions of a faulty study file that are valid. The others are among the problems already."""
     space = {}
     raw = table.get("space")
     for name, value in raw.items() if isinstance(raw, dict) else ():
         try:
             space[name] = Dimension.model_validate(value).distribution()
         except ValidationError:
-            continue  # named already, by field
+            continue
     return space
 
 
-def _readable_tokens(table: dict[str, Any]) -> Tokens | None:
+def _read_tokens(table: dict[str, Any]) -> Tokens | None:
+    """Return the run lengths of a faulty study file, or None if they are invalid."""
     raw = table.get("search")
     try:
         return Tokens.model_validate(raw.get("tokens") if isinstance(raw, dict) else None)
     except ValidationError:
-        return None  # named already, by field
+        return None
 
 
-def explain(error: ValidationError, model: Any) -> list[str]:
-    """Pydantic's errors as `field: what was needed, what was got`, unknown keys with the nearest known one."""
-    said = []
+def explain_errors(error: ValidationError, model: Any) -> list[str]:
+    """Return pydantic's errors as sentences of the form `field: what was needed, what was given`.
+
+    Args:
+        error: The errors of a whole model.
+        model: The model, whose field names are suggested for unknown keys. None: without suggestions.
+
+    Returns:
+        One sentence per error.
+    """
+    sentences = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = _fields_at(model, item["loc"][:-1])
-            hint = meant(str(item["loc"][-1]), known) or (f"known here: {', '.join(known)}" if known else "")
-            said.append(f"{where}: unknown key; {hint}".rstrip("; "))
+            known = _list_fields(model, item["loc"][:-1])
+            hint = did_you_mean(str(item["loc"][-1]), known) or (f"known keys: {', '.join(known)}" if known else "")
+            sentences.append(f"{where}: unknown key; {hint}".rstrip("; "))
         elif item["type"] == "missing":
-            said.append(f"{where}: missing")
+            sentences.append(f"{where}: missing")
         elif item["type"] == "literal_error":
             expected = str(item["ctx"]["expected"])
             choices = expected.replace("'", "").replace(" or ", ", ").split(", ")
-            hint = meant(str(item["input"]), choices, before="; ")
-            said.append(f"{where}: needed {expected}, got {item['input']!r}{hint}")
+            hint = did_you_mean(str(item["input"]), choices, before="; ")
+            sentences.append(f"{where}: needed {expected}, got {item['input']!r}{hint}")
         elif item["type"] == "value_error":
-            # a mistake of several fields together has no place of its own: its message begins with their names
-            said.append(f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"]))
+            # An error that concerns several fields has no location. Its message begins with their names.
+            sentences.append(f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"]))
         else:
             needed = item["msg"][0].lower() + item["msg"][1:]
-            said.append(f"{where}: {needed}, got {json.dumps(item['input'], default=repr)}")
-    return said
+            sentences.append(f"{where}: {needed}, got {json.dumps(item['input'], default=repr)}")
+    return sentences
 
 
-def _fields_at(model: Any, loc: Sequence[int | str]) -> list[str]:
-    """The field names of the (nested) model at `loc`."""
+def _list_fields(model: Any, loc: Sequence[int | str]) -> list[str]:
+    """Return the field names of the (nested) model at `loc`, in alphabetical order."""
     for part in loc:
         fields: Mapping[str, Any] = getattr(model, "model_fields", {})
         inside_dict = (get_args(model) or (model,))[-1]

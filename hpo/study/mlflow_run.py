@@ -1,18 +1,19 @@
-"""The study's own run in MLflow: its target, status and figures. Where MLflow is away they wait for the next resume."""
+"""A study's own run in MLflow: its target, status and figures. While MLflow is down, the next resume sends them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hpo.storage.trial_attributes import stopped_of
+from hpo.storage.trial_attributes import is_diverged, is_search_trial, read_stopped
 from hpo.study.config import StudyConfig
 from hpo.study.trainer import Trainer
-from scaling.common.cli import say
-from scaling.common.redact import without_passwords
-from scaling.tracking.client import away, connect, default_uri, impatient
-from scaling.tracking.experiment import find_study_run, finish
+from scaling.common.redact import redact_passwords
+from scaling.tracking.client import connect, default_uri, describe_outage, fail_fast
+from scaling.tracking.experiment import find_study_run, set_run_status
 from scaling.tracking.log import log_summary, write_note
+from scaling.tracking.spool import summarize_error
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -20,89 +21,113 @@ if TYPE_CHECKING:
 
     from hpo.search.search import Search
 
-Note = Callable[["MlflowClient", str], None]  # what to do, given a client and the id of the study's run
+logger = logging.getLogger("muscale.hpo")
+
+# A change to a study's run, given a client and the run's id.
+RunUpdate = Callable[["MlflowClient", str], None]
 
 
-def refuse_away(uri: str | None) -> None:
-    """ValueError when MLflow does not answer, before anything is made that it would have to know."""
-    if why := away(uri):
-        where = without_passwords(uri or default_uri())
-        raise ValueError(f"MLflow at {where} does not answer ({why}): start it, or mend the address; nothing was made")
+def require_tracking(uri: str | None) -> None:
+    """Check that MLflow answers, before anything is created that it would have to record.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if outage := describe_outage(uri):
+        where = redact_passwords(uri or default_uri())
+        raise ValueError(
+            f"MLflow at {where} does not answer ({outage}): start it or correct the address; nothing was created"
+        )
 
 
-def noted(study: str, uri: str | None, *notes: Note) -> bool:
-    """Do this to a study's run; whether MLflow took it. ValueError when it has no such study."""
+def update_study_run(study: str, uri: str | None, *updates: RunUpdate) -> bool:
+    """Apply updates to a study's run in MLflow. If MLflow is down, log a warning and leave them to the next resume.
+
+    Args:
+        study: The study's name.
+        uri: The MLflow store; None for the default one.
+        *updates: What to change, in this order.
+
+    Returns:
+        Whether MLflow took all updates.
+
+    Raises:
+        ValueError: If MLflow has no such study.
+    """
     try:
-        with impatient():
+        with fail_fast():
             client = connect(uri)
             run = find_study_run(client, study)
-            for note in notes:
-                note(client, run)
+            for update in updates:
+                update(client, run)
     except ValueError:
         raise
-    except Exception as error:  # MLflow's, requests', SQLAlchemy's: the runs' records wait on disk, this is made anew
-        said = (without_passwords(error).splitlines() or [""])[0][:200]
-        say(
-            f"MLflow does not take the state of study {study!r} ({type(error).__name__}: {said}); `hpo resume {study}` sends it later"
+    # The error may come from MLflow, requests or SQLAlchemy. The next resume makes these updates again.
+    except Exception as error:
+        logger.warning(
+            f"MLflow does not take the state of study {study!r} ({type(error).__name__}: {summarize_error(error)}); "
+            f"`hpo resume {study}` sends it later"
         )
         return False
     return True
 
 
-def target_of(study: StudyConfig, trainer: Trainer) -> Note:
-    """Keep the target that the file now has, for `scaling recommend --target`."""
+def record_target(study: StudyConfig, trainer: Trainer) -> RunUpdate:
+    """Return an update that stores the study file's present target, for `scaling recommend --target`."""
 
-    def note(client: MlflowClient, run: str) -> None:
+    def update(client: MlflowClient, run: str) -> None:
         if study.target:
             target = trainer.target(**study.target)
             write_note(client, run, "target", {"N": target.N, "D": target.D})
 
-    return note
+    return update
 
 
-def status_of(status: str) -> Note:
-    return lambda client, run: finish(client, run, status=status)
+def set_status(status: str) -> RunUpdate:
+    """Return an update that sets the run's status: RUNNING, FINISHED, FAILED or KILLED."""
+    return lambda client, run: set_run_status(client, run, status=status)
 
 
-def figures_of(search: Search) -> Note:
-    """The search's counts and its best, read now."""
-    now = search.progress
-    losses = [t.value for t in outcomes(search) if t.value is not None]
+def record_figures(search: Search) -> RunUpdate:
+    """Return an update that stores the search's counts and best settings, as they are now."""
+    progress = search.progress
+    losses = [t.value for t in list_outcomes(search) if t.value is not None]
     figures = {
-        "evaluations": float(now.done),
-        "configurations": float(now.configurations),
-        "diverged": float(now.diverged),
-        "stopped": float(now.stopped),
-        "tokens_spent": float(now.tokens_spent),
-        "tokens_saved": float(now.tokens_saved),
-        "tokens_reused": float(now.tokens_reused),
-        "tokens_stopped": float(now.tokens_stopped),
+        "evaluations": float(progress.done),
+        "configurations": float(progress.configurations),
+        "diverged": float(progress.diverged),
+        "stopped": float(progress.stopped),
+        "tokens_spent": float(progress.tokens_spent),
+        "tokens_saved": float(progress.tokens_saved),
+        "tokens_reused": float(progress.tokens_reused),
+        "tokens_stopped": float(progress.tokens_stopped),
     }
     best: dict[str, Any] | None = None
     if losses:
         figures["best_loss"] = min(losses)
         best = search.best()
 
-    def note(client: MlflowClient, run: str) -> None:
+    def update(client: MlflowClient, run: str) -> None:
         if best is not None:
             write_note(client, run, "best", best)
         log_summary(client, run, figures)
 
-    return note
+    return update
 
 
-def ending_of(search: Search) -> Note:
-    """The figures and the end of a search that has finished, where MLflow was away then; else nothing: it ended when it did."""
+def record_ending(search: Search) -> RunUpdate:
+    """Return an update that stores the figures and the end of a finished search, unless MLflow already has them."""
 
-    def note(client: MlflowClient, run: str) -> None:
+    def update(client: MlflowClient, run: str) -> None:
+        # A run that MLflow knows to have finished keeps its end time.
         if client.get_run(run).info.status != "FINISHED":
-            figures_of(search)(client, run)
-            finish(client, run)
+            record_figures(search)(client, run)
+            set_run_status(client, run)
 
-    return note
+    return update
 
 
-def outcomes(search: Search) -> list[FrozenTrial]:
-    """The trials that have a result: a loss, diverged, or stopped."""
-    ours = [t for t in search.study.get_trials(deepcopy=False) if t.state.is_finished() and "bracket" in t.user_attrs]
-    return [t for t in ours if t.value is not None or t.user_attrs.get("diverged") or stopped_of(t)]
+def list_outcomes(search: Search) -> list[FrozenTrial]:
+    """Return the trials of a search that have a result: a loss, divergence, or an early stop."""
+    trials = [t for t in search.study.get_trials(deepcopy=False) if t.state.is_finished() and is_search_trial(t)]
+    return [t for t in trials if t.value is not None or is_diverged(t) or read_stopped(t)]

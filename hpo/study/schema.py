@@ -1,9 +1,8 @@
-"""The tables of a study file, as frozen models: each checks what it can see by itself."""
+"""The tables of a study file as frozen models, each of which checks itself."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Annotated, Any, Literal, Self
 
@@ -20,40 +19,35 @@ from pydantic import (
     model_validator,
 )
 
-from hpo.samplers.belief import Law
-from hpo.samplers.names import MODELS, SAMPLERS
-from hpo.search.hyperband import Ladder
-from hpo.search.settings import Promotion, checked_seeds
+from hpo.samplers.belief import OptimumLaw
+from hpo.samplers.names import MODEL_SAMPLERS, SAMPLERS
+from hpo.search.ladder import Ladder
+from hpo.search.settings import Promotion, resolve_seeds
+from scaling.common.suggest import did_you_mean
 from scaling.laws.compute import Fidelity
 
 
-def meant(given: str, known: Iterable[str], *, before: str = "", cutoff: float = 0.4) -> str:
-    """`did you mean ...?` with the nearest known name, behind `before`; empty when none is near."""
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
-    return f"{before}did you mean {near[0]}?" if near else ""
-
-
 class StudyTable(BaseModel):
-    """Frozen; unknown keys are mistakes."""
+    """A frozen table in which an unknown key is a mistake."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Tokens(StudyTable):
-    """The smallest and largest run of the search, in training tokens."""
+    """The shortest and the longest run of the search, in training tokens."""
 
     min: int = Field(gt=0, le=10**18)
     max: int = Field(gt=0, le=10**18)
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _check_order(self) -> Self:
         if self.min > self.max:
             raise ValueError(f"min must not exceed max, got min {self.min:,} > max {self.max:,}")
         return self
 
 
 class SearchTable(StudyTable):
-    """How to spend compute."""
+    """How the search spends compute. The fields are described where they are defined."""
 
     tokens: Tokens
     eta: int = Field(3, ge=2, description="each rung keeps the best 1/eta and trains them eta times longer")
@@ -61,61 +55,69 @@ class SearchTable(StudyTable):
     scheduler: Literal["incremental-hyperband"] = "incremental-hyperband"
     variant: Literal["discarding", "preserving", "efficient"] = "discarding"
     iterations: PositiveInt | None = Field(
-        None, description="how often Hyperband runs through its brackets at every size; 1 unless there is a budget"
+        None, description="how often Hyperband runs its brackets at each proxy size; 1 unless there is a budget"
     )
     budget: PositiveFloat | None = Field(
         None,
-        description="instead of iterations, in runs of the largest proxy for tokens.max: no brackets, the sampler's model "
-        "chooses what to run and how far",
+        description="instead of iterations, as a number of runs of the largest proxy for tokens.max: the sampler's "
+        "model then chooses what to run and for how long, without brackets",
     )
     seeds: Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda x: (x,) if type(x) is int else x)] = Field(
         (1,),
         min_length=1,
-        description="trainings of a configuration with different seeds: one number, or one per rung, cheapest first",
+        description="trainings of a configuration with different random seeds: one number, or one per rung, "
+        "cheapest first",
     )
-    promote: Promotion = Field("rank", description="by the losses of the rung, or by the model's at the target")
+    promote: Promotion = Field(
+        "rank", description="by the losses at the rung, or by the losses predicted at the target"
+    )
     stop: float = Field(
         0.0,
         ge=0,
         le=0.2,
-        description="a run ends early when the forecast gives it less than this chance of beating the best of its rung; 0: never",
+        description="a run is stopped early if its chance of beating the best of its rung is forecast to be lower than "
+        "this; 0: never",
     )
-    asynchronous: bool = Field(False, description="promote the best so far instead of waiting for their rung")
+    asynchronous: bool = Field(
+        False, description="promote the best runs so far instead of waiting until their rung is complete"
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _one_hyperband_by_default(cls, data: Any) -> Any:
+    def _set_default_iterations(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and data.get("iterations") is None and data.get("budget") is None:
             return {**data, "iterations": 1}
         return data
 
     @field_validator("sampler")
     @classmethod
-    def _known_sampler(cls, name: str) -> str:
+    def _check_sampler(cls, name: str) -> str:
         if name not in SAMPLERS:
-            raise ValueError(f"needed one of {', '.join(SAMPLERS)}, got {name!r}{meant(name, SAMPLERS, before='; ')}")
+            raise ValueError(
+                f"needed one of {', '.join(SAMPLERS)}, got {name!r}{did_you_mean(name, SAMPLERS, before='; ')}"
+            )
         return name
 
     @model_validator(mode="after")
-    def _whole_rungs(self) -> Self:
+    def _check_rungs(self) -> Self:
         ladder = Ladder.make(self.tokens.min, self.tokens.max, self.eta)
         levels = ladder.levels
         problems = []
         if levels[0] != self.tokens.min:
-            up = self.tokens.min * self.eta ** (len(levels) - 1)
+            below = self.tokens.min * self.eta ** (len(levels) - 1)
             problems.append(
                 f"tokens.max must be tokens.min times a power of eta, got {self.tokens.max:,} = {self.tokens.min:,} x "
-                f"{self.tokens.max / self.tokens.min:.4g}: the nearest are {up:,} and {up * self.eta:,}"
+                f"{self.tokens.max / self.tokens.min:.4g}: the nearest are {below:,} and {below * self.eta:,}"
             )
         try:
-            Ladder(levels, self.eta, checked_seeds(self.seeds, levels))
+            Ladder(levels, self.eta, resolve_seeds(self.seeds, levels))
         except ValueError as error:
             problems.append(str(error))
         if self.budget is not None and self.iterations is not None:
             problems.append(
                 "needed iterations (Hyperband's brackets) or budget (the model decides), got both: remove one"
             )
-        if self.promote == "predicted" and self.sampler not in MODELS:
+        if self.promote == "predicted" and self.sampler not in MODEL_SAMPLERS:
             problems.append(
                 f"promote = 'predicted' needs a model of the loss, which sampler = 'mfbo' has, got {self.sampler!r}"
             )
@@ -125,7 +127,7 @@ class SearchTable(StudyTable):
 
 
 class Dimension(StudyTable):
-    """One searched parameter: a range, or choices."""
+    """A searched parameter: a range or a list of choices."""
 
     type: Literal["float", "int"] = "float"
     low: FiniteFloat | None = None
@@ -135,13 +137,13 @@ class Dimension(StudyTable):
     choices: tuple[str | float | int | bool, ...] | None = None
 
     @model_validator(mode="after")
-    def _range_or_choices(self) -> Self:
+    def _check_range_or_choices(self) -> Self:
         if self.choices is not None:
             if self.low is not None or self.high is not None or self.log or self.step is not None:
-                raise ValueError("choices stand alone: remove low, high, log and step")
+                raise ValueError("choices cannot be combined with a range: remove low, high, log and step")
             if len(set(self.choices)) < 2:
                 raise ValueError(
-                    f"needed at least 2 different choices, got {list(self.choices)}: fix it under [trainer]"
+                    f"needed at least 2 different choices, got {list(self.choices)}: set a constant under [trainer]"
                 )
             return self
         if self.low is None or self.high is None:
@@ -159,7 +161,7 @@ class Dimension(StudyTable):
         return self
 
     def distribution(self) -> BaseDistribution:
-        """The same as Optuna has it."""
+        """Return the Optuna distribution of this dimension."""
         if self.choices is not None:
             return CategoricalDistribution(self.choices)
         assert self.low is not None
@@ -170,7 +172,7 @@ class Dimension(StudyTable):
 
 
 class LawTable(StudyTable):
-    """Where the optimum of a searched parameter is believed to lie: value (N / at.N)^exponent_N (D / at.D)^exponent_D."""
+    """The believed optimum of a searched parameter: value (N / at.N)^exponent_N (D / at.D)^exponent_D."""
 
     value: PositiveFloat
     at: Mapping[Literal["N", "D"], PositiveFloat]
@@ -178,40 +180,48 @@ class LawTable(StudyTable):
     exponent_D: float = 0.0
 
     @model_validator(mode="after")
-    def _both_sizes(self) -> Self:
+    def _check_at(self) -> Self:
         if len(self.at) < 2:
             raise ValueError(f"at needs N and D, got {sorted(self.at)}")
         return self
 
     @property
-    def law(self) -> Law:
-        return Law(self.value, Fidelity(self.at["N"], self.at["D"]), self.exponent_N, self.exponent_D)
+    def law(self) -> OptimumLaw:
+        """The table as a law that can be evaluated."""
+        return OptimumLaw(self.value, Fidelity(self.at["N"], self.at["D"]), self.exponent_N, self.exponent_D)
 
 
 class TrainerTable(BaseModel):
-    """Which trainer, and its settings (all other keys)."""
+    """Which trainer to use, and its settings: all other keys of the table."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
+
     use: str = Field(default="proxies:ProxyFamily", pattern=r"^\w+(\.\w+)*:\w+$")
 
     @property
     def settings(self) -> dict[str, Any]:
+        """The keyword arguments that the trainer is constructed with."""
         return self.model_extra or {}
 
     def find(self) -> Any:
-        """What `use` names, imported: which runs that module. ImportError or AttributeError when it is not there."""
+        """Import what `use` names, which runs that module, and return it.
+
+        Raises:
+            ImportError: If there is no such module.
+            AttributeError: If the module has no such name.
+        """
         module, _, name = self.use.partition(":")
         return getattr(import_module(module), name)
 
 
 class Workers(StudyTable):
-    """Local processes that train, and the CPU threads each may use."""
+    """How many processes train, and on how many CPU threads each."""
 
     count: PositiveInt = 1
     threads: PositiveInt = 1
     timeout: PositiveFloat | None = Field(
-        default=None, description="seconds without a measurement after which a run hangs: it is killed; default: never"
+        default=None, description="seconds without a measurement after which a run is killed as hanging; default: never"
     )
     lease: PositiveFloat = Field(
-        default=60.0, description="seconds without a sign of life after which a worker's run is another's"
+        default=60.0, description="seconds without a heartbeat after which another worker takes over a worker's run"
     )

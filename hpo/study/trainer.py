@@ -11,40 +11,69 @@ from optuna.distributions import BaseDistribution
 from scaling.common.measurement import Measurement
 from scaling.laws.compute import Fidelity
 
+# Settings by name. A plain dict, because every trainer has parameters and settings of its own.
+RunSettings = dict[str, Any]
+
 
 class Trainer(Protocol):
-    """What a study's `[trainer] use = "module:name"` must make when it is called with the table's other keys.
+    """Trains one configuration at one fidelity.
 
-    `repeat`: 0 is a run on the trainer's own random seed; others are the same settings with other initial weights and
-    another order of the data, each always the same.
+    A study's `[trainer] use = "module:name"` names a callable that returns a trainer when it is called with the other
+    keys of the table. It raises ValueError for bad settings, or pydantic's ValidationError, each of whose errors is
+    then reported.
 
-    A trainer made from bad settings raises ValueError (or pydantic's ValidationError, whose every mistake is then named).
-    One whose longer runs cannot go on from shorter ones has an attribute `resumable` that is False: it is then never asked
-    to, and every promotion pays its full price. One that cannot train the same settings on another random seed has
-    `repeatable` False. One with a method `example(params, fidelity)` says what it runs, which is shown before it runs.
+    `repeat` is the index of a random seed. Repeat 0 uses the trainer's own seed. The others train the same settings
+    from other initial weights on another order of the data, reproducibly.
+
+    Optional attributes:
+
+    - `resumable` (default True): whether a longer run can continue from the checkpoint of a shorter one. If False, it
+      is never asked to, and each promotion costs its full price.
+    - `repeatable` (default True): whether the same settings can be trained with another random seed.
+    - `is_program` (default False): whether it runs another program, which then finds its MLflow run in the environment.
+    - `example(params, fidelity)`: the command that it would run, which is shown before anything is run.
     """
 
     @property
     def sizes(self) -> Sequence[float]:
-        """N of every proxy size, ascending."""
+        """N of each proxy size, in ascending order."""
 
     def problems(self, space: Mapping[str, BaseDistribution], tokens: tuple[int, int] | None) -> list[str]:
-        """Why this space, from the smallest to the largest run (None: not known yet), cannot be trained; cheap."""
+        """Return why a search space cannot be trained, one sentence per problem. This must be cheap.
+
+        Args:
+            space: The searched parameters.
+            tokens: Tokens of the shortest and the longest run; None if they are not known yet.
+        """
 
     def target(self, **table: Any) -> Fidelity:
-        """N and D of the `[target]` table."""
+        """Return N and D of the study's `[target]` table."""
 
-    def describe(self, params: Mapping[str, Any], fidelity: Fidelity, *, repeat: int = 0) -> dict[str, Any]:
-        """Every setting of one run, resolved, for the record: N, lr, batch_tokens, seq_len, ... and the data's hash.
+    def describe(self, params: Mapping[str, Any], fidelity: Fidelity, *, repeat: int = 0) -> RunSettings:
+        """Return every setting of a run for the record, defaults included.
 
-        `schedule` "wsd" with `cooldown` and `warmup_tokens` also tells hpo.worker.early_stopping the schedule.
+        They are N, lr, batch_tokens, seq_len, a hash of the data and whatever else the trainer has.
+        `schedule` = "wsd" with `cooldown` and `warmup_tokens` also gives `hpo.worker.early_stopping` the schedule.
         """
 
     def manifest(self) -> list[dict[str, Any]]:
-        """The data's files, one record each (path, size, split, ...). ValueError when they cannot be read."""
+        """Return a record of each data file: path, size, split and more.
+
+        Raises:
+            ValueError: If the data cannot be read.
+        """
 
     def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity], *, threads: int) -> list[float]:
-        """About how long runs of these sizes take one worker of so many threads, with these parameters."""
+        """Estimate how long runs take one worker.
+
+        Args:
+            params: The searched parameters.
+            fidelities: The sizes of the runs.
+            threads: CPU threads of the worker.
+
+        Returns:
+            Seconds, one number per fidelity.
+        """
 
     def __call__(
         self,
@@ -56,4 +85,14 @@ class Trainer(Protocol):
         keep: Path | None = None,
         repeat: int = 0,
     ) -> Iterator[Measurement]:
-        """Train. `resume`: a file that an earlier call wrote to `save` (a shorter run) or `keep` (an interrupted one)."""
+        """Train, and yield the points of the loss curve, the last of them with `final=True`.
+
+        Args:
+            params: The searched parameters.
+            fidelity: N and D of the run.
+            resume: A checkpoint to continue from: what an earlier call wrote to `save` (a shorter run) or to `keep` (an
+                interrupted one).
+            save: Where to write the checkpoint of the finished run.
+            keep: Where to write a checkpoint if the run is interrupted.
+            repeat: The index of the random seed.
+        """

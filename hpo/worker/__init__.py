@@ -1,1 +1,2 @@
-"""One worker: its loop, the training process, one job, signals, results, early stopping. Imports the rooms `surrogate` to `study`."""
+"""One worker of a study: its loop, the training process, one job, stop signals, results, early stopping. Imports the
+rooms `surrogate` to `study`."""

@@ -1,4 +1,4 @@
-"""One job: the repeats of a configuration, trained one after the other and recorded, and the signals that may stop it."""
+"""One job: the repeats of a configuration, trained one after the other and recorded, with what may stop them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hpo.study.files import suffix
+from hpo.storage.trial_attributes import Stopped
+from hpo.study.files import repeat_suffix
 from hpo.study.trainer import Trainer
-from hpo.worker.early_stopping import Hopeless
+from hpo.worker.early_stopping import StoppedEarly
 from hpo.worker.results import read_result, write_result
 from hpo.worker.signals import StopSignals
 from scaling.laws.compute import Fidelity
@@ -23,19 +24,33 @@ from scaling.tracking.recorder import Recorder
 
 if TYPE_CHECKING:
     from hpo.search.view import Job
-    from hpo.storage.trial_attributes import Stopped
     from hpo.study.files import StudyFiles
     from scaling.common.measurement import Measurement
 
 
-class Watching(Protocol):
-    """What may end a training on its way, by raising Hopeless: see hpo.worker.early_stopping.EarlyStopper."""
+class TrainingMonitor(Protocol):
+    """Watches a training and may stop it by raising `StoppedEarly`, as `EarlyStopper` does."""
 
     def check(self) -> None:
-        """Before it goes on."""
+        """Decide from what is known before the training continues."""
 
-    def look(self, point: Measurement) -> None:
-        """At a point that is not the last."""
+    def observe(self, point: Measurement) -> None:
+        """Decide at a point that is not the last one."""
+
+
+@dataclass(frozen=True)
+class CheckpointPaths:
+    """Where one training reads and writes its state.
+
+    Attributes:
+        keep: Its state when it is interrupted. The training continues from this file if it exists.
+        resume: The checkpoint of a shorter run to continue from; None: start from the beginning.
+        save: The checkpoint of the finished run; None: do not write one.
+    """
+
+    keep: Path
+    resume: Path | None = None
+    save: Path | None = None
 
 
 def run_job(
@@ -44,70 +59,119 @@ def run_job(
     files: StudyFiles,
     uri: str,
     stop: StopSignals,
-    watch: Watching | None = None,
+    monitor: TrainingMonitor | None = None,
 ) -> list[float] | Stopped:
-    """Train one (configuration, rung), repeat by repeat, and record each; the losses, NaN where it diverged, or where and
-    why `watch` stopped it.
+    """Train one configuration at one rung, repeat by repeat, and record each repeat.
 
-    The first repeat that diverges ends it: the others are NaN, too. KeyboardInterrupt when `stop` was asked for, but only
-    while it trains: a repeat that has ended is recorded, and not trained again by whoever takes the job up.
+    Repeats that have finished are on disk and are not trained again, whichever worker runs the job next.
+
+    Args:
+        job: The job.
+        trainer: The study's trainer.
+        files: The study's files.
+        uri: The MLflow store.
+        stop: The stop signals. They interrupt only while a repeat trains.
+        monitor: Decides whether to stop the run early.
+
+    Returns:
+        The loss of each repeat; NaN for one that diverged and for all after it, which are not trained. Or where and why
+        `monitor` stopped the run.
+
+    Raises:
+        KeyboardInterrupt: If a stop signal arrived before the end.
     """
-    tokens = int(job.fidelity.D)
     losses: list[float] = []
     for repeat in range(job.seeds):
-        result, save = files.result(job.config, tokens, repeat), files.checkpoint(job.config, tokens, repeat)
-        save.parent.mkdir(parents=True, exist_ok=True)
+        result = files.result(job.config, int(job.fidelity.D), repeat)
         if result.exists():
-            loss = read_result(result)
+            outcome: float | Stopped = read_result(result)
         else:
-            params = trainer.describe(job.params, job.fidelity, repeat=repeat) | {
-                "config": job.config,
-                "bracket": list(job.bracket),
-                "repeat": repeat,
-            }
-            resume = None
-            if job.resume_tokens and repeat < job.resume_seeds:
-                resume = files.checkpoint(job.config, job.resume_tokens, repeat)
-            keep, began = files.partial(job.config, tokens, repeat), time.perf_counter()
-            name = f"config-{job.config:04d}{suffix(repeat)}"
-            recorder = Recorder(uri, files.name, name, role="proxy", params=params, folder=files.records)
-            with recorder as record:
-                try:
-                    loss = train_once(
-                        trainer,
-                        job.params,
-                        job.fidelity,
-                        repeat,
-                        resume=resume,
-                        save=save,
-                        keep=keep,
-                        record=record,
-                        ended=partial(_keep_result, record, job, save, result),
-                        stop=stop,
-                        watch=watch,
-                    )
-                except Hopeless as given_up:
-                    keep.unlink(missing_ok=True)
-                    stopped = asdict(given_up.stopped) | {"seconds": time.perf_counter() - began}
-                    record.tag(f"rung_{job.rung}/stopped", json.dumps(stopped))
-                    record.finish("KILLED")
-                    return given_up.stopped
-        losses.append(loss)
-        if math.isnan(loss):
-            return losses + [math.nan] * (job.seeds - len(losses))
-    return losses
+            outcome = _train_repeat(job, repeat, trainer, files, uri, stop, monitor)
+        if isinstance(outcome, Stopped):
+            return outcome
+        losses.append(outcome)
+        if math.isnan(outcome):
+            break
+    return _pad_losses(losses, job)
 
 
-def _keep_result(record: Recorder, job: Job, save: Path, result: Path, loss: float, seconds: float) -> None:
-    """Before anything else can happen to it: MLflow may be slow, and the worker that will tell the study be killed meanwhile."""
+def _train_repeat(
+    job: Job,
+    repeat: int,
+    trainer: Trainer,
+    files: StudyFiles,
+    uri: str,
+    stop: StopSignals,
+    monitor: TrainingMonitor | None,
+) -> float | Stopped:
+    """Train and record one repeat of a job. Return its loss, or where and why it was stopped early."""
+    tokens = int(job.fidelity.D)
+    result = files.result(job.config, tokens, repeat)
+    resume = None
+    if job.resume_tokens and repeat < job.resume_seeds:
+        resume = files.checkpoint(job.config, job.resume_tokens, repeat)
+    save = files.checkpoint(job.config, tokens, repeat)
+    checkpoints = CheckpointPaths(files.partial(job.config, tokens, repeat), resume, save)
+    save.parent.mkdir(parents=True, exist_ok=True)
+    params = _describe(job, trainer, repeat)
+    name = f"config-{job.config:04d}{repeat_suffix(repeat)}"
+    began = time.perf_counter()
+    with Recorder(uri, files.name, name, role="proxy", params=params, folder=files.records) as record:
+        try:
+            return train_once(
+                trainer,
+                job.params,
+                job.fidelity,
+                repeat,
+                checkpoints=checkpoints,
+                record=record,
+                on_result=partial(_save_result, record, job, save, result),
+                stop=stop,
+                monitor=monitor,
+            )
+        except StoppedEarly as early:
+            checkpoints.keep.unlink(missing_ok=True)
+            stopped = asdict(early.stopped) | {"seconds": time.perf_counter() - began}
+            record.set_tag(f"rung_{job.rung}/stopped", json.dumps(stopped))
+            record.finish("KILLED")
+            return early.stopped
+
+
+def _describe(job: Job, trainer: Trainer, repeat: int) -> dict[str, Any]:
+    """Return the settings of one repeat of a job for the record."""
+    return trainer.describe(job.params, job.fidelity, repeat=repeat) | {
+        "config": job.config,
+        "bracket": list(job.bracket),
+        "repeat": repeat,
+    }
+
+
+def _pad_losses(losses: list[float], job: Job) -> list[float]:
+    """Return a loss for each seed of a job: NaN for those that were not trained because one had diverged."""
+    return losses + [math.nan] * (job.seeds - len(losses))
+
+
+def _save_result(record: Recorder, job: Job, save: Path, result: Path, loss: float, seconds: float) -> None:
+    """Record the loss of a repeat in MLflow's spool file and on disk.
+
+    This comes first, because MLflow may be slow to answer, and the worker may be killed before it tells the study.
+    """
     checkpoint = None if math.isnan(loss) else save
-    record.result(rung=job.rung, tokens=int(job.fidelity.D), loss=loss, seconds=seconds, checkpoint=checkpoint)
+    record.log_result(rung=job.rung, tokens=int(job.fidelity.D), loss=loss, seconds=seconds, checkpoint=checkpoint)
     record.finish()
     write_result(result, loss)
 
 
-def ended(job: Job, files: StudyFiles) -> list[float] | None:
-    """The losses of a job all of whose trainings have ended, whatever became of their process then; else None."""
+def read_losses(job: Job, files: StudyFiles) -> list[float] | None:
+    """Return the losses of a job from disk, whatever became of the process that trained it.
+
+    Args:
+        job: The job.
+        files: The study's files.
+
+    Returns:
+        The loss of each repeat, as `run_job` returns them; None if some repeat has not finished.
+    """
     losses: list[float] = []
     for repeat in range(job.seeds):
         result = files.result(job.config, int(job.fidelity.D), repeat)
@@ -116,20 +180,24 @@ def ended(job: Job, files: StudyFiles) -> list[float] | None:
         losses.append(read_result(result))
         if math.isnan(losses[-1]):
             break
-    return losses + [math.nan] * (job.seeds - len(losses))
+    return _pad_losses(losses, job)
 
 
-def record_crash(job: Job, trainer: Trainer, files: StudyFiles, uri: str, why: str) -> None:
-    """Record a job that was given up after it had crashed, as diverged, with the reason as a tag."""
-    params = trainer.describe(job.params, job.fidelity) | {
-        "config": job.config,
-        "bracket": list(job.bracket),
-        "repeat": 0,
-    }
+def record_crash(job: Job, trainer: Trainer, files: StudyFiles, uri: str, reason: str) -> None:
+    """Record a job that was given up after it had crashed: as diverged, with the reason as a tag.
+
+    Args:
+        job: The job.
+        trainer: The study's trainer.
+        files: The study's files.
+        uri: The MLflow store.
+        reason: Why it crashed the last time.
+    """
+    params = _describe(job, trainer, 0)
     name, tokens = f"config-{job.config:04d}", int(job.fidelity.D)
     with Recorder(uri, files.name, name, role="proxy", params=params, folder=files.records) as record:
-        record.tag(f"rung_{job.rung}/crashed", why)
-        record.result(rung=job.rung, tokens=tokens, loss=math.nan, seconds=0.0, checkpoint=None)
+        record.set_tag(f"rung_{job.rung}/crashed", reason)
+        record.log_result(rung=job.rung, tokens=tokens, loss=math.nan, seconds=0.0, checkpoint=None)
         record.finish("FAILED")
 
 
@@ -139,45 +207,61 @@ def train_once(
     fidelity: Fidelity,
     repeat: int,
     *,
-    keep: Path,
+    checkpoints: CheckpointPaths,
     record: Recorder,
-    ended: Callable[[float, float], None],
+    on_result: Callable[[float, float], None],
     stop: StopSignals,
-    resume: Path | None = None,
-    save: Path | None = None,
-    watch: Watching | None = None,
+    monitor: TrainingMonitor | None = None,
 ) -> float:
-    """One training with its curve; its loss, NaN when it diverged. It goes on from `keep` if that exists.
+    """Train one repeat and record its curve.
 
-    ended: gets loss and seconds before the trainer removes what `keep` holds, so that at no moment neither is on disk.
-    KeyboardInterrupt, with the state in `keep`, when `stop` was asked for before the end; Hopeless when `watch` says so.
+    Args:
+        trainer: The study's trainer.
+        params: The searched parameters.
+        fidelity: N and D of the run.
+        repeat: The index of the random seed.
+        checkpoints: Where the training reads and writes its state.
+        record: The run's record, which gets every point.
+        on_result: Is called with the loss and the seconds before the trainer removes `checkpoints.keep`, so that at
+            every moment one of them is on disk.
+        stop: The stop signals.
+        monitor: Decides whether to stop the run early.
+
+    Returns:
+        The final loss, in nats per token; NaN if the run diverged.
+
+    Raises:
+        KeyboardInterrupt: If a stop signal arrived before the end. The state is then in `checkpoints.keep`.
+        StoppedEarly: If `monitor` stopped the run.
+        RuntimeError: If the trainer ends without a final measurement.
     """
-    if watch is not None:
-        watch.check()
+    if monitor is not None:
+        monitor.check()
     started = time.perf_counter()
-    resume = keep if keep.exists() else resume
-    points = trainer(params, fidelity, resume=resume, save=save, keep=keep, repeat=repeat)
-    with contextlib.closing(points), _told_its_run(trainer, record):  # type: ignore[type-var]
-        for point in stop.interrupting(points):
+    keep = checkpoints.keep
+    resume = keep if keep.exists() else checkpoints.resume
+    points = trainer(params, fidelity, resume=resume, save=checkpoints.save, keep=keep, repeat=repeat)
+    with contextlib.closing(points), _export_run_id(trainer, record):  # type: ignore[type-var]
+        for point in stop.iterate(points):
             record.add(point)
             if point.final:
                 loss = math.nan if point.diverged else point.loss
-                ended(loss, time.perf_counter() - started)
+                on_result(loss, time.perf_counter() - started)
                 return loss
-            if watch is not None:
-                watch.look(point)
+            if monitor is not None:
+                monitor.observe(point)
     raise RuntimeError(
         f"the trainer ended {dict(params)} at {fidelity} without a final measurement: it must yield one with final=True"
     )
 
 
 @contextlib.contextmanager
-def _told_its_run(trainer: Trainer, record: Recorder) -> Iterator[None]:
-    """Let a trainer that is another program find its MLflow run, in case it reports there."""
-    run = record.run_id() if getattr(trainer, "is_program", False) else None
-    told = {} if run is None else {"MLFLOW_RUN_ID": run, "MLFLOW_TRACKING_URI": record.uri}
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
+def _export_run_id(trainer: Trainer, record: Recorder) -> Iterator[None]:
+    """Put the MLflow run into the environment of a trainer that is another program, in case it reports there."""
+    run = record.wait_for_run_id() if getattr(trainer, "is_program", False) else None
+    variables = {} if run is None else {"MLFLOW_RUN_ID": run, "MLFLOW_TRACKING_URI": record.uri}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Stop signals: SIGINT and SIGTERM as a flag that a training reads between steps."""
+"""Stop signals: SIGINT and SIGTERM as a flag that a training reads between its steps."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ if TYPE_CHECKING:
     from scaling.common.measurement import Measurement
 
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 30.0  # for a worker that was told to stop: the step in hand, one checkpoint
+# How long a stopped worker may take to finish its current step and write a checkpoint.
+GRACE_SECONDS = 30.0
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: noted at once, but raised only inside a trainer's steps, never while asking, telling or recording."""
+    """Handle SIGINT and SIGTERM in a `with` block.
+
+    They are noted at once, but raise KeyboardInterrupt only within a trainer's steps, never while a worker asks,
+    reports or records.
+
+    Attributes:
+        requested: Whether a signal has arrived.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._inside = False
-        self._installed = handle_signals(self._note)
+        self._installed = handle_signals(self._receive)
 
     def __enter__(self) -> StopSignals:
         self._installed.__enter__()
@@ -30,14 +38,18 @@ class StopSignals:
     def __exit__(self, *error: object) -> None:
         self._installed.__exit__(*error)  # type: ignore[arg-type]
 
-    def _note(self, _: int, __: FrameType | None) -> None:
-        first = not self.requested
+    def _receive(self, _: int, __: FrameType | None) -> None:
+        is_first = not self.requested
         self.requested = True
-        if self._inside and first:
+        if self._inside and is_first:
             raise KeyboardInterrupt
 
-    def interrupting(self, points: Iterator[Measurement]) -> Iterator[Measurement]:
-        """The same points; a signal interrupts the making of one, and one that came before interrupts at once."""
+    def iterate(self, points: Iterator[Measurement]) -> Iterator[Measurement]:
+        """Yield the points of a training, which a signal interrupts while it computes the next one.
+
+        Raises:
+            KeyboardInterrupt: If a signal arrives within a step, or arrived before it.
+        """
         while True:
             self._inside = True
             try:

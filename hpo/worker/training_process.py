@@ -1,13 +1,14 @@
-"""The process that trains for a worker: what kills a training, or makes it hang, ends that process and not the worker.
+"""Train in a child process, so a crash or hang spares the worker.
 
-It is started once and trains one job after the other, so that imports and data are paid for once; a new one takes its place when it
-has gone. It ends with its worker, however that ends, and also when the worker stands still for longer than its lease: another
-worker trains the job by then.
+The process is started once and trains one job after the other, so that imports and data are paid for once. If it
+ends, a new one takes its place. It ends with its worker, however the worker ends. It also ends when the worker stalls
+for longer than its lease, because another worker trains the job by then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import multiprocessing
 import os
@@ -23,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from hpo.storage.leases import BEATS
-from hpo.storage.retry import storage_errors
+from hpo.storage.leases import BEATS_PER_LEASE
+from hpo.storage.retry import get_storage_errors
 from hpo.study.config import StudyConfig
-from hpo.worker.early_stopping import EarlyStopper, Hopeless
+from hpo.worker.early_stopping import EarlyStopper, StoppedEarly
 from hpo.worker.job import run_job
 from hpo.worker.signals import StopSignals
-from scaling.common.cli import say
+from scaling.common.logs import configure_logging
 
 if TYPE_CHECKING:
     from hpo.search.view import Job
@@ -37,26 +38,37 @@ if TYPE_CHECKING:
     from hpo.study.files import StudyFiles
     from scaling.common.measurement import Measurement
 
+logger = logging.getLogger("muscale.hpo")
+
 POLL_SECONDS = 0.1
-START_SECONDS = 300.0  # for imports and data, where runs have a timeout
-STOOD_STILL = 75  # exit code: the worker gave no sign of life for a lease
-MEMORY = ("MemoryError", "OutOfMemoryError")
-OOM_SCORE = 500  # of 1000: where the system runs out of memory, this process goes first
+# How long a training with a timeout may take to import and to load data before its first sign of life.
+START_SECONDS = 300.0
+# Exit code of the process when the worker has stalled for longer than its lease.
+EXIT_STALLED = 75
+# Names of the exceptions that mean a lack of memory: Python's, and torch's, which must not be imported here.
+OUT_OF_MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")
+# Of at most 1000. If the system runs out of memory, it kills this process before the worker.
+OOM_SCORE = 500
 
 
-class Crashed(Exception):
-    """A training ended without an outcome: its process was killed, ran out of memory, or hung."""
+class TrainingCrashed(Exception):
+    """A training ended without a result: its process was killed, ran out of memory, or hung."""
 
 
 class WorkerStalled(Exception):
-    """This worker was stopped for so long that its training process has gone."""
+    """This worker was suspended for so long that its training process has ended."""
 
 
 @dataclass
 class ChildProcessTrainer:
-    """Trains jobs in a process of its own. `with Apart(...) as apart: apart.train(job, ...)`.
+    """Trains jobs in a child process: `with ChildProcessTrainer(...) as trainer: trainer.train(job, ...)`.
 
-    lease, seconds: as the search's. timeout: seconds without a measurement after which a training hangs; None: never.
+    Attributes:
+        study: The study, from which the process constructs its trainer.
+        files: The study's files.
+        uri: The MLflow store.
+        lease: Seconds of the search's lease.
+        timeout: Seconds without a measurement after which a training is killed as hanging; None: never.
     """
 
     study: StudyConfig
@@ -68,166 +80,197 @@ class ChildProcessTrainer:
     def __post_init__(self) -> None:
         self._process: Any = None
         self._channel: Connection | None = None
-        self._alive: Connection | None = None
+        self._heartbeat: Connection | None = None
 
     def __enter__(self) -> ChildProcessTrainer:
-        self._start()  # its imports run beside the worker's own
+        # Its imports then run beside the worker's own.
+        self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def train(
-        self, job: Job, watch: EarlyStopper | None, beat: Callable[[], None], stop: StopSignals
+        self, job: Job, monitor: EarlyStopper | None, beat: Callable[[], None], stop: StopSignals
     ) -> list[float] | Stopped:
-        """As run_job. Crashed; KeyboardInterrupt when `stop` was asked for; what `beat`, called some times a lease, raises.
+        """Train a job as `run_job` does, in the child process.
 
-        RuntimeError with the traceback when the trainer raised anything else.
+        Args:
+            job: The job.
+            monitor: Decides at each point whether to stop the run early.
+            beat: Writes a heartbeat. It is called several times per lease, and what it raises ends the training.
+            stop: The stop signals.
+
+        Returns:
+            The loss of each repeat, or where and why the run was stopped early.
+
+        Raises:
+            TrainingCrashed: If the process was killed, ran out of memory, or hung.
+            WorkerStalled: If this worker was suspended for longer than its lease.
+            KeyboardInterrupt: If a stop signal arrived.
+            RuntimeError: If the trainer raised any other error, whose traceback is the message.
         """
         try:
-            return self._trained(job, watch, beat, stop)
+            return self._train(job, monitor, beat, stop)
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            ended = self._ended(beat)
-            raise (KeyboardInterrupt if stop.requested else ended) from None  # told to stop before it could listen
+            error = self._explain_exit(beat)
+            # A signal may end the process before it handles signals.
+            raise (KeyboardInterrupt if stop.requested else error) from None
         except BaseException:
             self.kill()
             raise
 
-    def _trained(
-        self, job: Job, watch: EarlyStopper | None, beat: Callable[[], None], stop: StopSignals
+    def _train(
+        self, job: Job, monitor: EarlyStopper | None, beat: Callable[[], None], stop: StopSignals
     ) -> list[float] | Stopped:
         channel = self._start()
         channel.send(job)
-        heard = beaten = time.monotonic()
-        patience = (
-            None if self.timeout is None else max(self.timeout, START_SECONDS)
-        )  # with imports, before it has begun
-        told = False
+        last_message = last_beat = time.monotonic()
+        # Until the job has begun, the process may still import.
+        timeout = None if self.timeout is None else max(self.timeout, START_SECONDS)
+        was_terminated = False
         while True:
-            if stop.requested and not told:
+            if stop.requested and not was_terminated:
                 self._process.terminate()
-                told = True
-            if self._channel_ready():
+                was_terminated = True
+            if self._has_message():
                 kind, value = channel.recv()
-                heard, patience = time.monotonic(), self.timeout
+                last_message, timeout = time.monotonic(), self.timeout
                 if kind == "begun":
                     continue
                 if kind == "point":
-                    channel.send(_judged(watch, value))
+                    channel.send(_judge(monitor, value))
                     continue
                 if kind in ("stopped", "failed", "memory"):
                     self.close()
                 if kind == "stopped":
                     raise KeyboardInterrupt
                 if kind == "memory":
-                    raise Crashed(f"out of memory: {value}")
+                    raise TrainingCrashed(f"out of memory: {value}")
                 if kind == "failed":
                     raise RuntimeError(f"the trainer failed on {job.params} at {job.fidelity}:\n{value}")
                 return value  # type: ignore[no-any-return]
             now = time.monotonic()
-            if now - beaten > self.lease / BEATS:
-                self._sign_of_life()
+            if now - last_beat > self.lease / BEATS_PER_LEASE:
+                self._send_heartbeat()
                 beat()
-                beaten = now
-            if patience is not None and now - heard > patience:
-                raise Crashed(f"no measurement for {patience:g} s: killed as hanging")
+                last_beat = now
+            if timeout is not None and now - last_message > timeout:
+                raise TrainingCrashed(f"no measurement for {timeout:g} s: killed as hanging")
 
     def kill(self) -> None:
-        """End the process and all that it has started, at once."""
+        """Kill the process and everything that it has started."""
         if self._process is not None and self._process.pid is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.kill()  # it may not have its group yet
+            # The process may not have made its own group yet.
+            self._process.kill()
         self.close()
 
     def close(self) -> None:
-        """Let the process go; it ends when its pipes do."""
-        for end in (self._channel, self._alive):
+        """Close the pipes, upon which the process ends, and wait for it."""
+        for end in (self._channel, self._heartbeat):
             if end is not None:
                 end.close()
         if self._process is not None:
             self._process.join()
-        self._process = self._channel = self._alive = None
+        self._process = self._channel = self._heartbeat = None
 
     def _start(self) -> Connection:
+        """Start the process unless it runs, and return the pipe to it."""
         if self._channel is not None and self._process.is_alive():
             return self._channel
         self.close()
-        context = multiprocessing.get_context("spawn")  # neither threads nor a device of the worker's
+        # A spawned process inherits neither the worker's threads nor its GPU context.
+        context = multiprocessing.get_context("spawn")
         self._channel, channel = context.Pipe()
-        alive, self._alive = context.Pipe(duplex=False)
-        given = (channel, alive, self.study, self.files, self.uri, self.lease)
-        self._process = context.Process(target=_main, args=given)
+        heartbeat, self._heartbeat = context.Pipe(duplex=False)
+        level = logger.getEffectiveLevel()
+        arguments = (channel, heartbeat, self.study, self.files, self.uri, self.lease, level)
+        self._process = context.Process(target=_serve, args=arguments)
         self._process.start()
         channel.close()
-        alive.close()
+        heartbeat.close()
         return self._channel
 
-    def _channel_ready(self) -> bool:
+    def _has_message(self) -> bool:
+        """Wait up to POLL_SECONDS for a message of the process, and return whether there is one."""
         assert self._channel is not None
         try:
             return self._channel.poll(POLL_SECONDS)
         except (BrokenPipeError, ConnectionResetError):
-            return True  # and reading says so
+            # Reading the message raises the error again.
+            return True
 
-    def _sign_of_life(self) -> None:
-        assert self._alive is not None
-        with contextlib.suppress(BrokenPipeError):  # it has gone: the channel says so
-            self._alive.send(None)
+    def _send_heartbeat(self) -> None:
+        """Show the process that its worker is alive."""
+        assert self._heartbeat is not None
+        # If the process has ended, the next message reports it.
+        with contextlib.suppress(BrokenPipeError):
+            self._heartbeat.send(None)
 
-    def _ended(self, beat: Callable[[], None]) -> Exception:
-        """Why the process has gone without a word."""
+    def _explain_exit(self, beat: Callable[[], None]) -> Exception:
+        """Return why the process ended without a result.
+
+        Raises:
+            LeaseLost: If `beat` finds that another worker has taken the job.
+        """
         process = self._process
         process.join()
         code = process.exitcode
         self.close()
-        if code == STOOD_STILL:
-            beat()  # Lost, if the job is another's by now
-            return WorkerStalled("this worker stood still for longer than its lease")
+        if code == EXIT_STALLED:
+            beat()
+            return WorkerStalled("this worker stalled for longer than its lease")
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            return Crashed(f"its process was killed ({name}{': out of memory?' if name == 'SIGKILL' else ''})")
-        return Crashed(f"its process ended (exit code {code})")
+            return TrainingCrashed(f"its process was killed ({name}{': out of memory?' if name == 'SIGKILL' else ''})")
+        return TrainingCrashed(f"its process ended (exit code {code})")
 
 
-def _judged(watch: EarlyStopper | None, point: Measurement | None) -> Stopped | None:
-    """What the watch, which knows the other runs, says of a point; of what is known already, where there is none."""
-    if watch is None:
+def _judge(monitor: EarlyStopper | None, point: Measurement | None) -> Stopped | None:
+    """Ask the monitor whether the run stops at a point; None: at the last point that it knows."""
+    if monitor is None:
         return None
     try:
-        watch.check() if point is None else watch.look(point)
-    except Hopeless as hopeless:
-        return hopeless.stopped
-    except storage_errors() as error:
-        say(f"a point is not kept for forecasts: the storage does not answer ({type(error).__name__})")
+        monitor.check() if point is None else monitor.observe(point)
+    except StoppedEarly as early:
+        return early.stopped
+    except get_storage_errors() as error:
+        logger.warning(f"a point is not stored for forecasts: the storage does not answer ({type(error).__name__})")
     return None
 
 
 @dataclass
-class _Reporting:
-    """Every point goes to the worker, whose watch answers."""
+class _MonitorProxy:
+    """Stands for the worker's monitor in the training process: sends every point there and waits for the decision."""
 
     channel: Connection
 
     def check(self) -> None:
-        self.look(None)
+        self._ask(None)
 
-    def look(self, point: Measurement | None) -> None:
+    def observe(self, point: Measurement) -> None:
+        self._ask(point)
+
+    def _ask(self, point: Measurement | None) -> None:
         self.channel.send(("point", point))
         if (stopped := self.channel.recv()) is not None:
-            raise Hopeless(stopped)
+            raise StoppedEarly(stopped)
 
 
-class _Life:
-    """Ends this process, and all that it has started, with its worker, or when that stands still while there is a job."""
+class _Watchdog:
+    """Ends this process and everything that it has started, when its worker ends or stalls during a job."""
 
-    def __init__(self, alive: Connection, lease: float) -> None:
-        self._alive, self._lease = alive, lease
-        self._since = math.inf  # when the worker was last heard of, or the job began
+    def __init__(self, heartbeat: Connection, lease: float) -> None:
+        self._heartbeat, self._lease = heartbeat, lease
+        # When the last heartbeat arrived or the job began. Without a job, a stalled worker does no harm.
+        self._since = math.inf
         threading.Thread(target=self._watch, daemon=True).start()
 
     @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
+    def during_job(self) -> Iterator[None]:
+        """Demand heartbeats in the block."""
         self._since = time.monotonic()
         try:
             yield
@@ -237,11 +280,11 @@ class _Life:
     def _watch(self) -> None:
         try:
             while time.monotonic() - self._since <= self._lease:
-                if self._alive.poll(self._lease / BEATS):
-                    self._alive.recv()
+                if self._heartbeat.poll(self._lease / BEATS_PER_LEASE):
+                    self._heartbeat.recv()
                     if self._since < math.inf:
                         self._since = time.monotonic()
-            code = STOOD_STILL
+            code = EXIT_STALLED
         except (EOFError, OSError):
             code = 0
         for child in psutil.Process().children(recursive=True):
@@ -250,28 +293,39 @@ class _Life:
         os._exit(code)
 
 
-def _main(
-    channel: Connection, alive: Connection, study: StudyConfig, files: StudyFiles, uri: str, lease: float
+def _serve(
+    channel: Connection,
+    heartbeat: Connection,
+    study: StudyConfig,
+    files: StudyFiles,
+    uri: str,
+    lease: float,
+    level: int,
 ) -> None:
-    os.setpgid(0, 0)  # so that a program that the trainer starts can be ended with it
-    with contextlib.suppress(OSError):  # Linux's
+    """Run in the child process: train the jobs that arrive through `channel`, and answer with their results."""
+    configure_logging(level)
+    # A program that the trainer starts can then be killed with this process.
+    os.setpgid(0, 0)
+    # Only Linux has this file.
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
-    life = _Life(alive, lease)
+    watchdog = _Watchdog(heartbeat, lease)
     with StopSignals() as stop, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         trainer = study.make_trainer()
         while not stop.requested:
             job = channel.recv()
             channel.send(("begun", None))
-            with life.at_work():
+            with watchdog.during_job():
                 try:
-                    outcome = run_job(job, trainer, files, uri, stop, _Reporting(channel))
+                    outcome = run_job(job, trainer, files, uri, stop, _MonitorProxy(channel))
                 except KeyboardInterrupt:
                     channel.send(("stopped", None))
                     return
                 except (EOFError, BrokenPipeError, ConnectionResetError):
                     raise
-                except Exception as error:  # whatever a trainer raises: the worker says it
-                    memory = type(error).__name__ in MEMORY
-                    channel.send(("memory", str(error)) if memory else ("failed", traceback.format_exc()))
+                # A trainer may raise anything, which the worker reports.
+                except Exception as error:
+                    is_memory = type(error).__name__ in OUT_OF_MEMORY_ERRORS
+                    channel.send(("memory", str(error)) if is_memory else ("failed", traceback.format_exc()))
                     return
             channel.send(("done", outcome))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from proxies.cli.grow_plan import Options, answer
-from proxies.config.growth_rules import Method, beyond_break_even, stacking_tokens
+from proxies.config.growth_rules import GrowthMethod, check_break_even, compute_stacking_tokens
 from scaling.common.cli import DryRun, Json, Uri, refusing, say
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def grow(
     ] = None,
     width: Annotated[int | None, typer.Option(help="d_model of the grown model; default: the proxy's")] = None,
     layers: Annotated[int | None, typer.Option(help="its n_layers, a multiple; default: the proxy's")] = None,
-    method: Annotated[Method, typer.Option(help="see docs/math.md §8")] = "shrink-pad-perturb",
+    method: Annotated[GrowthMethod, typer.Option(help="see docs/math.md §8")] = "shrink-pad-perturb",
     shrink: Annotated[float, typer.Option(min=0, max=1, help="of shrink-pad-perturb")] = 0.4,
     noise: Annotated[float | None, typer.Option(min=0, help="default: the method's own")] = None,
     which: Annotated[
@@ -120,7 +120,7 @@ def grow(
             except OSError as error:
                 say(f"error: {error}")
                 raise typer.Exit(1) from error
-    if said := beyond_break_even(small, large):
+    if said := check_break_even(small, large):
         say(f"warning: {said}")
     if large.n_layers > small.n_layers:
         length = tokens or PER_PARAMETER * large.counts.N
@@ -142,6 +142,6 @@ def enlarged(small: ProxyConfig, width: int | None, layers: int | None) -> Proxy
 
 def when_to_stack(large: ProxyConfig, tokens: int, trained: int) -> str:
     """What G_stack's fit says about the time of growth, and whether it can be meant for a run of this size."""
-    best = stacking_tokens(large.counts.N, 6.0 * large.counts.N * tokens)
+    best = compute_stacking_tokens(large.counts.N, 6.0 * large.counts.N * tokens)
     text = f"stacking for N {large.counts.N:,} and {tokens:,} tokens: after {best:,.3g} tokens by G_stack's fit (arXiv 2405.15319), here after {trained:,}"
     return text if best < tokens else f"{text}; more than the run has, so it is far outside what was fitted: no advice"

@@ -1,104 +1,148 @@
-"""`proxies grow --plan`: is a warm start worth it for this target? Its price, its runs, its answer in words."""
+"""`proxies grow --plan`: whether a warm start is worth it for a target. Its cost, its runs, and the answer as text."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import tomllib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from proxies.cli.shared import interrupted, numbers, read_family
+from proxies.cli.shared import parse_numbers, read_family, report_interrupt
 from scaling.common.cli import refusing, say
 from scaling.common.signals import interrupt_on_sigterm
 
 if TYPE_CHECKING:
+    from proxies.config.proxy import ProxyConfig
+    from proxies.growth.answer import ArmAtNote, Bound, BoundsNote, GrowthAnswer, IntervalNote
     from proxies.growth.question import Question
     from proxies.trainers.proxy_family import ProxyFamily
+    from scaling.laws.compute import Fidelity
+
+logger = logging.getLogger("muscale.proxies")
 
 
 @dataclass(frozen=True)
-class Options:
-    """As given on the command line."""
+class GrowthPlanOptions:
+    """The options of `proxies grow --plan` as given on the command line; see the help of `proxies grow`.
 
-    pair: str | None = None
-    small: str | None = None
-    source: int | None = None
-    at: float | None = None
-    horizons: str = "2,5,10,20"
-    base: float | None = None
-    seeds: int = 3
-    budget: float = 6.0
-    starts: str | None = None
-    settings: list[str] = field(default_factory=list)
-    workers: int = 1
-    count_base: bool = False
-    dry_run: bool = False
-    as_json: bool = False
-    uri: str | None = None
+    Attributes:
+        pair: --pair.
+        small: --small.
+        source: --from.
+        at: --at.
+        horizons: --horizons.
+        base: --base.
+        seeds: --seeds.
+        budget: --budget.
+        methods: --methods.
+        settings: --set, once for each setting.
+        workers: --workers.
+        count_base: --count-base.
+        dry_run: --dry-run.
+        as_json: --json.
+        uri: --tracking-uri.
+    """
+
+    pair: str | None
+    small: str | None
+    source: int | None
+    at: float | None
+    horizons: str
+    base: float | None
+    seeds: int
+    budget: float
+    methods: str | None
+    settings: Sequence[str]
+    workers: int
+    count_base: bool
+    dry_run: bool
+    as_json: bool
+    uri: str | None
 
 
-def answer(study: str, options: Options, checkpoint: Path | None = None) -> None:
-    """Refuse, say the price, run what is missing, answer. An answer of either kind is exit code 0."""
+def answer_question(study: str, options: GrowthPlanOptions, checkpoint: Path | None = None) -> None:
+    """Show the cost, train what is missing, and print the answer. Either answer is exit code 0.
+
+    Args:
+        study: The study file or the study's name.
+        options: The options of the command.
+        checkpoint: The checkpoint that was given, which is an error with --plan.
+    """
     from proxies.growth.runs import plan_growth
 
     with refusing():
         if checkpoint is not None:
-            raise ValueError(f"--plan trains its own bases: leave out {checkpoint}")
-        question = asked(study, options)
-    say(price(question, options.workers))
+            raise ValueError(f"--plan trains its own base models: leave out {checkpoint}")
+        question = read_question(study, options)
+    cost = format_cost(question, options.workers)
     if options.dry_run:
+        say(cost)
         return
+    logger.info(cost)
     try:
         with interrupt_on_sigterm(), refusing():
-            found = plan_growth(question, workers=options.workers, count_base=options.count_base, uri=options.uri)
+            answer = plan_growth(question, workers=options.workers, count_base=options.count_base, uri=options.uri)
     except KeyboardInterrupt as stop:
-        raise interrupted(stop, question.home) from stop
+        raise report_interrupt(stop, question.home) from stop
     except RuntimeError as error:
         say(f"error: {error}")
         raise typer.Exit(1) from error
-    typer.echo(json.dumps(found) if options.as_json else in_words(question, found))
+    typer.echo(json.dumps(answer) if options.as_json else format_answer(question, answer))
 
 
-def asked(study: str, options: Options) -> Question:
-    """The question, with the settings that the study has found so far and --set's in their place."""
-    from proxies.growth.question import make_question
+def read_question(study: str, options: GrowthPlanOptions) -> Question:
+    """Make the question from a study and the options.
+
+    Runs are trained with the settings that the study has found so far, and with those of --set in their place.
+
+    Args:
+        study: The study file or the study's name.
+        options: The options of the command.
+
+    Raises:
+        ValueError: With all mistakes.
+    """
+    from proxies.growth.question import QuestionOptions, make_question
     from proxies.trainers.proxy_family import ProxyFamily
 
     family, toml = read_family(study)
     family = ProxyFamily.model_validate(
-        found_so_far(family, toml, options.uri).model_dump() | changes(options.settings)
+        apply_study_results(family, toml, options.uri).model_dump() | parse_settings(options.settings)
     )
-    wanted = options.starts.split(",") if options.starts else None
-    if wanted is not None:
-        from proxies.growth.trainer import OWN
+    methods = options.methods.split(",") if options.methods else None
+    if methods is not None:
+        from proxies.growth.trainer import METHOD_SETTINGS
 
-        if wrong := [name for name in wanted if name not in OWN or name == "scratch"]:
-            raise ValueError(f"--methods: needed {', '.join(k for k in OWN if k != 'scratch')}, got {', '.join(wrong)}")
+        known = [name for name in METHOD_SETTINGS if name != "scratch"]
+        if unknown := [name for name in methods if name not in known]:
+            raise ValueError(f"--methods: needed {', '.join(known)}, got {', '.join(unknown)}")
     try:
         horizons = [float(part) for part in options.horizons.split(",")]
     except ValueError as error:
-        raise ValueError(f"--horizons: needed numbers with commas between, got {options.horizons!r}") from error
-    return make_question(
-        toml,
-        family,
-        real=numbers("--pair", options.pair),
-        small=numbers("--small", options.small),
+        raise ValueError(f"--horizons: needed numbers with commas between them, got {options.horizons!r}") from error
+    chosen = QuestionOptions(
+        real=parse_numbers("--pair", options.pair),
+        small=parse_numbers("--small", options.small),
         source=options.source,
         at=options.at,
         horizons=horizons,
         base=options.base,
         seeds=options.seeds,
         budget=options.budget,
-        starts=["scratch", *wanted] if wanted else None,  # type: ignore[list-item]
+        starts=["scratch", *methods] if methods else None,  # type: ignore[list-item]
     )
+    return make_question(toml, family, chosen)
 
 
-def found_so_far(family: ProxyFamily, toml: Path, uri: str | None) -> ProxyFamily:
-    """The family as its study in MLflow says, when it has been launched."""
-    from proxies.growth.question import tuned
+def apply_study_results(family: ProxyFamily, toml: Path, uri: str | None) -> ProxyFamily:
+    """Return the family with what its study has found so far in MLflow, if it has been launched."""
+    from proxies.growth.question import apply_found_settings
     from scaling.tracking.client import connect
     from scaling.tracking.experiment import find_study_run
     from scaling.tracking.log import read_note
@@ -107,121 +151,158 @@ def found_so_far(family: ProxyFamily, toml: Path, uri: str | None) -> ProxyFamil
         return family
     client = connect(uri)
     run = find_study_run(client, toml.stem)
-    return tuned(family, read_note(client, run, "best"), read_note(client, run, "recommendation"))
+    return apply_found_settings(family, read_note(client, run, "best"), read_note(client, run, "recommendation"))
 
 
-def changes(settings: list[str]) -> dict[str, Any]:
-    """name=value settings, values as TOML has them or else as text."""
-    found: dict[str, Any] = {}
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Parse NAME=VALUE settings; a value is TOML, or else plain text."""
+    parsed: dict[str, Any] = {}
     for text in settings:
         name, sign, value = text.partition("=")
         if not sign:
             raise ValueError(f"needed --set name=value, got {text}")
         try:
-            found[name] = tomllib.loads(f"value = {value}")["value"]
+            parsed[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            found[name] = value
-    return found
+            parsed[name] = value
+    return parsed
 
 
-def price(question: Question, workers: int) -> str:
-    """What all of it costs, searches and ladders, of which what is there already is not trained again."""
+def format_cost(question: Question, workers: int) -> str:
+    """Return the cost of all base models, searches and ladders, those included that have been trained before.
+
+    Args:
+        question: The question.
+        workers: Processes that train at the same time.
+    """
     from proxies.training.throughput import measure_speed
     from scaling.laws.compute import Fidelity
 
-    q = question
-    rows = []
+    rows: list[tuple[str, ProxyConfig, Fidelity, float]] = []
+    # Tokens per second by N.
     speeds: dict[float, float] = {}
-    for pair in q.pairs:
-        trainer = q.trainer("scratch", pair)
+    for pair in question.pairs:
+        trainer = question.make_trainer("scratch", pair)
         base = trainer.source()
         speeds[base.counts.N] = measure_speed(base, threads=1)
-        seeds = q.seeds + (1 if pair == q.small else 0)
+        # One more base model serves the search.
+        seeds = question.seeds + (1 if pair == question.small else 0)
         rows.append((f"bases, {pair.source}", base, Fidelity(base.counts.N, trainer.source_tokens), float(seeds)))
         large = trainer.config({}, Fidelity(trainer.sizes[0], 1))
         speeds[trainer.sizes[0]] = measure_speed(large, threads=1)
-    rows += [(what, t.config({}, size), size, count) for what, t, size, count in q.cost]
-    lines = [
-        f"is a warm start worth it: {q.real} at {q.at:.3g} tokens per parameter, base trained for {q.base:.3g} of its own",
-        f"judged by the pair {q.small}{f' and, for what changes with size, {q.second}' if q.second else ''}; {q.home}",
-    ]
+    rows += [(runs.what, runs.trainer.config({}, runs.size), runs.size, runs.count) for runs in question.planned_runs]
     tokens = sum(size.D * count for _, _, size, count in rows)
     flops = sum(config.flops_per_token * size.D * count for _, config, size, count in rows)
     seconds = sum(size.D * count / speeds[size.N] for _, _, size, count in rows) / workers
-    lines += [f"  {what}: {count:.3g} runs of {size.D:,.0f} tokens" for what, _, size, count in rows]
-    target = q.trainer("scratch", q.real)
+    target = question.make_trainer("scratch", question.real)
     config = target.config({}, Fidelity(target.sizes[0], 1))
-    share = flops / (config.flops_per_token * q.at * target.sizes[0])
-    lines.append(
-        f"  in all {tokens:,.0f} tokens, {flops:.2e} FLOPs = {share:.2g} of the target's run, about {seconds / 60:.1f} minutes here"
-    )
-    return "\n".join(lines)
-
-
-def in_words(question: Question, found: dict[str, Any]) -> str:
-    """The answer, and the table behind it."""
-    decision = found["decision"]
-    arms = {arm["name"]: arm for arm in decision["arms"]}
-    arm = arms[found["method"]]
-    at, factor, base = arm["at"][-1], decision["factor"], decision["base"]
-    ladder = question.lengths(question.starts[1])
-    gain = at["gain_with_base"] if decision["count_base"] else at["gain"]
-    settings = ", ".join(f"{k} {v:.3g}" for k, v in found["settings"].items())
-    counted = ", the base's cost counted" if decision["count_base"] else ""
-    verdict = (
-        f"use it: {found['method']} ({settings})"
-        if found["use"]
-        else f"do not; the best was {found['method']} ({settings})"
-    )
+    share = flops / (config.flops_per_token * question.at * target.sizes[0])
+    second = f"; {question.second} shows how gains change with size" if question.second else ""
     lines = [
-        f"{question.real} at {question.at:.3g} tokens per parameter{counted}: {verdict}",
-        f"  loss lower by {percent(gain)}, 95 % interval",
-        "",
-        f"{'tokens/N':>9}  {'lower loss':>24}  {'with the base':>24}  {'tokens saved, times':>24}  {'with the base':>24}",
+        f"is a warm start worth it, {question.real} at {question.at:.3g} tokens per parameter?",
+        f"base model: {question.base:.3g} tokens per parameter of its own",
+        f"judged by the pair {question.small}{second}",
+        f"folder: {question.home}",
     ]
-    for row in sorted(arm["at"], key=lambda row: float(row["horizon"])):
-        lines.append(
-            f"{row['horizon']:9.3g}  {percent(row['gain']):>24}  {percent(row['gain_with_base']):>24}  {times(row, 'saving', ladder, 0.0):>24}  "
-            f"{times(row, 'saving_with_base', ladder, base):>24}"
-        )
+    lines += [f"  {what}: {count:.3g} runs of {size.D:,.0f} tokens" for what, _, size, count in rows]
     lines += [
-        f"the gain ends at {ends(arm['break_even'], ladder)} tokens per parameter; with the base's cost at {ends(arm['break_even_with_base'], ladder)}",
-        f"best lr after growth over scratch's: 2^{found['because']['lr_octaves_from_scratch'][found['method']]:+.2f}",
-        f"seen at {question.small}, {decision['seeds']} seeds: {100 * at['measured']:+.2f} % there; the real pair's gain is taken as "
-        f"{factor['value']:.2f} [{factor['low']:.2f}, {factor['high']:.2f}] of it",
+        f"  total: {tokens:,.0f} tokens, {flops:.2e} FLOPs ({share:.2g} of the target's run),",
+        f"  about {seconds / 60:.1f} minutes on this machine",
     ]
-    for name, other in arms.items():
-        if name != found["method"]:
-            lines.append(f"against it {name}: {percent(other['at'][-1]['gain'])}")
     return "\n".join(lines)
 
 
-def percent(interval: dict[str, Any]) -> str:
-    value, low, high = (100 * float(interval[k]) for k in ("value", "low", "high"))
+def format_answer(question: Question, answer: GrowthAnswer) -> str:
+    """Return the answer as text, with the tables behind it."""
+    decision = answer["decision"]
+    arms = {arm["name"]: arm for arm in decision["arms"]}
+    arm = arms[answer["method"]]
+    at, factor = arm["at"][-1], decision["factor"]
+    ladder = question.list_lengths(question.starts[1])
+    gain = at["gain_with_base"] if decision["count_base"] else at["gain"]
+    settings = ", ".join(f"{k} {v:.3g}" for k, v in answer["settings"].items())
+    counted = ", the base's cost counted" if decision["count_base"] else ""
+    verdict = f"use it: {answer['method']}" if answer["use"] else f"do not use it; the best was {answer['method']}"
+    lines = [
+        f"{question.real} at {question.at:.3g} tokens per parameter{counted}:",
+        f"  {verdict} ({settings})",
+        f"  loss lower by {format_percent(gain)}, 95 % interval",
+        "",
+        *format_tables(arm["at"], ladder, decision["base"]),
+        "",
+        f"the gain ends at {format_end(arm['break_even'], ladder)} tokens per parameter;",
+        f"  with the base's cost at {format_end(arm['break_even_with_base'], ladder)}",
+        "best lr after growth over scratch's: "
+        f"2^{answer['because']['lr_octaves_from_scratch'][answer['method']]:+.2f}",
+        f"measured at {question.small}, {decision['seeds']} seeds: {100 * at['measured']:+.2f} %;",
+        "  the real pair's gain is assumed to be "
+        f"{factor['value']:.2f} [{factor['low']:.2f}, {factor['high']:.2f}] times that",
+    ]
+    others = [other for name, other in arms.items() if name != answer["method"]]
+    lines += [f"{other['name']} for comparison: {format_percent(other['at'][-1]['gain'])}" for other in others]
+    return "\n".join(lines)
+
+
+def format_tables(rows: Sequence[ArmAtNote], ladder: tuple[float, ...], base: float) -> list[str]:
+    """Return the lines of two tables over run length: how much the loss is lower, and how many tokens are saved.
+
+    Args:
+        rows: The gain of an arm at each run length.
+        ladder: The run lengths of the ladder, tokens per parameter.
+        base: Cost of the base model in tokens per parameter of the target.
+    """
+    ordered = sorted(rows, key=lambda row: float(row["horizon"]))
+    lines = [f"{'tokens/N':>9}  {'lower loss':>26}  {'with the base':>26}"]
+    for row in ordered:
+        gains = format_percent(row["gain"]), format_percent(row["gain_with_base"])
+        lines.append(f"{row['horizon']:9.3g}  {gains[0]:>26}  {gains[1]:>26}")
+    lines.append(f"{'tokens/N':>9}  {'fewer tokens, times':>26}  {'with the base':>26}")
+    for row in ordered:
+        savings = (
+            format_saving(row["saving"], row["horizon"], ladder, 0.0),
+            format_saving(row["saving_with_base"], row["horizon"], ladder, base),
+        )
+        lines.append(f"{row['horizon']:9.3g}  {savings[0]:>26}  {savings[1]:>26}")
+    return lines
+
+
+def format_percent(interval: IntervalNote) -> str:
+    """Return a share and its interval in percent."""
+    value, low, high = (100 * float(part) for part in (interval["value"], interval["low"], interval["high"]))
     return f"{value:+.2f} % [{low:+.2f}, {high:+.2f}]"
 
 
-def times(row: dict[str, Any], name: str, ladder: tuple[float, ...], base: float) -> str:
-    """Outside the ladder only a bound is known: scratch's loss was reached before the first length, or not by the last."""
-    value, low, high = (row[name][k] if row[name][k] is None else float(row[name][k]) for k in ("value", "low", "high"))
-    at = float(row["horizon"])
-    if value is None:  # before the first length, but not before the base was paid
-        said = f"{at / (ladder[0] + base):.2f} to {at / base:.2f}"
-    elif value == float("inf"):
-        said = f"over {at / (ladder[0] + base):.2f}"
+def format_saving(saving: BoundsNote, horizon: float, ladder: tuple[float, ...], base: float) -> str:
+    """Return how many times fewer tokens a warm start needs.
+
+    Outside the ladder only a bound is known: scratch's loss was reached before the first run length, or not by the last.
+
+    Args:
+        saving: Scratch's tokens over the warm run's to the same loss.
+        horizon: Scratch's run length, tokens per parameter.
+        ladder: The run lengths of the ladder, tokens per parameter.
+        base: Tokens per parameter that are added to the warm run's.
+    """
+    value, low, high = _to_float(saving["value"]), _to_float(saving["low"]), _to_float(saving["high"])
+    if math.isnan(value):
+        # It was reached before the first run length, but not before the base was paid.
+        text = f"{horizon / (ladder[0] + base):.2f} to {horizon / base:.2f}"
+    elif value == math.inf:
+        text = f"over {horizon / (ladder[0] + base):.2f}"
     else:
-        said = f"below {at / (ladder[-1] + base):.2f}" if value == 0 else f"{value:.2f}"
-    return f"{said} [{low:.2f}, {high:.2f}]"
+        text = f"below {horizon / (ladder[-1] + base):.2f}" if value == 0 else f"{value:.2f}"
+    return f"{text} [{low:.2f}, {high:.2f}]"
 
 
-def ends(interval: dict[str, Any], ladder: tuple[float, ...]) -> str:
-    """Where a gain ends, in words where it was not seen to."""
-    value, low, high = (float(interval[k]) for k in ("value", "low", "high"))
-    said = (
-        f"beyond {ladder[-1]:.3g}"
-        if value == float("inf")
-        else f"before {ladder[0]:.3g}"
-        if value == 0
-        else f"{value:.3g}"
-    )
-    return f"{said} [{low:.3g}, {high:.3g}]"
+def format_end(interval: BoundsNote, ladder: tuple[float, ...]) -> str:
+    """Return the run length where a gain ends, or on which side of the ladder it ends."""
+    value, low, high = (_to_float(part) for part in (interval["value"], interval["low"], interval["high"]))
+    if value == math.inf:
+        text = f"beyond {ladder[-1]:.3g}"
+    else:
+        text = f"before {ladder[0]:.3g}" if value == 0 else f"{value:.3g}"
+    return f"{text} [{low:.3g}, {high:.3g}]"
+
+
+def _to_float(bound: Bound) -> float:
+    return math.nan if bound is None else float(bound)

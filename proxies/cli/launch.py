@@ -43,7 +43,7 @@ def launch(
 
     Example: proxies launch studies/quickstart.toml --dry-run
     """
-    from proxies.launch.arms import ArmResult, TrackingUnavailable, shown, train_arm
+    from proxies.launch.arms import ArmResult, TrackingUnavailable, format_commands, train_arm
     from proxies.launch.arms import launch as go
     from proxies.launch.plan import write_plan
     from proxies.launch.preflight import check_age, check_launch
@@ -53,7 +53,7 @@ def launch(
         if only:
             check_launch(made, path.parent, [only])
         else:
-            made = changed(made, ranks, nodes, engine, max_restarts)
+            made = apply_options(made, ranks, nodes, engine, max_restarts)
             chosen: list[Arm] = list(made.arms) if arms == "both" else [arms]
             left = [arm for arm in chosen if ArmResult.read(path.parent, arm) is None]
             say(str(made))
@@ -75,7 +75,7 @@ def launch(
         write_plan(made, path)
         say(f"the plan is in {path}: launch it, edit it or move it; nothing was started")
         if print_command:
-            typer.echo(shown(made, path, chosen, uri=tracking_uri))
+            typer.echo(format_commands(made, path, chosen, uri=tracking_uri))
         return
     try:
         with interrupt_on_sigterm():
@@ -102,7 +102,7 @@ def find_plan(source: str, uri: str | None) -> tuple[LaunchPlan, Path]:
     """The plan of a file, or of a study, and its file. One that has begun to train keeps the prediction made before."""
     from proxies.launch.plan import read_plan
     from proxies.launch.planner import make_plan
-    from proxies.launch.preflight import begun
+    from proxies.launch.preflight import has_begun
 
     if source.endswith(".json"):
         return read_plan(Path(source)), Path(source)
@@ -111,12 +111,12 @@ def find_plan(source: str, uri: str | None) -> tuple[LaunchPlan, Path]:
         raise ValueError(f"no study file {toml}")
     made = make_plan(toml, uri=uri)
     path = toml.parent / toml.stem / f"target-{made.id}" / "plan.json"
-    if path.is_file() and begun(path.parent):
+    if path.is_file() and has_begun(path.parent):
         return read_plan(path), path
     return made, path
 
 
-def changed(
+def apply_options(
     plan: LaunchPlan, ranks: int | None, nodes: int | None, engine: Engine | None, max_restarts: int | None
 ) -> LaunchPlan:
     """The plan as the options want it run."""

@@ -1,4 +1,4 @@
-"""What the commands of `proxies` share: their study, settings from text, their end when they are told to stop."""
+"""Helpers of the `proxies` commands: reading a study's family, settings from text, the exit after a signal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxies.config.study_file import read_toml
+from scaling.common.cli import say
 from scaling.common.signals import exit_code_of
 from scaling.common.studies import find_study_file
 
@@ -19,7 +20,17 @@ Study = Annotated[str, typer.Argument(metavar="STUDY.toml | NAME", help="a study
 
 
 def read_family(study: str) -> tuple[ProxyFamily, Path]:
-    """The [trainer] table of a study file, by path or name, as a family of proxies."""
+    """Read the [trainer] table of a study file as a family of proxies.
+
+    Args:
+        study: A path that ends in .toml, or the name of a study in `studies/`.
+
+    Returns:
+        The family and the path of the study file.
+
+    Raises:
+        ValueError: If there is no such file, or its table is not a family of proxies.
+    """
     from pydantic import ValidationError
 
     from proxies.trainers.proxy_family import ProxyFamily
@@ -29,18 +40,23 @@ def read_family(study: str) -> tuple[ProxyFamily, Path]:
     try:
         return ProxyFamily.model_validate({k: v for k, v in table.items() if k != "use"}), path
     except ValidationError as error:
-        raise ValueError(f"{path}, table [trainer]: {error}; `hpo validate {path}` says more") from error
+        raise ValueError(f"{path}, table [trainer]: {error}; `hpo validate {path}` shows more") from error
 
 
-def interrupted(stop: KeyboardInterrupt, keep: Path | None) -> typer.Exit:
-    """The end of a command that was told to stop, and what is left of its run."""
-    left = f"the same command goes on from {keep}" if keep else "nothing was kept: --keep would have"
-    typer.echo(f"stopped; {left}", err=True)
+def report_interrupt(stop: KeyboardInterrupt, keep: Path | None) -> typer.Exit:
+    """Print how an interrupted command can be continued, and return its exit.
+
+    Args:
+        stop: What interrupted it.
+        keep: The file or folder with the state of its run, if it is kept.
+    """
+    advice = f"the same command continues from {keep}" if keep else "the state of the run was not kept; --keep keeps it"
+    say(f"stopped; {advice}")
     return typer.Exit(exit_code_of(stop))
 
 
-def configured(family: ProxyFamily, width: int, changes: list[str]) -> ProxyConfig:
-    """The family's proxy of this width with `name=value` settings in place of its own."""
+def configure_proxy(family: ProxyFamily, width: int, changes: list[str]) -> ProxyConfig:
+    """Return the family's proxy of this width, with `name=value` settings in place of its own."""
     from proxies.config.proxy import ProxyConfig
 
     if wrong := [s for s in changes if "=" not in s]:
@@ -49,13 +65,18 @@ def configured(family: ProxyFamily, width: int, changes: list[str]) -> ProxyConf
     return ProxyConfig.model_validate(family.model_dump(exclude={"widths"}) | {"d_model": width} | settings)
 
 
-def numbers(option: str, text: str | None) -> list[int] | None:
-    """'32,64' as [32, 64]; None where nothing is given."""
+def parse_numbers(option: str, text: str | None) -> list[int] | None:
+    """Parse whole numbers with commas between them, such as "32,64"; None stays None.
+
+    Args:
+        option: The option's name, for the error message.
+        text: Its value.
+    """
     if text is None:
         return None
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(
-            f"{option}: needed whole numbers with commas between, such as 32,64,128, got {text!r}"
+            f"{option}: needed whole numbers with commas between them, such as 32,64,128, got {text!r}"
         ) from error

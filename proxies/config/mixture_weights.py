@@ -1,32 +1,41 @@
-"""Weights of several sources, which need not sum to 1. No torch here.
+"""Weights of the sources of a mixture, which need not sum to 1. This module does not import torch.
 
-A simplex is searched by weights: `"mix.NAME" = { low = 0.1, high = 10, log = true }` for all sources but one, whose weight stays
-where `mixture` has it (with the last one searched, too, only the sum would move). What a run records are its shares.
+To search a mixture, search the weights of all sources but one: `"mix.NAME" = { low = 0.1, high = 10, log = true }`. The
+remaining weight stays at its value in `mixture`; searching it too would only move the sum. A run records its shares.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-MIX = "mix."  # what the name of a searched weight begins with
+from scaling.common.suggest import did_you_mean
+
+# Prefix of the name of a searched weight.
+MIX_PREFIX = "mix."
 
 
 def check_weights(weights: Mapping[str, float], names: Iterable[str]) -> list[str]:
-    """Everything that is wrong with the weights of the sources called `names`, in words. No weights mean equal ones."""
+    """List everything that is wrong with the weights of a mixture.
+
+    Args:
+        weights: Weight of each source by name. No weights mean equal ones.
+        names: Names of the sources.
+
+    Returns:
+        One message per problem; empty if the weights are valid.
+    """
     known = list(names)
     problems = []
     for name, weight in weights.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else f"sources: {', '.join(known) or 'only one, without a name'}"
+            hint = did_you_mean(name, known) or f"sources: {', '.join(known) or 'only one, without a name'}"
             problems.append(f"{name}: unknown source; {hint}")
         elif not (math.isfinite(weight) and weight >= 0):
             problems.append(f"{name}: needed a weight >= 0, got {weight}")
     if weights:
         problems += [
-            f"{name}: needed a weight, got none: name every source, or none for equal ones"
+            f"{name}: needed a weight, got none: name every source, or none for equal weights"
             for name in known
             if name not in weights
         ]
@@ -35,20 +44,37 @@ def check_weights(weights: Mapping[str, float], names: Iterable[str]) -> list[st
     return problems
 
 
-def shares_of(weights: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """Shares that sum to 1, in order of `names`; equal ones without weights. Shares stay as they are."""
+def normalize_weights(weights: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """Return weights as shares that sum to 1, in the order of `names`.
+
+    Args:
+        weights: Weight of each source by name; empty for equal shares.
+        names: Names of the sources.
+
+    Returns:
+        Share of each source. Weights that sum to 1 already are returned unchanged.
+    """
     known = {name: float(weights[name]) if weights else 1.0 for name in names}
     total = sum(known.values())
-    if abs(total - 1) < 1e-9:  # else the last bit would move with every reading of a record
+    # Otherwise the last bit would change every time a record is read.
+    if abs(total - 1) < 1e-9:
         return known
     return {name: weight / total for name, weight in known.items()}
 
 
-def allotted(n: int, shares: Sequence[float]) -> list[int]:
-    """n windows given out in these shares (their sum is 1), by largest remainders: each within 1 of n * share."""
-    exact = [n * s for s in shares]
-    given = [int(e + 1e-9) for e in exact]
-    by_rest = sorted(range(len(shares)), key=lambda k: (given[k] - exact[k], k))
-    for k in by_rest[: n - sum(given)]:
-        given[k] += 1
-    return given
+def allot_windows(n: int, shares: Sequence[float]) -> list[int]:
+    """Divide n windows by the method of largest remainders.
+
+    Args:
+        n: Number of windows.
+        shares: Shares that sum to 1.
+
+    Returns:
+        Windows per share, each within 1 of n * share; their sum is n.
+    """
+    exact = [n * share for share in shares]
+    counts = [int(windows + 1e-9) for windows in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda k: (counts[k] - exact[k], k))
+    for k in by_remainder[: n - sum(counts)]:
+        counts[k] += 1
+    return counts

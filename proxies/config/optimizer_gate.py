@@ -1,7 +1,7 @@
-"""Which optimizers may train other widths than the base's: those whose rule is verified, others by a certificate.
+"""Which optimizers may train at widths other than the base width.
 
-A certificate is the JSON file of a coordinate check: `proxies check STUDY.toml --certificate PATH`. No torch here, so
-that a study is refused in no time.
+Optimizers whose rule over width is verified may; all others need a certificate, the JSON file of a passed coordinate
+check: `proxies check STUDY.toml --certificate PATH`. This module does not import torch, so a study is refused quickly.
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from proxies.config.proxy import ProxyConfig
 
-if TYPE_CHECKING:
-    pass
-
-# The evidence for each rule of `proxies.model.mup.rules`. "Doubled": a model of twice the width, tiled from the small one, makes
-# the same trajectory (arXiv 2602.10545), in tests/test_proxies/test_optimizers.py.
-VERIFIED = {
+# The evidence for each rule of `proxies.model.mup.compute_rules`. "Doubled" means that a model of twice the width,
+# tiled from the small one, follows the same trajectory (arXiv 2602.10545); see tests/test_proxies/test_optimizers.py.
+VERIFIED_RULES = {
     "adamw": "arXiv 2203.03466; doubled to 1e-12",
-    "adamw8bit": "AdamW's; doubled within what 8 bits can say",
+    "adamw8bit": "AdamW's; doubled within the resolution of 8 bits",
     "ademamix": "the step is Adam's with a longer memory; doubled to 1e-12",
     "lion": "a sign has one size, as Adam's step has; doubled to 1e-12",
     "muon": "spectral condition, arXiv 2310.17813; doubled to 1e-12 with the iteration in float64",
-    "muon-rms": "the same, over the root that the size of the step grows by; doubled to 1e-12",
+    "muon-rms": "Muon's, divided by the square root by which the step size grows; doubled to 1e-12",
     "schedule-free": "the step is Adam's, its averages are linear; doubled to 1e-12",
 }
 
-SETTINGS = (
+# Settings that a certificate records and that a study must share. Widths and searched rates are not among them.
+CERTIFIED_SETTINGS = (
     "optimizer",
     "parametrization",
     "base_width",
@@ -45,81 +43,103 @@ SETTINGS = (
     "alpha_out",
     "alpha_attn",
 )
-MEASURED = ("widths", "lr", "seeds", "steps", "passed", "slopes")
+# Results of the check that a certificate records.
+MEASURED_FIELDS = ("widths", "lr", "seeds", "steps", "passed", "slopes")
 
-STEPS = 10  # of a coordinate check
-# Prodigy looks for its rate first: some thirty steps in which nothing moves. SOAP takes its first eigenbases from gradients
-# that a zero readout makes zero, so it is Adam until it has turned them a few times, every ten steps.
-STEPS_OF = {"prodigy": 60, "soap": 60}
-MOVED = 0.01  # of its size: a quantity that has changed by less at the last step says nothing about how changes grow
-
-
-def certified_settings(config: ProxyConfig) -> dict[str, Any]:
-    """What a certificate is about: optimizer, family and multipliers. Widths and searched rates are not."""
-    return {name: getattr(config, name) for name in SETTINGS} | {"base_layers": config.base_layers or config.n_layers}
+# Steps of a coordinate check.
+CHECK_STEPS = 10
+# Prodigy searches for its rate first, for some thirty steps in which nothing moves. SOAP takes its first eigenbases
+# from gradients that a zero readout makes zero, so it is Adam until it has updated them a few times, every ten steps.
+CHECK_STEPS_BY_OPTIMIZER = {"prodigy": 60, "soap": 60}
+# A quantity that has changed by less than this share of its size at the last step shows nothing about how changes grow.
+MIN_RELATIVE_CHANGE = 0.01
 
 
-def refusal(config: ProxyConfig, widths: Sequence[int] = ()) -> str | None:
-    """Why this width (and `widths` besides) must not be trained with this optimizer; None where it may be.
+def get_certified_settings(config: ProxyConfig) -> dict[str, Any]:
+    """Return the settings that a certificate is about: optimizer, family and multipliers."""
+    settings = {name: getattr(config, name) for name in CERTIFIED_SETTINGS}
+    return settings | {"base_layers": config.base_layers or config.n_layers}
+
+
+def explain_refusal(config: ProxyConfig, widths: Sequence[int] = ()) -> str | None:
+    """Return why a width must not be trained with an optimizer, or None if it may.
 
     Only muP away from its base width claims that a rate transfers. There the optimizer needs a verified rule, or
-    `coordinate_check` must name a certificate that passed, of these very settings, over widths that span these and the
-    base.
+    `coordinate_check` must name a certificate that passed, for the same settings, over widths that span these widths
+    and the base width.
+
+    Args:
+        config: The proxy to train.
+        widths: Further widths of its family.
+
+    Returns:
+        The reason and the command that makes a certificate, or None.
     """
-    ends = min(config.d_model, config.base_width, *widths), max(config.d_model, config.base_width, *widths)
-    if config.parametrization != "mup" or ends[0] == ends[1] or config.optimizer in VERIFIED:
+    narrowest = min(config.d_model, config.base_width, *widths)
+    widest = max(config.d_model, config.base_width, *widths)
+    if config.parametrization != "mup" or narrowest == widest or config.optimizer in VERIFIED_RULES:
         return None
     path = config.coordinate_check or f"studies/{config.optimizer}.json"
-    wrong = "got none" if config.coordinate_check is None else _faults(Path(path), config, ends)
-    if not wrong:
+    if config.coordinate_check is None:
+        problem = "got none"
+    else:
+        problem = _find_certificate_problem(Path(path), config, narrowest, widest)
+    if not problem:
         return None
     command = f"proxies check STUDY.toml --certificate {path}"
-    if ends[0] < config.base_width // 2 or ends[1] > 8 * config.base_width:  # beyond the check's own widths
-        command += f" --widths {','.join(map(str, _doubling(*ends)))}"
+    # Widths that the check does not cover by default must be named.
+    if narrowest < config.base_width // 2 or widest > 8 * config.base_width:
+        command += f" --widths {','.join(map(str, _make_doubling_widths(narrowest, widest)))}"
     return (
-        f"optimizer {config.optimizer!r} has no verified rule for widths {ends[0]} to {ends[1]}: needed a coordinate check "
-        f"that passed, {wrong}: run `{command}`, with coordinate_check = {path!r} in the study"
+        f"optimizer {config.optimizer!r} has no verified rule for widths {narrowest} to {widest}: needed a coordinate "
+        f"check that passed, {problem}: run `{command}`, with coordinate_check = {path!r} in the study"
     )
 
 
-def _faults(path: Path, config: ProxyConfig, ends: tuple[int, int]) -> str:
-    """What is wrong with this file as a certificate for `config` and these widths; empty if nothing is."""
+def _find_certificate_problem(path: Path, config: ProxyConfig, narrowest: int, widest: int) -> str:
+    """Return what is wrong with a file as a certificate for `config` and these widths; empty if nothing is."""
     if not path.is_file():
         return f"got {path}, which does not exist"
     try:
-        said = json.loads(path.read_text())
+        certificate = json.loads(path.read_text())
     except ValueError:
-        said = None
-    expected = certified_settings(config)
-    if not isinstance(said, dict) or not {*expected, *MEASURED} <= said.keys():
+        certificate = None
+    expected = get_certified_settings(config)
+    if not isinstance(certificate, dict) or not {*expected, *MEASURED_FIELDS} <= certificate.keys():
         return f"got {path}, which is not a certificate"
-    other = [f"{name} {said[name]!r}, not {value!r}" for name, value in expected.items() if said[name] != value]
-    if other:
-        return f"got {path}, which is for " + ", ".join(other)
-    if said["passed"] is not True:
+    differences = [
+        f"{name} {certificate[name]!r}, not {value!r}" for name, value in expected.items() if certificate[name] != value
+    ]
+    if differences:
+        return f"got {path}, which is for " + ", ".join(differences)
+    if certificate["passed"] is not True:
         return f"got {path}, which did not pass"
-    still = _unmoved(said["slopes"])
-    if still:
-        return f"got {path}, in which nothing moved at {', '.join(still)} (raise lr)"
-    widths = said["widths"] or [math.inf]
-    if not (min(widths) <= ends[0] and ends[1] <= max(widths)):
-        return f"got {path}, whose widths {widths} do not span {ends[0]} to {ends[1]}"
+    unmoved = _find_unmoved(certificate["slopes"])
+    if unmoved:
+        return f"got {path}, in which nothing moved at {', '.join(unmoved)} (raise lr)"
+    widths = certificate["widths"] or [math.inf]
+    if not (min(widths) <= narrowest and widest <= max(widths)):
+        return f"got {path}, whose widths {widths} do not span {narrowest} to {widest}"
     return ""
 
 
-def _unmoved(slopes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Quantities that after the last step of some width were still where they began."""
-    last = {(s["over"], s["where"], s["what"]): [steps[-1] for steps in s["levels"]] for s in slopes}
+def _find_unmoved(slopes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the quantities that, at some width, had not changed by the last step."""
+    last = {
+        (slope["over"], slope["where"], slope["what"]): [steps[-1] for steps in slope["levels"]] for slope in slopes
+    }
     return [
         where
         for (over, where, what), changes in last.items()
         if (over, what) == ("width", "change")
-        and any(c < MOVED * size for c, size in zip(changes, last[over, where, "size"], strict=True))
+        and any(
+            change < MIN_RELATIVE_CHANGE * size for change, size in zip(changes, last[over, where, "size"], strict=True)
+        )
     ]
 
 
-def _doubling(low: int, high: int) -> list[int]:
-    """At least three widths from `low` on that reach `high`."""
+def _make_doubling_widths(low: int, high: int) -> list[int]:
+    """Return at least three widths, from `low` on, each twice the one before, that reach `high`."""
     widths = [low]
     while widths[-1] < high or len(widths) < 3:
         widths.append(2 * widths[-1])

@@ -12,8 +12,8 @@ t tokens, w warm-up (linear from 0), z = (t - w) / (end - w), u = (t - branch) /
 | linear       | 1 - z                                   | -              | yes     | linear to zero, 2502.15938      |
 | rex          | (1 - z) / (1 - z / 2)                   | -              | yes     | 2107.04197                      |
 
-Without a horizon the rate before the branch does not depend on where the run ends, so that a longer run goes on from a
-shorter one's trunk. With one it does, at every step: a longer run starts afresh.
+Without a horizon, the rate before the branch does not depend on where the run ends, so a longer run continues from the
+trunk of a shorter one. With a horizon, the rate depends on it at every step, so a longer run starts from scratch.
 """
 
 from __future__ import annotations
@@ -32,11 +32,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One row of the table. share(settings, x): of the peak, after the warm-up; x is z with a horizon, else t."""
+    """One row of the table.
 
-    share: Callable[[ProxySettings, float], float]
+    Attributes:
+        shape: shape(settings, x) is the factor after the warm-up; x is z with a horizon, and t, in tokens, without.
+        has_horizon: Whether the rate depends on the end of the run at every step.
+        has_cooldown: Whether the run ends in a cooldown branch.
+    """
+
+    shape: Callable[[ProxySettings, float], float]
     has_horizon: bool = False
-    cools: bool = False  # ends in a cooldown branch
+    has_cooldown: bool = False
 
 
 def _power(settings: ProxySettings, tokens: float) -> float:
@@ -52,9 +58,9 @@ def _cosine(settings: ProxySettings, z: float) -> float:
 
 
 SCHEDULES: dict[ScheduleName, Schedule] = {
-    "wsd": Schedule(lambda _, tokens: 1.0, cools=True),
-    "power": Schedule(_power, cools=True),
-    "inverse-sqrt": Schedule(_inverse_sqrt, cools=True),
+    "wsd": Schedule(lambda _, tokens: 1.0, has_cooldown=True),
+    "power": Schedule(_power, has_cooldown=True),
+    "inverse-sqrt": Schedule(_inverse_sqrt, has_cooldown=True),
     "constant": Schedule(lambda _, tokens: 1.0),
     "cosine": Schedule(_cosine, has_horizon=True),
     "linear": Schedule(lambda _, z: 1 - z, has_horizon=True),
@@ -62,11 +68,22 @@ SCHEDULES: dict[ScheduleName, Schedule] = {
 }
 
 
-def factor(settings: ProxySettings, tokens: float, *, branch: float = math.inf, end: float = math.inf) -> float:
-    """The share of the peak rate after `tokens` tokens, in [0, 1].
+def compute_lr_factor(
+    settings: ProxySettings, tokens: float, *, branch: float = math.inf, end: float = math.inf
+) -> float:
+    """Return the share of the peak rate after a number of tokens.
 
-    branch, end: where the cooldown begins and where the run ends, in tokens. Without them it is the trunk; a schedule
-    with a horizon has none and needs `end`.
+    Args:
+        settings: The settings of the proxy.
+        tokens: Tokens seen.
+        branch: Tokens at which the cooldown begins; infinite for the trunk.
+        end: Tokens at which the run ends; infinite for the trunk. A schedule with a horizon has no trunk and needs it.
+
+    Returns:
+        The factor, in [0, 1], by which to multiply every peak rate.
+
+    Raises:
+        ValueError: If warm-up, branch and end are out of order, or only one of branch and end is given.
     """
     schedule, warmup = SCHEDULES[settings.schedule], settings.warmup_tokens
     if schedule.has_horizon:
@@ -74,28 +91,28 @@ def factor(settings: ProxySettings, tokens: float, *, branch: float = math.inf, 
             raise ValueError(f"schedule {settings.schedule!r}: needed warmup_tokens < end < inf, got {warmup}, {end:g}")
         if tokens < warmup:
             return max(tokens, 0.0) / warmup
-        return schedule.share(settings, min((tokens - warmup) / (end - warmup), 1.0))
+        return schedule.shape(settings, min((tokens - warmup) / (end - warmup), 1.0))
     if math.isinf(branch) != math.isinf(end) or not warmup <= branch or not (branch < end or math.isinf(end)):
         raise ValueError(
             f"schedule {settings.schedule!r}: needed warmup_tokens <= branch < end, or neither branch nor end, "
             f"got {warmup}, {branch:g}, {end:g}"
         )
     if tokens < warmup:
-        return max(tokens, 0.0) / warmup * schedule.share(settings, warmup)
-    if tokens <= branch or not schedule.cools:
-        return schedule.share(settings, tokens)
+        return max(tokens, 0.0) / warmup * schedule.shape(settings, warmup)
+    if tokens <= branch or not schedule.has_cooldown:
+        return schedule.shape(settings, tokens)
     u = min((tokens - branch) / (end - branch), 1.0)
-    return schedule.share(settings, branch) * float(DECAYS[settings.decay](u, settings.lr_floor))
+    return schedule.shape(settings, branch) * float(DECAYS[settings.decay](u, settings.lr_floor))
 
 
-def unread(settings: ProxySettings) -> set[str]:
-    """Settings that this schedule never looks at: searching one would spend a study on nothing."""
-    name, cools = settings.schedule, SCHEDULES[settings.schedule].cools
-    read = {
-        "cooldown": cools,
-        "lr_floor": name == "cosine" or (cools and settings.decay == "exponential"),
+def find_unused_settings(settings: ProxySettings) -> set[str]:
+    """Return the settings that this schedule never reads. Searching one of them would waste a study."""
+    name, has_cooldown = settings.schedule, SCHEDULES[settings.schedule].has_cooldown
+    is_used = {
+        "cooldown": has_cooldown,
+        "lr_floor": name == "cosine" or (has_cooldown and settings.decay == "exponential"),
         "power_a": name == "power",
         "power_b": name == "power",
         "sqrt_tokens": name == "inverse-sqrt",
     }
-    return {setting for setting, is_read in read.items() if not is_read}
+    return {setting for setting, used in is_used.items() if not used}

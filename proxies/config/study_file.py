@@ -7,7 +7,17 @@ from typing import Any
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A file's tables. ValueError that names it when it is no TOML."""
+    """Return the tables of a TOML file.
+
+    Args:
+        path: The file, in UTF-8.
+
+    Returns:
+        Its tables and values.
+
+    Raises:
+        ValueError: If the file is not TOML. The message names the file.
+    """
     import tomllib
 
     try:

@@ -1,1 +1,1 @@
-"""What proxies read: text sources, token files, the tokenizer, training windows, corpora, mixtures. Imports `config`."""
+"""The data of proxies: text sources, token files, the tokenizer, windows, corpora, mixtures. Imports `config`."""

@@ -1,9 +1,10 @@
-"""Tokens on disk: .bin files of others, and the cache of text that was tokenized here.
+"""Tokens on disk: .bin files made elsewhere, and the cache of text tokenized here.
 
-A .bin file is plain little-endian uint16, or uint32 when its name ends in .u32.bin or .uint32.bin; a header of 256 int32 as
-llm.c writes it (magic, version, number of tokens) is recognized and says the width itself.
+A .bin file holds plain little-endian uint16, or uint32 if its name ends in .u32.bin or .uint32.bin. The header of
+llm.c, 256 int32 that begin with magic, version and number of tokens, is recognized and determines the width.
 
-The cache is a folder: MUSCALE_CACHE, or muscale in XDG_CACHE_HOME, or ~/.cache/muscale. What is in it can be made again.
+The cache is a folder: $MUSCALE_CACHE, or else muscale in $XDG_CACHE_HOME, or else ~/.cache/muscale. Everything in it
+can be made again.
 """
 
 from __future__ import annotations
@@ -13,69 +14,129 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar, cast
 
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-Tokens = NDArray[Any]  # 1-D; uint8, uint16 or uint32
+from scaling.common.atomic import replacing, write_atomically
 
-VERSION = 1  # of the cache; another one is never read
-WIDE = (".u32.bin", ".uint32.bin")
-HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic -> version, type (llm.c: GPT-2's and Llama 3's tokens)
+# One-dimensional; uint8, uint16 or uint32.
+Tokens = NDArray[Any]
+Value = TypeVar("Value")
+
+# Version of the cache. Another version is never read.
+VERSION = 1
+UINT32_SUFFIXES = (".u32.bin", ".uint32.bin")
+# Magic number to version and numpy type (llm.c: tokens of GPT-2 and of Llama 3).
+HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
 HEADER_BYTES = 1024
-SCAN = 1 << 20  # tokens looked at in each of the places that a check samples
-REMEMBER_ABOVE = 1 << 26  # bytes; below, reading all again costs less than 0.1 s
-SETTLED_NS = 2_000_000_000  # a file changed less than this ago may change again within the clock's tick
+# Tokens read in each of the places that a check samples.
+SCAN_TOKENS = 1 << 20
+# Files of fewer bytes are read again instead, which takes less than 0.1 s.
+REMEMBER_ABOVE = 1 << 26
+# A file changed less than this ago may change again within the clock's tick.
+SETTLED_NS = 2_000_000_000
 
 
-def bin_layout(path: Path) -> tuple[str, int, int]:
-    """A token file's numpy type, where its tokens begin (bytes), and how many there are. ValueError if sizes disagree."""
+class TokenMetadata(TypedDict):
+    """What tokens.json holds: the numpy type and the number of tokens of train.bin and val.bin."""
+
+    dtype: str
+    train: int
+    val: int
+    # Bytes of the text of the held-out part.
+    val_bytes: NotRequired[int]
+    # Name, size in bytes and split of every file or row, if the source does not list them itself.
+    files: NotRequired[list[list[Any]]]
+    version: NotRequired[int]
+
+
+class FileStamp(NamedTuple):
+    """What changes with a file. A program can set mtime back, but not ctime."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+def read_bin_layout(path: Path) -> tuple[str, int, int]:
+    """Return how the tokens of a .bin file are stored.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The numpy type, the offset of the first token in bytes, and the number of tokens.
+
+    Raises:
+        ValueError: If the size of the file does not fit its header or its token width.
+    """
     size = path.stat().st_size
-    head = [int(v) for v in np.fromfile(path, "<i4", count=3)]
-    if len(head) == 3 and head[0] in HEADERS and head[1] == HEADERS[head[0]][0]:
-        kind = HEADERS[head[0]][1]
-        if size != HEADER_BYTES + head[2] * np.dtype(kind).itemsize:
+    header = [int(value) for value in np.fromfile(path, "<i4", count=3)]
+    if len(header) == 3 and header[0] in HEADERS and header[1] == HEADERS[header[0]][0]:
+        dtype, count = HEADERS[header[0]][1], header[2]
+        if size != HEADER_BYTES + count * np.dtype(dtype).itemsize:
             raise ValueError(
-                f"needed the {head[2]:,} tokens that the header of {path} promises, got {size:,} bytes: copy it again"
+                f"needed the {count:,} tokens that the header of {path} promises, got {size:,} bytes: copy it again"
             )
-        return kind, HEADER_BYTES, head[2]
-    kind = "<u4" if path.name.endswith(WIDE) else "<u2"
-    width = np.dtype(kind).itemsize
+        return dtype, HEADER_BYTES, count
+    dtype = "<u4" if path.name.endswith(UINT32_SUFFIXES) else "<u2"
+    width = np.dtype(dtype).itemsize
     if size % width:
-        words = {2: "uint16 tokens, two bytes each", 4: "uint32 tokens, four bytes each"}[width]
+        expected = {2: "uint16 tokens, two bytes each", 4: "uint32 tokens, four bytes each"}[width]
         raise ValueError(
-            f"needed {words}, got {size:,} bytes in {path}: write it as numpy uint16, or as uint32 named .u32.bin"
+            f"needed {expected}, got {size:,} bytes in {path}: write it as numpy uint16, or as uint32 named .u32.bin"
         )
-    return kind, 0, size // width
+    return dtype, 0, size // width
 
 
 def open_bin(path: Path) -> Tokens:
-    """The tokens of a .bin file, memory-mapped. ValueError if it is empty or sizes disagree."""
-    kind, offset, count = bin_layout(path)
+    """Return the tokens of a .bin file, memory-mapped.
+
+    Raises:
+        ValueError: If the file is empty, or its size does not fit its header or its token width.
+    """
+    dtype, offset, count = read_bin_layout(path)
     if not count:
         raise ValueError(f"needed tokens, got an empty file {path}")
-    return np.memmap(path, dtype=kind, mode="r", offset=offset, shape=(count,))
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
 
 
-def check_tokens(tokens: Tokens, vocab: int, where: str, *, whole: bool) -> list[str]:
-    """Why these cannot be tokens below `vocab`; without `whole` from three samples of them."""
+def check_tokens(tokens: Tokens, vocab: int, path: str, *, whole: bool) -> list[str]:
+    """List the reasons why an array cannot hold tokens below `vocab`.
+
+    Args:
+        tokens: The array.
+        vocab: Size of the vocabulary.
+        path: Where the tokens come from, for the messages.
+        whole: Check all tokens, instead of three samples.
+
+    Returns:
+        One message per problem; empty if none is found.
+    """
     n = len(tokens)
-    places = range(0, n, SCAN) if whole else sorted({0, n // 2, max(n - SCAN, 0)})
-    highest = max(int(tokens[at : at + SCAN].max()) for at in places)
+    starts = range(0, n, SCAN_TOKENS) if whole else sorted({0, n // 2, max(n - SCAN_TOKENS, 0)})
+    highest = max(int(tokens[start : start + SCAN_TOKENS].max()) for start in starts)
     if highest >= vocab:
-        return [f"needed tokens below vocab = {vocab}, got {highest} in {where}: raise vocab"]
-    sample = tokens[:SCAN]
+        return [f"needed tokens below vocab = {vocab}, got {highest} in {path}: raise vocab"]
+    sample = tokens[:SCAN_TOKENS]
     if tokens.dtype.itemsize == 2 and n > 64 and sample[::2].any() and not sample[1::2].any():
-        return [f"needed uint16 tokens, got every second one 0 in {where}: it looks like uint32, name it .u32.bin"]
+        return [f"needed uint16 tokens, got every second one 0 in {path}: it looks like uint32, name it .u32.bin"]
     return []
 
 
-def cache_folder() -> Path:
-    """Where tokens, tokenizers and digests are kept, made if it is not there. ValueError if it cannot be."""
+def get_cache_folder() -> Path:
+    """Return the folder of tokens, tokenizers and digests, and create it if needed.
+
+    Raises:
+        ValueError: If it cannot be created.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("MUSCALE_CACHE") or Path(base) / "muscale").expanduser()
     try:
@@ -85,99 +146,111 @@ def cache_folder() -> Path:
     return folder
 
 
-def key_of(*parts: Any) -> str:
-    """A name for what follows from these values: sha256 of their JSON and the cache's version."""
+def compute_key(*parts: Any) -> str:
+    """Return the cache key of something that depends on these values: the sha256 of their JSON and of the version."""
     return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()
 
 
-def stamp(files: Sequence[Path]) -> list[list[Any]]:
-    """Path, size, times and inode of every file. A program can set mtime back, but not ctime."""
+def stamp_files(files: Sequence[Path]) -> list[FileStamp]:
+    """Return path, size, times and inode of every file."""
     stats = [(str(path), path.stat()) for path in files]
-    return [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats]
+    return [FileStamp(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
 
 
-def remembered(files: Sequence[Path], what: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """compute(), a reading of all these files, kept on disk under their stamp if they are large.
+def remember(files: Sequence[Path], name: str, compute: Callable[[], Value]) -> Value:
+    """Return `compute()`, which reads files, and keep the result on disk if the files are large.
 
-    Assumed safe: a file whose bytes change gets another size, mtime or ctime. That fails for a change within the clock's
-    tick (so files touched in the last two seconds are not remembered), for writes through a memory map that are not
-    flushed yet, and on file systems that keep no ctime.
+    The result is stored under `name` and the stamp of the files. Assumed safe: a file whose bytes change gets another
+    size, mtime or ctime. That fails for a change within the clock's tick (so files changed in the last two seconds are
+    not remembered), for writes through a memory map that are not flushed yet, and on file systems without ctime.
+
+    Args:
+        files: All files that the result depends on.
+        name: What is computed from them.
+        compute: Called if the result is not stored. What it returns must be JSON.
+
+    Returns:
+        The result of `compute`, now or earlier.
     """
-    before = stamp(files)
-    if sum(entry[1] for entry in before) <= REMEMBER_ABOVE:
+    before = stamp_files(files)
+    if sum(file.size for file in before) <= REMEMBER_ABOVE:
         return compute()
-    path = cache_folder() / "digests" / f"{key_of(what, before)}.json"
+    path = get_cache_folder() / "digests" / f"{compute_key(name, before)}.json"
     if path.is_file():
-        known: dict[str, Any] = json.loads(path.read_text())
-        return known
+        return cast(Value, json.loads(path.read_text()))
     value = compute()
-    newest = max(max(entry[2], entry[3]) for entry in before)
-    if stamp(files) == before and time.time_ns() - newest > SETTLED_NS:
-        write_whole(path, json.dumps(value))
+    newest = max(max(file.mtime_ns, file.ctime_ns) for file in before)
+    if stamp_files(files) == before and time.time_ns() - newest > SETTLED_NS:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(value))
     return value
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as stream:
-            stream.write(text)
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def cache_text(key: str, suffix: str, make: Callable[[], str]) -> str:
+    """Return the text cached under a key. One process makes it if it is missing, while the others wait.
 
+    Args:
+        key: Key made by `compute_key`.
+        suffix: Ending of the file's name.
+        make: Called if the text is missing.
 
-def kept_file(key: str, ending: str, make: Callable[[], str]) -> str:
-    """The text kept under this key, made by one process while the others wait."""
-    path = cache_folder() / f"{key}{ending}"
+    Returns:
+        The text.
+    """
+    path = get_cache_folder() / f"{key}{suffix}"
     with FileLock(f"{path}.lock"):
         if not path.is_file():
-            write_whole(path, make())
+            write_atomically(path, make())
         return path.read_text()
 
 
-def kept_tokens(key: str, build: Callable[[Path], Mapping[str, Any]]) -> tuple[Tokens, Tokens, dict[str, Any]]:
-    """Training tokens, held-out tokens (memory-mapped) and what `build` said of them, from the cache.
+def cache_tokens(key: str, build: Callable[[Path], TokenMetadata]) -> tuple[Tokens, Tokens, TokenMetadata]:
+    """Return tokens from the cache. One process makes them if they are missing or damaged, while the others wait.
 
-    build(folder): writes train.bin and val.bin there and says {"dtype": ..., "train": tokens, "val": tokens, ...}. It is
-    called by one process while the others wait, when there is nothing under this key or its sizes are not what it said.
+    Args:
+        key: Key made by `compute_key`.
+        build: build(folder) writes train.bin and val.bin into the folder and returns their metadata.
+
+    Returns:
+        Training tokens and held-out tokens, both memory-mapped, and their metadata.
+
+    Raises:
+        ValueError: If the tokens cannot be read back as they were written.
     """
-    folder = cache_folder() / key
+    folder = get_cache_folder() / key
     with FileLock(f"{folder}.lock"):
-        said = _said(folder)
-        if said is None:
-            making = folder.with_name(f"{key}.making")  # only who holds the lock makes it; what a killed one left goes
-            shutil.rmtree(making, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            making.mkdir()
-            try:
-                text = json.dumps(dict(build(making)) | {"version": VERSION})
+        metadata = _read_metadata(folder)
+        if metadata is None:
+            # Only the holder of the lock writes here, so these are left by a process that was killed. The second name
+            # is the one that version 0.1 used.
+            for leftover in (folder, folder.with_name(f"{key}.making"), *folder.parent.glob(f".{key}.*.tmp")):
+                shutil.rmtree(leftover, ignore_errors=True)
+            with replacing(folder) as temporary:
+                temporary.mkdir()
+                text = json.dumps(dict(build(temporary)) | {"version": VERSION})
                 for part in ("train.bin", "val.bin"):
-                    with (making / part).open("rb") as stream:
+                    with (temporary / part).open("rb") as stream:
                         os.fsync(stream.fileno())
-                write_whole(making / "tokens.json", text)
-                os.replace(making, folder)
-            finally:
-                shutil.rmtree(making, ignore_errors=True)
-            said = _said(folder)
-            if said is None:
+                write_atomically(temporary / "tokens.json", text)
+            metadata = _read_metadata(folder)
+            if metadata is None:
                 raise ValueError(f"needed tokens as they were just written in {folder}, got others: is the disk full?")
+    dtype = metadata["dtype"]
     train, val = (
-        np.memmap(folder / f"{part}.bin", dtype=said["dtype"], mode="r") if said[part] else np.empty(0, said["dtype"])
-        for part in ("train", "val")
+        np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r") if count else np.empty(0, dtype)
+        for part, count in (("train", metadata["train"]), ("val", metadata["val"]))
     )
-    return train, val, said
+    return train, val, metadata
 
 
-def _said(folder: Path) -> dict[str, Any] | None:
-    """What the cache says of its tokens; None if they are not there, of another version, or of another size."""
+def _read_metadata(folder: Path) -> TokenMetadata | None:
+    """Return the metadata of cached tokens; None if they are missing, damaged or of another version."""
     try:
-        said: dict[str, Any] = json.loads((folder / "tokens.json").read_text())
-        width = np.dtype(said["dtype"]).itemsize
-        sizes = [(folder / f"{part}.bin").stat().st_size == width * said[part] for part in ("train", "val")]
+        metadata: TokenMetadata = json.loads((folder / "tokens.json").read_text())
+        width = np.dtype(metadata["dtype"]).itemsize
+        counts = (("train", metadata["train"]), ("val", metadata["val"]))
+        fit = [(folder / f"{part}.bin").stat().st_size == width * count for part, count in counts]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # to be made again
-    return said if all(sizes) and said.get("version") == VERSION else None
+        # The tokens are made again.
+        return None
+    return metadata if all(fit) and metadata.get("version") == VERSION else None

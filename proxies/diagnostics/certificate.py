@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxies.config.optimizer_gate import MEASURED, certified_settings
+from proxies.config.optimizer_gate import MEASURED_FIELDS, get_certified_settings
 from proxies.config.proxy import ProxyConfig
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 def write_certificate(path: Path, config: ProxyConfig, check: CoordCheck) -> None:
     """Write the outcome of a coordinate check of `config`, passed or not, whole or not at all."""
-    measured = {name: check.json[name] for name in MEASURED}
+    measured = {name: check.json[name] for name in MEASURED_FIELDS}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(certified_settings(config) | measured, indent=1) + "\n")
+        temporary.write_text(json.dumps(get_certified_settings(config) | measured, indent=1) + "\n")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -15,17 +15,17 @@ from proxies.diagnostics.coord_probe import (
     DECAY_BY_RATE,
     DECAYED,
     DIVIDE_BY_EPS,
-    Engine,
+    ProbeEngine,
     ProbeSpec,
-    Trail,
-    follow,
-    gradient_scales,
+    ProbeResult,
+    run_probes,
+    measure_gradient_scales,
 )
 
 Axis = Literal["width", "depth"]
-What = Literal["size", "early", "change", "eps", "decay"]
-CLEAR = 0.25  # a slope is too steep when its whole interval lies beyond this
-MOST = 0.5  # or its value beyond this
+Quantity = Literal["size", "early", "change", "eps", "decay"]
+CLEAR_SLOPE = 0.25  # a slope is too steep when its whole interval lies beyond this
+MAX_SLOPE = 0.5  # or its value beyond this
 MASS = 0.95  # of the interval over seeds
 STRESS_STEPS = 5
 # Steps of the logits alone: later the loss corrects them if they move too far, and the blocks show it instead.
@@ -39,7 +39,7 @@ class Slope:
 
     over: Axis
     where: str  # such as "block 0 attention"; under stress a role, such as "hidden"
-    what: What  # mean |x|; mean |x - x at step 0| (early: in steps 1 and 2); under stress, update and decay
+    what: Quantity  # mean |x|; mean |x - x at step 0| (early: in steps 1 and 2); under stress, update and decay
     value: float
     low: float  # of the t-interval over seeds; nan with one seed
     high: float
@@ -48,9 +48,9 @@ class Slope:
     @property
     def steep(self) -> bool:
         """Beyond the limits, or not a number."""
-        if not abs(self.value) <= MOST:
+        if not abs(self.value) <= MAX_SLOPE:
             return True
-        return self.low > CLEAR or self.high < -CLEAR
+        return self.low > CLEAR_SLOPE or self.high < -CLEAR_SLOPE
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class CoordCheck:
     lr: float  # at base width
     steps: int
     seeds: int
-    engine: Engine
+    engine: ProbeEngine
     losses: tuple[tuple[float, ...], ...]  # per width and seed: training loss of the last three steps, nats per token
 
     @property
@@ -121,7 +121,7 @@ class CoordCheck:
     def json(self) -> dict[str, Any]:
         more = {"passed": self.passed, "failures": self.failures, "modules": self.modules}
         more["wider_is_worse"] = self.wider_is_worse
-        plain: dict[str, Any] = without_nan(asdict(self) | more)
+        plain: dict[str, Any] = replace_nonfinite(asdict(self) | more)
         return plain
 
 
@@ -134,7 +134,7 @@ def coordinate_check(
     steps: int = 10,
     lr: float | None = None,
     batch_seqs: int = 4,
-    engine: Engine = "plain",
+    engine: ProbeEngine = "plain",
     ranks: int = 2,
     double: bool = False,
 ) -> CoordCheck:
@@ -186,12 +186,12 @@ def coordinate_check(
                 for kind, scales in stress.items():
                     plans.append((over, size, seed, kind))
                     watches.append(ProbeSpec(seeded, kind, STRESS_STEPS, batch_seqs, scales, double))
-    trails = dict(zip(plans, follow(watches, engine, ranks), strict=True))
+    trails = dict(zip(plans, run_probes(watches, engine, ranks), strict=True))
 
     slopes: list[Slope] = []
     for over, sizes, _ in axes:
         runs = [[trails[over, size, seed, "activations"] for seed in range(seeds)] for size in sizes]
-        slopes += _slopes(over, sizes, runs)
+        slopes += fit_slopes(over, sizes, runs)
         for kind in stress:
             runs = [[trails[over, size, seed, kind] for seed in range(seeds)] for size in sizes]
             slopes += _stress_slopes(over, sizes, runs, kind)
@@ -206,13 +206,13 @@ def _stress(start: ProbeSpec) -> dict[Literal["eps", "decay"], dict[str, float]]
     config = start.config
     kinds: dict[Literal["eps", "decay"], dict[str, float]] = {}
     if config.optimizer in DIVIDE_BY_EPS:
-        kinds["eps"] = gradient_scales(start)
+        kinds["eps"] = measure_gradient_scales(start)
     if config.weight_decay > 0 and config.optimizer in DECAY_BY_RATE:
         kinds["decay"] = {"factor": DECAYED / (config.lr * config.weight_decay)}
     return kinds
 
 
-def _slopes(over: Axis, sizes: tuple[int, ...], runs: list[list[Trail]]) -> list[Slope]:
+def fit_slopes(over: Axis, sizes: tuple[int, ...], runs: list[list[ProbeResult]]) -> list[Slope]:
     """Size and change of every quantity that all sizes share, and the early change of the logits."""
     found = []
     for where, names in _shared(over, runs).items():
@@ -222,14 +222,14 @@ def _slopes(over: Axis, sizes: tuple[int, ...], runs: list[list[Trail]]) -> list
         )
         size, change = seen[..., 0], seen[..., 1]
         change = np.where((change < ROUNDING * size).all(axis=(0, 1)), 0.0, change)
-        found.append(_slope(over, where, "size", sizes, size))
+        found.append(fit_slope(over, where, "size", sizes, size))
         if where == "logits":
-            found.append(_slope(over, where, "early", sizes, change[:, :, :EARLY]))
-        found.append(_slope(over, where, "change", sizes, change))
+            found.append(fit_slope(over, where, "early", sizes, change[:, :, :EARLY]))
+        found.append(fit_slope(over, where, "change", sizes, change))
     return found
 
 
-def _shared(over: Axis, runs: list[list[Trail]]) -> dict[str, list[str]]:
+def _shared(over: Axis, runs: list[list[ProbeResult]]) -> dict[str, list[str]]:
     """The name of each quantity at every size. Over depth: the first and the last block's, and all outside blocks.
 
     Not the stream after the first block: one layer's share of it falls as 1 / depth where all is well.
@@ -248,16 +248,16 @@ def _shared(over: Axis, runs: list[list[Trail]]) -> dict[str, list[str]]:
 
 
 def _stress_slopes(
-    over: Axis, sizes: tuple[int, ...], runs: list[list[Trail]], what: Literal["eps", "decay"]
+    over: Axis, sizes: tuple[int, ...], runs: list[list[ProbeResult]], what: Literal["eps", "decay"]
 ) -> list[Slope]:
     roles = list(runs[0][0].seen[0])
     return [
-        _slope(over, role, what, sizes, np.array([[[t.seen[0][role][1]] for t in trails] for trails in runs]))
+        fit_slope(over, role, what, sizes, np.array([[[t.seen[0][role][1]] for t in trails] for trails in runs]))
         for role in roles
     ]
 
 
-def _slope(over: Axis, where: str, what: What, sizes: tuple[int, ...], values: np.ndarray[Any, Any]) -> Slope:
+def fit_slope(over: Axis, where: str, what: Quantity, sizes: tuple[int, ...], values: np.ndarray[Any, Any]) -> Slope:
     """The slope of log2 of values [size, seed, step]; nan if one is zero or not finite while others at its step are not.
 
     A step at which all are zero is left out: behind a zero readout no gradient reaches the embedding in step 1.
@@ -285,10 +285,10 @@ def _sizes(name: str, given: Sequence[int]) -> tuple[int, ...]:
     return chosen
 
 
-def without_nan(value: Any) -> Any:
+def replace_nonfinite(value: Any) -> Any:
     """The same with null for what JSON cannot say: nan and infinity."""
     if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
+        return {k: replace_nonfinite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [without_nan(v) for v in value]
+        return [replace_nonfinite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from proxies.config.proxy import ProxyConfig
 from proxies.data.mixture import open_data
-from proxies.model.dtensors import whole
-from proxies.model.mup import clean, role_of
+from proxies.model.dtensors import gather_full
+from proxies.model.mup import strip_wrappers, get_role
 from proxies.model.optimizers import make_optimizer, set_lr
-from proxies.model.transformer import Block, Transformer, build, loss_of, norm
-from proxies.training.distributed import ALONE, Ranks, spawned, wrapped
+from proxies.model.transformer import Block, Transformer, build, compute_loss, rms_norm
+from proxies.training.distributed import ALONE, Ranks, spawn_ranks, wrap_model
 
-Engine = Literal["plain", "compile", "ddp", "fsdp2"]
-ENGINES: tuple[Engine, ...] = ("plain", "compile", "ddp", "fsdp2")
+ProbeEngine = Literal["plain", "compile", "ddp", "fsdp2"]
+PROBE_ENGINES: tuple[ProbeEngine, ...] = ("plain", "compile", "ddp", "fsdp2")
 # Optimizers that divide by sqrt(v) + eps, so that eps must follow the gradients.
 DIVIDE_BY_EPS = ("adamw", "adamw8bit", "ademamix", "schedule-free")
 # Those that multiply weights by 1 - lr * decay. Prodigy has a rate of its own, LAMB scales the decay with the update.
@@ -34,7 +34,7 @@ DECAYED = 0.05  # of a hidden matrix at base size, per step of the decay stress
 
 
 @dataclass(frozen=True)
-class Trail:
+class ProbeResult:
     """One run of a few steps."""
 
     seen: tuple[dict[str, tuple[float, float]], ...]  # per step from 0: mean |x|, mean |x - x at step 0| by quantity
@@ -54,24 +54,24 @@ class ProbeSpec:
 
 
 @torch.no_grad()
-def coordinates(model: Transformer, x_bt: Tensor) -> dict[str, Tensor]:
+def compute_coordinates(model: Transformer, x_bt: Tensor) -> dict[str, Tensor]:
     """Every quantity of the check, by name, on one batch; branches before they are added to the stream."""
-    rope = model.rope_for(x_bt)
+    rope = model.get_rope(x_bt)
     stream = model.stem(x_bt)
     seen = {"embedding": stream}
     for i, block in enumerate(cast(Iterable[Block], model.blocks)):
-        normed = norm(stream, block.attn_norm)
+        normed = rms_norm(stream, block.attn_norm)
         seen[f"block {i} attention scores"] = block.attention_logits(normed, rope)
         seen[f"block {i} attention"] = block.attention(normed, rope)
         stream = block.add(stream, seen[f"block {i} attention"])
-        seen[f"block {i} mlp"] = block.mlp(norm(stream, block.mlp_norm))
+        seen[f"block {i} mlp"] = block.mlp(rms_norm(stream, block.mlp_norm))
         stream = block.add(stream, seen[f"block {i} mlp"])
         seen[f"block {i} stream"] = stream
     seen["logits"] = model.head(stream)
     return seen
 
 
-def gradient_scales(watch: ProbeSpec) -> dict[str, float]:
+def measure_gradient_scales(watch: ProbeSpec) -> dict[str, float]:
     """RMS gradient of each role, the median over the steps of a plain run in which it is not zero."""
     model = _start(watch)
     found: dict[str, list[float]] = {}
@@ -79,7 +79,7 @@ def gradient_scales(watch: ProbeSpec) -> dict[str, float]:
     def look() -> None:
         squares: dict[str, list[Tensor]] = {}
         for name, parameter in model.named_parameters():
-            squares.setdefault(role_of(name), []).append(parameter.grad.double().square().flatten())  # type: ignore[union-attr]
+            squares.setdefault(get_role(name), []).append(parameter.grad.double().square().flatten())  # type: ignore[union-attr]
         for role, parts in squares.items():
             found.setdefault(role, []).append(float(torch.cat(parts).mean().sqrt()))
 
@@ -87,10 +87,10 @@ def gradient_scales(watch: ProbeSpec) -> dict[str, float]:
     return {role: float(torch.tensor([v for v in values if v > 0] or [0.0]).median()) for role, values in found.items()}
 
 
-def follow(watches: Sequence[ProbeSpec], engine: Engine = "plain", ranks: int = 2) -> list[Trail]:
+def run_probes(watches: Sequence[ProbeSpec], engine: ProbeEngine = "plain", ranks: int = 2) -> list[ProbeResult]:
     """Make the runs, in this process or on `ranks` processes of one thread each (gloo)."""
-    if engine not in ENGINES:
-        raise ValueError(f"needed an engine out of {', '.join(ENGINES)}, got {engine!r}")
+    if engine not in PROBE_ENGINES:
+        raise ValueError(f"needed an engine out of {', '.join(PROBE_ENGINES)}, got {engine!r}")
     if engine == "plain" or engine == "compile":
         return [_follow(watch, ALONE, compiled=engine == "compile") for watch in watches]
     if any(watch.batch_seqs % ranks for watch in watches):
@@ -99,10 +99,10 @@ def follow(watches: Sequence[ProbeSpec], engine: Engine = "plain", ranks: int = 
         )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "trails"
-        spawned(_of_ranks, ranks, engine, list(watches), out)
+        spawn_ranks(_of_ranks, ranks, engine, list(watches), out)
         found = json.loads(out.read_text())
     return [
-        Trail(tuple({k: (at, change) for k, (at, change) in step.items()} for step in seen), tuple(losses))
+        ProbeResult(tuple({k: (at, change) for k, (at, change) in step.items()} for step in seen), tuple(losses))
         for seen, losses in found
     ]
 
@@ -115,9 +115,9 @@ def _of_ranks(ranks: Ranks, watches: Sequence[ProbeSpec], out: Path) -> None:
 
 
 @torch.no_grad()
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
+def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     """Whole weights by their own names, whatever wraps or shards the model. All ranks ask together."""
-    return {clean(name): whole(p).detach().clone() for name, p in model.named_parameters()}
+    return {strip_wrappers(name): gather_full(p).detach().clone() for name, p in model.named_parameters()}
 
 
 def _start(watch: ProbeSpec) -> Transformer:
@@ -125,9 +125,9 @@ def _start(watch: ProbeSpec) -> Transformer:
     return model.double() if watch.double else model
 
 
-def _follow(watch: ProbeSpec, ranks: Ranks, *, compiled: bool = False) -> Trail:
+def _follow(watch: ProbeSpec, ranks: Ranks, *, compiled: bool = False) -> ProbeResult:
     twin = _start(watch)
-    model = wrapped(_start(watch), ranks.engine, torch.device("cpu"))
+    model = wrap_model(_start(watch), ranks.engine, torch.device("cpu"))
     if compiled:
         torch.compiler.reset()  # every model is another one: past eight, calls would go on uncompiled
         model = cast(nn.Module, torch.compile(model))
@@ -142,25 +142,25 @@ def _follow(watch: ProbeSpec, ranks: Ranks, *, compiled: bool = False) -> Trail:
         else:
             group["weight_decay"] *= watch.scales["factor"]
     losses = _steps(watch, model, optimizer, ranks)
-    return Trail((_moved(watch, twin, weights_of(model), optimizer),), losses)
+    return ProbeResult((_moved(watch, twin, gather_weights(model), optimizer),), losses)
 
 
-def _activations(watch: ProbeSpec, model: nn.Module, optimizer: Any, twin: Transformer, ranks: Ranks) -> Trail:
+def _activations(watch: ProbeSpec, model: nn.Module, optimizer: Any, twin: Transformer, ranks: Ranks) -> ProbeResult:
     probe, _ = open_data(watch.config).windows.batch(watch.steps * watch.batch_seqs, watch.batch_seqs)  # not trained on
-    first = coordinates(twin, probe)
+    first = compute_coordinates(twin, probe)
     seen: list[dict[str, tuple[float, float]]] = []
 
     def look() -> None:
-        weights = weights_of(model)
+        weights = gather_weights(model)
         with torch.no_grad():
             for name, parameter in twin.named_parameters():
                 parameter.copy_(weights[name])
-        now = coordinates(twin, probe)
+        now = compute_coordinates(twin, probe)
         seen.append({name: (float(x.abs().mean()), float((x - first[name]).abs().mean())) for name, x in now.items()})
 
     look()
     losses = _steps(watch, model, optimizer, ranks, after_step=look)
-    return Trail(tuple(seen), losses)
+    return ProbeResult(tuple(seen), losses)
 
 
 def _steps(
@@ -177,7 +177,7 @@ def _steps(
     set_lr(optimizer, 1.0)
     losses = []
     for step in range(watch.steps):
-        loss = loss_of(
+        loss = compute_loss(
             model, *windows.batch(step * watch.batch_seqs, watch.batch_seqs, rank=ranks.rank, ranks=ranks.world)
         )
         loss.backward()  # type: ignore[no-untyped-call]
@@ -185,7 +185,7 @@ def _steps(
             before_step()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(ranks.total(loss.detach().double())) / ranks.world)
+        losses.append(float(ranks.sum_over_ranks(loss.detach().double())) / ranks.world)
         if after_step is not None:
             after_step()
     return tuple(losses)
@@ -203,7 +203,7 @@ def _moved(
     decayed = {group["role"] for group in optimizer.param_groups if group["weight_decay"] > 0}
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, start in twin.named_parameters():
-        pairs.setdefault(role_of(name), []).append((start.detach().flatten(), weights[name].flatten()))
+        pairs.setdefault(get_role(name), []).append((start.detach().flatten(), weights[name].flatten()))
     moved = {}
     for role, both in pairs.items():
         w0, w = (torch.cat(part) for part in zip(*both, strict=True))

@@ -34,7 +34,7 @@ class BootstrapInterval:
 
 
 @dataclass(frozen=True)
-class Bowl:
+class LossParabola:
     """Loss against log2 lr at one size: a parabola through the best five rates."""
 
     size: int  # width or depth
@@ -48,11 +48,11 @@ class Bowl:
 
 
 @dataclass(frozen=True)
-class Arm:
+class TransferArm:
     """One parametrization over all sizes."""
 
     name: str
-    bowls: tuple[Bowl, ...]  # by size
+    bowls: tuple[LossParabola, ...]  # by size
     gamma: BootstrapInterval  # lr*(size) = lr_inf * size^-gamma
     shift: BootstrapInterval  # octaves from the smallest size's best rate to the largest's
     regret: BootstrapInterval  # nats that the largest loses with the smallest's best rate; inf: it diverges there
@@ -74,7 +74,7 @@ class Arm:
         return tuple(goal for goal, yes in met.items() if not yes)
 
 
-def next_rates(losses: Mapping[int, float], start: int = 0, coarse: int = COARSE) -> list[int]:
+def choose_next_rates(losses: Mapping[int, float], start: int = 0, coarse: int = COARSE) -> list[int]:
     """Which rates to try next, given the loss at those tried (inf: diverged); none once the best five are known.
 
     From three rates `coarse` half octaves apart: outwards while the best is at an end, then inwards to the half
@@ -98,12 +98,12 @@ def next_rates(losses: Mapping[int, float], start: int = 0, coarse: int = COARSE
             return missing
     if missing := [j for j in (best - 2, best + 2) if j not in losses]:
         return missing
-    first, last = best_window(losses)
+    first, last = find_best_window(losses)
     beyond = first - 1 if losses[first] < losses[last] else last + 1
     return [] if beyond in losses else [beyond]
 
 
-def best_window(losses: Mapping[int, float]) -> tuple[int, int]:
+def find_best_window(losses: Mapping[int, float]) -> tuple[int, int]:
     """First and last of the five neighbouring rates around the best, grown from it towards the lower side."""
     first = last = min(losses, key=lambda j: losses[j])
     while last - first < WINDOW - 1:
@@ -114,7 +114,7 @@ def best_window(losses: Mapping[int, float]) -> tuple[int, int]:
     return first, last
 
 
-def fit_arm(name: str, losses: Mapping[int, Mapping[tuple[int, int], float]], log2_lr0: float, *, seed: int = 0) -> Arm:
+def fit_arm(name: str, losses: Mapping[int, Mapping[tuple[int, int], float]], log2_lr0: float, *, seed: int = 0) -> TransferArm:
     """Bowls and what follows from them.
 
     losses: per size, (rate, seed of the run) -> final loss, nats; inf where it diverged. Every rate of a size's best
@@ -156,7 +156,7 @@ def fit_arm(name: str, losses: Mapping[int, Mapping[tuple[int, int], float]], lo
     for i, (size, block) in enumerate(zip(sizes, blocks, strict=True)):
         means = _means(losses[size])
         bowls.append(
-            Bowl(
+            LossParabola(
                 size=size,
                 best=_interval(log2_lr[i]),
                 loss=float(bottoms[i][0]),
@@ -168,7 +168,7 @@ def fit_arm(name: str, losses: Mapping[int, Mapping[tuple[int, int], float]], lo
             )
         )
     octaves = math.log2(FURTHER * sizes[-1] / sizes[0])
-    return Arm(
+    return TransferArm(
         name=name,
         bowls=tuple(bowls),
         gamma=_interval(gamma),
@@ -179,7 +179,7 @@ def fit_arm(name: str, losses: Mapping[int, Mapping[tuple[int, int], float]], lo
 
 
 @dataclass(frozen=True)
-class _Block:
+class _FitWindow:
     """The best five rates of one size, with all their seeds."""
 
     size: int
@@ -190,10 +190,10 @@ class _Block:
     freedom: int
 
 
-def _block(runs: Mapping[tuple[int, int], float], size: int) -> _Block:
+def _block(runs: Mapping[tuple[int, int], float], size: int) -> _FitWindow:
     seeds = sorted({seed for _, seed in runs})
     full = {j: [runs[j, s] for s in seeds] for j in {j for j, _ in runs} if all((j, s) in runs for s in seeds)}
-    first, last = best_window({j: float(np.mean(v)) for j, v in full.items()}) if full else (0, 0)
+    first, last = find_best_window({j: float(np.mean(v)) for j, v in full.items()}) if full else (0, 0)
     x = np.array([j for j in sorted(full) if first <= j <= last and np.isfinite(full[j]).all()], float)
     if len(x) < 4:
         raise ValueError(
@@ -203,7 +203,7 @@ def _block(runs: Mapping[tuple[int, int], float], size: int) -> _Block:
     means = y.mean(axis=1)
     fitted = np.polyval(np.polyfit(x, means, 2), x)
     residuals = y - fitted[:, None] - (y - means[:, None]).mean(axis=0)
-    return _Block(size, x, means, residuals, len(seeds), y.size - len(seeds) - 2)
+    return _FitWindow(size, x, means, residuals, len(seeds), y.size - len(seeds) - 2)
 
 
 def _vertices(x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
@@ -216,7 +216,7 @@ def _vertices(x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def _regret(
-    runs: Mapping[tuple[int, int], float], block: _Block, at: Floats, least: Floats, best: Floats, bend: Floats
+    runs: Mapping[tuple[int, int], float], block: _FitWindow, at: Floats, least: Floats, best: Floats, bend: Floats
 ) -> Floats:
     """Loss at rates `at` above the least: by the parabola inside its window, else by what was measured around them."""
     means = _means(runs)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from proxies.config.proxy import ProxyConfig
-from proxies.diagnostics.lr_optimum import FURTHER, MASS, WINDOW, Arm, best_window, fit_arm, next_rates
+from proxies.diagnostics.lr_optimum import FURTHER, MASS, WINDOW, TransferArm, find_best_window, fit_arm, choose_next_rates
 
 Submit = Callable[[Sequence[tuple[ProxyConfig, int]]], Iterator[tuple[int, float]]]
 Over = Literal["width", "depth"]
@@ -31,7 +31,7 @@ class Transfer:
     over: Over
     tokens: int
     seeds: int
-    arms: tuple[Arm, ...]
+    arms: tuple[TransferArm, ...]
 
     @property
     def passed(self) -> bool:
@@ -57,18 +57,18 @@ class Transfer:
 
     @property
     def json(self) -> dict[str, Any]:
-        from proxies.diagnostics.coord_check import without_nan
+        from proxies.diagnostics.coord_check import replace_nonfinite
 
         more = {
             "passed": self.passed,
             "misses": {arm.name: list(arm.misses) for arm in self.arms},
             "relative_regret": {arm.name: arm.relative_regret for arm in self.arms},
         }
-        plain: dict[str, Any] = without_nan(asdict(self) | more)  # a loss or regret that is null: it diverged
+        plain: dict[str, Any] = replace_nonfinite(asdict(self) | more)  # a loss or regret that is null: it diverged
         return plain
 
 
-def arms_of(
+def make_arms(
     config: ProxyConfig, over: Over, sizes: Sequence[int], *, control: bool = True
 ) -> dict[str, dict[int, ProxyConfig]]:
     """The configurations of each arm by size: over width muP and the standard table, over depth with and without a rule.
@@ -95,7 +95,7 @@ def arms_of(
     }
 
 
-def expected_cost(arms: Mapping[str, Mapping[int, ProxyConfig]], tokens: int, seeds: int) -> tuple[float, float]:
+def estimate_cost(arms: Mapping[str, Mapping[int, ProxyConfig]], tokens: int, seeds: int) -> tuple[float, float]:
     """FLOPs and seconds of one core for a typical number of runs; the speed of each size is measured now."""
     from proxies.training.throughput import measure_speed
 
@@ -128,24 +128,24 @@ def transfer(
     sizes: widths or depths. tokens: of every run, cooldown included. runs: a JSONL file; what it holds is not run
     again, and every run is added as it ends. workers: processes of one thread each.
     """
-    from proxies.config.steps import plan
+    from proxies.config.steps import plan_steps
 
     if seeds < 1 or workers < 1:
         raise ValueError(f"needed at least one seed and one worker, got {seeds} and {workers}")
-    arms = arms_of(config, over, sizes, control=control)
+    arms = make_arms(config, over, sizes, control=control)
     for members in arms.values():
         for member in members.values():
-            plan(member, tokens)  # refuses runs too short for their warm-up
+            plan_steps(member, tokens)  # refuses runs too short for their warm-up
     say = progress or (lambda _: None)
-    store = _Store(runs, tokens, config)
+    store = _RunStore(runs, tokens, config)
     found: dict[str, dict[int, Losses]] = {}
-    with _pool(workers) as submit:
+    with open_pool(workers) as submit:
         for name, members in arms.items():
             found[name] = {}
             start, coarse = 0, None
             for size, member in members.items():
                 losses: Losses = {}
-                while jobs := _wanted(losses, config.seed, seeds, start, coarse):
+                while jobs := _choose_jobs(losses, config.seed, seeds, start, coarse):
                     _run(jobs, member, tokens, store, submit, losses, partial(_said, say, f"{name}, {over} {size}"))
                 found[name][size] = losses
                 first = {j: loss for (j, seed), loss in losses.items() if seed == config.seed}
@@ -168,25 +168,25 @@ def transfer(
     return Transfer(over, tokens, seeds, tuple(fit_arm(name, found[name], math.log2(config.lr)) for name in arms))
 
 
-def _wanted(losses: Losses, seed: int, seeds: int, start: int, coarse: int | None) -> list[tuple[int, int]]:
+def _choose_jobs(losses: Losses, seed: int, seeds: int, start: int, coarse: int | None) -> list[tuple[int, int]]:
     """(rate, seed) to run next: first the grid of the first seed, then the best five with all, then theirs if they move."""
     first = {j: loss for (j, s), loss in losses.items() if s == seed}
-    if rates := next_rates(first, start, coarse) if coarse else next_rates(first, start):
+    if rates := choose_next_rates(first, start, coarse) if coarse else choose_next_rates(first, start):
         return [(j, seed) for j in rates]
     others = range(seed, seed + seeds)
-    low, high = best_window(first)
+    low, high = find_best_window(first)
     missing = [(j, s) for j in range(low, high + 1) for s in others if (j, s) not in losses and j in first]
     if missing:
         return missing
     full = {j: sum(losses[j, s] for s in others) / seeds for j in first if all((j, s) in losses for s in others)}
-    return [(j, s) for j in next_rates(full) for s in others if (j, s) not in losses]
+    return [(j, s) for j in choose_next_rates(full) for s in others if (j, s) not in losses]
 
 
 def _run(
     jobs: Sequence[tuple[int, int]],
     member: ProxyConfig,
     tokens: int,
-    store: _Store,
+    store: _RunStore,
     submit: Submit,
     losses: Losses,
     say: Callable[[str], None],
@@ -211,7 +211,7 @@ def _said(say: Callable[[str], None], where: str, text: str) -> None:
     say(f"{where}: {text}")
 
 
-def final_loss(config: ProxyConfig, tokens: int) -> float:
+def train_to_final_loss(config: ProxyConfig, tokens: int) -> float:
     """Held-out loss of a run after its cooldown, nats per token; inf if it diverged."""
     from proxies.training.loop import train
 
@@ -220,7 +220,7 @@ def final_loss(config: ProxyConfig, tokens: int) -> float:
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[Submit]:
+def open_pool(workers: int) -> Iterator[Submit]:
     """A function that runs (config, tokens) pairs and yields (index, loss) as they end: here, or in processes.
 
     One thread each, here too: small matrices are no faster with more, and a loss does not depend on the machine's cores.
@@ -231,7 +231,7 @@ def _pool(workers: int) -> Iterator[Submit]:
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            yield lambda jobs: ((i, final_loss(*job)) for i, job in enumerate(jobs))
+            yield lambda jobs: ((i, train_to_final_loss(*job)) for i, job in enumerate(jobs))
         finally:
             torch.set_num_threads(before)
         return
@@ -239,14 +239,14 @@ def _pool(workers: int) -> Iterator[Submit]:
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
 
         def submit(jobs: Sequence[tuple[ProxyConfig, int]]) -> Iterator[tuple[int, float]]:
-            futures = {pool.submit(final_loss, *job): i for i, job in enumerate(jobs)}
+            futures = {pool.submit(train_to_final_loss, *job): i for i, job in enumerate(jobs)}
             for future in as_completed(futures):
                 yield futures[future], future.result()
 
         yield submit
 
 
-class _Store:
+class _RunStore:
     """Runs that have ended, one JSON object per line: settings, tokens, hash of the data, loss (null: diverged)."""
 
     def __init__(self, path: Path | None, tokens: int, config: ProxyConfig) -> None:

@@ -1,4 +1,4 @@
-"""What growth reads and writes: a trained checkpoint, tensor by tensor, and the grown file that a training starts from."""
+"""Read a trained checkpoint one tensor at a time, and write and read the grown file from which a training starts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from proxies.config.growth_rules import Method, differences
+from proxies.config.growth_rules import GrowthMethod, find_differences
 from proxies.config.proxy import ProxyConfig
-from proxies.growth.moments import check_adamw, expected_shapes, grown_moments, places
-from proxies.growth.weights import check_shapes, grown, shapes
-from proxies.training.checkpoints import check_place, config_of, reading, write_run
+from proxies.growth.moments import check_adamw, compute_moment_shapes, grow_moments, locate_moments
+from proxies.growth.weights import check_shapes, compute_shapes, grow_tensors
+from proxies.training.checkpoints import check_destination, explain_damage, read_config, write_run
 from proxies.training.lazy_tensors import open_run
 
 FORMAT = "muscale-grown-1"
@@ -21,86 +21,122 @@ Which = Literal["annealed", "trunk"]
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A saved run that can be grown. Its tensors are read when they are asked for."""
+class TrainedRun:
+    """A saved run that can be grown. Its tensors are read from disk on access.
+
+    Attributes:
+        path: The checkpoint.
+        which: The state to grow: after the cooldown, or the trunk.
+        config: The configuration it was trained with.
+        weights: Parameters by name.
+        moments: Adam's moments by name; None after the cooldown, and for another optimizer than AdamW.
+        data_sha256: Hash of its data.
+        tokens: Tokens trained up to that state.
+    """
 
     path: Path
     which: Which
     config: ProxyConfig
     weights: Mapping[str, Tensor]
-    moments: Mapping[str, Tensor] | None  # by name; None after the cooldown, or for another optimizer than AdamW
+    moments: Mapping[str, Tensor] | None
     data_sha256: str
-    tokens: int  # trained
+    tokens: int
 
 
 @dataclass(frozen=True)
 class InitialState:
-    """What a training starts from: weights and perhaps moments, read when they are asked for; fresh ones where there are none."""
+    """The state from which a training starts, read from disk on access.
+
+    Attributes:
+        weights: Parameters by name; None for a fresh initialisation.
+        moments: Adam's moments by name; None for zeros.
+    """
 
     weights: Mapping[str, Tensor] | None = None
     moments: Mapping[str, Tensor] | None = None
 
 
-def open_trained(path: Path, which: Which = "annealed") -> Trained:
-    """A run saved by `train`: after its cooldown, or its trunk, at the branch point or wherever it was cut off.
+def open_trained(path: Path, which: Which = "annealed") -> TrainedRun:
+    """Open a run saved by `train`, reading its header only.
 
-    ValueError if there is none, or it has no such state.
+    Args:
+        path: The checkpoint, a file or a folder.
+        which: "annealed" for the weights after the cooldown, "trunk" for the state at the branch point or where the run was
+            interrupted.
+
+    Raises:
+        ValueError: If there is no such run, or it has no such state.
     """
     run = open_run(path)
     saved = run.saved
     if which not in saved:
         raise ValueError(
-            f"needed a run that has ended, got {path} in its {saved.get('phase')}: ask for 'trunk', or finish it"
+            f"needed a run that has ended, got {path} in its {saved.get('phase')}: ask for 'trunk', or finish the run"
         )
-    with reading(path):
+    with explain_damage(path):
         kept = saved[which]
-        config = config_of(saved, kept["model"])
+        config = read_config(saved, kept["model"])
         weights = run.tensors({name: (which, "model", name) for name in kept["model"]})
         moments = None
         if which == "trunk" and config.optimizer == "adamw" and kept["optimizer"]["state"]:
-            moments = run.tensors({name: (which, "optimizer", *key) for name, key in places(config).items()})
+            moments = run.tensors({name: (which, "optimizer", *key) for name, key in locate_moments(config).items()})
         tokens = saved["tokens"] if which == "annealed" else kept["windows"] * config.seq_len
-        return Trained(path, which, config, weights, moments, saved["data_sha256"], tokens)
+        return TrainedRun(path, which, config, weights, moments, saved["data_sha256"], tokens)
 
 
 def write_grown(
-    trained: Trained,
+    trained: TrainedRun,
     large: ProxyConfig,
     out: Path,
     *,
-    method: Method = "shrink-pad-perturb",
+    method: GrowthMethod = "shrink-pad-perturb",
     shrink: float = 0.4,
     noise: float | None = None,
     moments: bool = False,
 ) -> None:
-    """Grow a saved run into `out`, written whole or not at all; `read_grown` and `proxies train --init` read it.
+    """Grow a saved run into a new file, which `read_grown` and `proxies train --init` read.
 
-    moments: Adam's, too ("duplicate" without noise). The small model's tensors are read one at a time; the large one is held once.
-    ValueError before anything is written, OSError when it cannot be.
+    The small model's tensors are read one at a time; the large model is held in memory once.
+
+    Args:
+        trained: The run to grow.
+        large: The large model's configuration.
+        out: Where the grown state goes, written as a whole: a file .pt, or a folder of shards.
+        method: How to grow, see `proxies.growth.weights`.
+        shrink: See `proxies.growth.weights.grow`.
+        noise: See `proxies.growth.weights.grow`.
+        moments: Whether to grow Adam's moments, too; only for "duplicate" without noise.
+
+    Raises:
+        ValueError: If the run cannot be grown like this. Nothing is written.
+        OSError: If the file cannot be written.
     """
-    check_place(out)
+    check_destination(out)
     if out.exists() and out.samefile(trained.path):
-        raise ValueError(f"needed another path than the checkpoint's for what is grown, got {out}")
+        raise ValueError(f"needed another path for the grown state than the checkpoint's, got {out}")
     if moments:
         check_moments(trained, method, noise)
-    weights = grown(trained.weights, trained.config, large, method=method, shrink=shrink, noise=noise)
-    said = {"from": str(trained.path), "which": trained.which, "N": trained.config.counts.N, "tokens": trained.tokens}
-    said |= {"data_sha256": trained.data_sha256, "method": method, "shrink": shrink, "noise": noise}
-    state: dict[str, Any] = {"format": FORMAT, "config": large.model_dump(), "grown": said}
-    more = grown_moments(trained.moments, trained.config, large) if moments and trained.moments is not None else None
+    weights = grow_tensors(trained.weights, trained.config, large, method=method, shrink=shrink, noise=noise)
+    origin = {"from": str(trained.path), "which": trained.which, "N": trained.config.counts.N, "tokens": trained.tokens}
+    origin |= {"data_sha256": trained.data_sha256, "method": method, "shrink": shrink, "noise": noise}
+    state: dict[str, Any] = {"format": FORMAT, "config": large.model_dump(), "grown": origin}
+    # Both iterators are made, and so checked, before the first tensor is read.
+    grown_moments = None
+    if moments and trained.moments is not None:
+        grown_moments = grow_moments(trained.moments, trained.config, large)
     state["model"] = dict(weights)
-    if more is not None:
-        state["moments"] = dict(more)
+    if grown_moments is not None:
+        state["moments"] = dict(grown_moments)
     write_run(state, out)
 
 
-def check_moments(trained: Trained, method: Method, noise: float | None) -> None:
-    """ValueError that says why the moments of a run cannot be moved by this method."""
+def check_moments(trained: TrainedRun, method: GrowthMethod, noise: float | None) -> None:
+    """Raise ValueError with the reason if the moments of a run cannot be grown by this method."""
     check_adamw(trained.config)
     if method != "duplicate" or noise:
         raise ValueError(
-            f"moments can be moved by method 'duplicate' without noise alone, got {method!r}, noise {noise or 0:g}: the others "
-            "change gradients in ways that no rule undoes; leave them behind"
+            f"moments can only be grown by method 'duplicate' without noise, got {method!r}, noise {noise or 0:g}: the others "
+            "change gradients in ways that no rule can invert; leave the moments out"
         )
     if trained.moments is None:
         raise ValueError(
@@ -109,25 +145,35 @@ def check_moments(trained: Trained, method: Method, noise: float | None) -> None
 
 
 def read_grown(path: Path, config: ProxyConfig) -> InitialState:
-    """What `write_grown` wrote, for a training of `config`. ValueError that names all differences when it is for another model."""
+    """Open a grown state for a training of `config`.
+
+    Args:
+        path: What `write_grown` wrote.
+        config: The configuration to be trained.
+
+    Raises:
+        ValueError: If it was grown for another model. The message names all differences.
+    """
     run = open_run(path, FORMAT)
     state = run.saved
-    with reading(path):
-        theirs = config_of(state, state["model"])
-    wrong = [
+    with explain_damage(path):
+        theirs = read_config(state, state["model"])
+    differences = [
         f"{name}: {getattr(theirs, name)} to {getattr(config, name)}"
         for name in ("d_model", "n_layers")
         if getattr(theirs, name) != getattr(config, name)
-    ] + differences(theirs, config)
+    ] + find_differences(theirs, config)
     if "moments" in state and config.optimizer != theirs.optimizer:
-        wrong.append(f"optimizer, whose moments it holds: {theirs.optimizer} to {config.optimizer}")
-    if wrong:
-        raise ValueError(f"needed a model grown for this configuration, got {path}; these differ: {'; '.join(wrong)}")
-    with reading(path):
+        differences.append(f"optimizer, whose moments it holds: {theirs.optimizer} to {config.optimizer}")
+    if differences:
+        raise ValueError(
+            f"needed a model grown for this configuration, got {path}; these differ: {'; '.join(differences)}"
+        )
+    with explain_damage(path):
         weights = run.tensors({name: ("model", name) for name in state["model"]})
-        check_shapes(weights, shapes(config))
+        check_shapes(weights, compute_shapes(config))
         moments = None
         if "moments" in state:
             moments = run.tensors({name: ("moments", name) for name in state["moments"]})
-            check_shapes(moments, expected_shapes(config))
+            check_shapes(moments, compute_moment_shapes(config))
         return InitialState(weights, moments)

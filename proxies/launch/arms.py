@@ -1,177 +1,223 @@
-"""The arms of a plan trained: one here, all of them as processes of their own, or as commands for other machines."""
+"""Train the arms of a plan: one in this process, all as child processes, or as commands for other machines."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from proxies.launch.monitor import TAG, BandMonitor, Excursion, expected_of, in_words, score
+from proxies.growth.processes import get_verbosity_options
+from proxies.launch.monitor import (
+    EXCURSION_TAG,
+    ArmScores,
+    BandMonitor,
+    Excursion,
+    format_excursion,
+    predict_band,
+    score_arms,
+)
 from proxies.launch.plan import Arm, LaunchPlan, write_plan
 from proxies.trainers.command import run_command
-from scaling.common.cli import say
+from scaling.common.atomic import write_atomically
 from scaling.common.measurement import Measurement
-from scaling.common.redact import without_passwords
-from scaling.tracking import recorder as recorder_module
-from scaling.tracking import sender
-from scaling.tracking.client import away, connect
-from scaling.tracking.experiment import child_run, find_child, find_study_run, study_run
+from scaling.common.redact import redact_passwords
+from scaling.tracking.client import connect, describe_outage
+from scaling.tracking.experiment import find_child, find_or_create_child_run, find_or_create_study_run, find_study_run
 from scaling.tracking.log import read_curve, write_note
+from scaling.tracking.recorder import Recorder
+from scaling.tracking.sender import send_spooled_records
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger("muscale.proxies")
+
+# Seconds between two lines of progress.
 REPORT_SECONDS = 5.0
-FOLDER = "records"  # of what MLflow has not yet, beside the plan
+# Folder beside the plan, with the records that are not in MLflow yet.
+RECORDS_FOLDER = "records"
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """An arm that has been trained to its end, kept beside its checkpoint: what is on disk is not trained again."""
+    """The result of an arm, kept beside its checkpoint so that the arm is not trained again.
 
-    loss: float | None  # nats per token; None where it diverged
+    Attributes:
+        loss: Final loss, nats per token; None if it diverged.
+        tokens: Training tokens, cooldown included.
+        seconds: Training time.
+        left: Where the arm first left its band, if it did.
+    """
+
+    loss: float | None
     tokens: int
     seconds: float
-    left: Excursion | None  # where it first left its band
+    left: Excursion | None
 
     @staticmethod
-    def path(folder: Path, arm: Arm) -> Path:
+    def get_path(folder: Path, arm: Arm) -> Path:
+        """Return the file of an arm's result."""
         return folder / f"{arm}.json"
 
     @classmethod
     def read(cls, folder: Path, arm: Arm) -> ArmResult | None:
-        path = cls.path(folder, arm)
+        """Return the result of an arm, or None if it has not ended; ValueError if its file cannot be read."""
+        path = cls.get_path(folder, arm)
         if not path.is_file():
             return None
         try:
             return TypeAdapter(cls).validate_json(path.read_bytes())
         except ValidationError as error:
             raise ValueError(
-                f"needed how an arm ended, got something else in {path}: restore it, or remove it to train that arm again"
+                f"needed the result of an arm, got something else in {path}: restore it, or remove it to train that arm again"
             ) from error
 
     def write(self, folder: Path, arm: Arm) -> None:
-        beside = folder / f".{arm}.json.tmp"
-        beside.write_text(json.dumps(asdict(self)) + "\n")
-        beside.replace(self.path(folder, arm))
+        """Write the result of an arm as a whole."""
+        write_atomically(self.get_path(folder, arm), json.dumps(asdict(self)) + "\n")
 
 
 class TrackingUnavailable(RuntimeError):
-    """MLflow did not answer when it was needed; nothing is lost."""
+    """MLflow did not answer when it was needed. Nothing is lost."""
 
 
 def train_arm(plan: LaunchPlan, arm: Arm, folder: Path, *, uri: str | None = None) -> float:
-    """Train one arm to its end and record it (resumed when it was interrupted); its final loss, NaN when it diverged.
+    """Train one arm to its end and record it. An interrupted arm is resumed.
 
-    Under torchrun this is one rank of the plan's engine; rank 0 records.
+    Under torchrun this process is one rank of the plan's engine, and rank 0 records.
+
+    Args:
+        plan: The plan.
+        arm: The arm to train.
+        folder: Where checkpoints, records and the result go.
+        uri: The MLflow store; default: $MLFLOW_TRACKING_URI or ./mlflow.db.
+
+    Returns:
+        The final loss in nats per token, NaN if it diverged.
     """
-    name = name_of(plan, arm)
-    done = ArmResult.read(folder, arm)
-    if done is not None:
-        say(f"{name}: trained before, {'diverged' if done.loss is None else f'loss {done.loss:.4f}'}")
-        return math.nan if done.loss is None else done.loss
+    name = format_run_name(plan, arm)
+    result = ArmResult.read(folder, arm)
+    if result is not None:
+        logger.info(f"{name}: already trained, {'diverged' if result.loss is None else f'loss {result.loss:.4f}'}")
+        return math.nan if result.loss is None else result.loss
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        points, rank, save = _points(plan, arm, folder, stack, uri)
+        points, rank, save = _open_points(plan, arm, folder, stack, uri)
         if rank:
-            *_, last = points  # every rank makes them, since all train together
+            # Every rank has to consume the measurements, because all of them train together.
+            *_, last = points
             return math.nan if last.diverged else last.loss
-        recorder = recorder_module.Recorder(
-            uri, plan.study, name, role="target", params=_params(plan, arm), folder=folder / FOLDER
+        recorder = Recorder(
+            uri, plan.study, name, role="target", params=_collect_params(plan, arm), folder=folder / RECORDS_FOLDER
         )
         with recorder as record:
-            return _recorded(plan, arm, folder, points, record, save)
+            return _record_points(plan, arm, folder, points, record, save)
 
 
-def _recorded(
+def _record_points(
     plan: LaunchPlan,
     arm: Arm,
     folder: Path,
     points: Iterator[Measurement],
-    record: recorder_module.Recorder,
+    record: Recorder,
     save: Path | None,
 ) -> float:
-    name, watch = name_of(plan, arm), BandMonitor(expected_of(plan, arm), plan.tokens)
-    started, last, said = time.perf_counter(), None, 0.0
+    """Record and monitor an arm's measurements until its end, write its result, and return the final loss."""
+    name, monitor = format_run_name(plan, arm), BandMonitor(predict_band(plan, arm), plan.tokens)
+    started, last, reported = time.perf_counter(), None, 0.0
     for last in points:
         record.add(last)
-        if left := watch.look(last):
-            assert watch.band is not None
-            say(in_words(name, left, watch.band.mass))
-            if watch.first is left:
-                record.tag(TAG, left.tag)
-        took = time.perf_counter() - started
-        if last.final or took - said > REPORT_SECONDS:
-            said = took
-            remaining = took * (plan.tokens - last.tokens) / max(last.tokens, 1)
-            say(
+        if excursion := monitor.check(last):
+            assert monitor.band is not None
+            logger.warning(format_excursion(name, excursion, monitor.band.mass))
+            if monitor.first is excursion:
+                record.set_tag(EXCURSION_TAG, excursion.tag)
+        elapsed = time.perf_counter() - started
+        if last.final or elapsed - reported > REPORT_SECONDS:
+            reported = elapsed
+            remaining = elapsed * (plan.tokens - last.tokens) / max(last.tokens, 1)
+            logger.info(
                 f"target, {arm}: {last.tokens:,} of {plan.tokens:,} tokens, loss {last.loss:.4f}"
-                f"{' (annealed)' if last.final else ''}, {last.tokens / took:,.0f} tokens/s, left {int(remaining // 60)}:{int(remaining % 60):02d}"
+                f"{' (annealed)' if last.final else ''}, {last.tokens / elapsed:,.0f} tokens/s, "
+                f"{int(remaining // 60)}:{int(remaining % 60):02d} left"
             )
     if last is None or not last.final:
         raise RuntimeError(f"{name} ended without a final measurement")
     loss, seconds = math.nan if last.diverged else last.loss, time.perf_counter() - started
-    record.result(rung=0, tokens=plan.tokens, loss=loss, seconds=seconds, checkpoint=save)
+    record.log_result(rung=0, tokens=plan.tokens, loss=loss, seconds=seconds, checkpoint=save)
     record.finish()
-    ArmResult(None if math.isnan(loss) else loss, plan.tokens, seconds, watch.first).write(folder, arm)
+    ArmResult(None if math.isnan(loss) else loss, plan.tokens, seconds, monitor.first).write(folder, arm)
     return loss
 
 
-def _points(
+def _open_points(
     plan: LaunchPlan, arm: Arm, folder: Path, stack: ExitStack, uri: str | None
 ) -> tuple[Iterator[Measurement], int, Path | None]:
-    """The arm's measurements, this process's rank, and its checkpoint. What must be closed goes on the stack."""
+    """Return the arm's measurements, this process's rank and its checkpoint; the stack closes what has to be closed."""
     from proxies.growth.files import open_trained
-    from proxies.growth.weights import grown
-    from proxies.training.distributed import joined
+    from proxies.growth.weights import grow_tensors
+    from proxies.training.distributed import join_ranks
     from proxies.training.loop import train
 
     if plan.config is None:
-        return stack.enter_context(closing(_by_command(plan, arm, folder, uri))), 0, None
-    ranks = stack.enter_context(joined(plan.engine))
-    ending = ".pt" if plan.engine == "plain" else ""  # a file of one process, or a folder of shards
-    save, keep = folder / f"{arm}{ending}", folder / f"{arm}.partial{ending}"
-    init: Any = None
-    resume = _state(folder, arm)
+        return stack.enter_context(closing(_train_by_command(plan, arm, folder, uri))), 0, None
+    ranks = stack.enter_context(join_ranks(plan.engine))
+    # One process writes a file, several write a folder of shards.
+    suffix = ".pt" if plan.engine == "plain" else ""
+    save, keep = folder / f"{arm}{suffix}", folder / f"{arm}.partial{suffix}"
+    init: Iterable[tuple[str, Tensor]] | None = None
+    resume = _find_state(folder, arm)
     if arm == "warm" and resume is None:
         if plan.warm is None:
             raise ValueError(f"the plan of study {plan.study!r} has no proxy to start from: launch with --arms scratch")
-        w, trained = plan.warm, open_trained(plan.warm.checkpoint)
-        init = grown(trained.weights, trained.config, plan.config, method=w.method, shrink=w.shrink, noise=w.noise)
+        warm, trained = plan.warm, open_trained(plan.warm.checkpoint)
+        init = grow_tensors(
+            trained.weights, trained.config, plan.config, method=warm.method, shrink=warm.shrink, noise=warm.noise
+        )
     points = train(plan.config, plan.tokens, resume=resume, save=save, keep=keep, init=init, ranks=ranks)
     return stack.enter_context(closing(points)), ranks.rank, save
 
 
-def _by_command(plan: LaunchPlan, arm: Arm, folder: Path, uri: str | None) -> Generator[Measurement, None, None]:
-    """The plan's command at work. It may report to the arm's run in MLflow, which is made first for that; not while MLflow is away."""
+def _train_by_command(plan: LaunchPlan, arm: Arm, folder: Path, uri: str | None) -> Generator[Measurement, None, None]:
+    """Run the plan's command and yield its measurements.
+
+    The command may report to the arm's run in MLflow, which is created first for that, unless MLflow is away.
+    """
     files = {"save": folder / f"{arm}.pt", "keep": folder / f"{arm}.partial.pt"}
     files |= {"resume": files["keep"]} if files["keep"].exists() else {}
     values = plan.values | {name: str(path.absolute()) for name, path in files.items()}
     environment = dict(plan.environment)
-    if away(uri) is None:
+    if describe_outage(uri) is None:
         client = connect(uri)
-        parent = study_run(client, plan.study)
-        run = child_run(client, parent, name_of(plan, arm), role="target", params=_params(plan, arm))
+        parent = find_or_create_study_run(client, plan.study)
+        run = find_or_create_child_run(
+            client, parent, format_run_name(plan, arm), role="target", params=_collect_params(plan, arm)
+        )
         environment |= {"MLFLOW_RUN_ID": run, "MLFLOW_TRACKING_URI": client.tracking_uri}
     yield from run_command(plan.command or "", values, cwd=plan.cwd, environment=environment, log=folder / f"{arm}.log")
 
 
-def _state(folder: Path, arm: Arm) -> Path | None:
-    """What an earlier start left of the arm, whatever engine it had: where it was cut off, or else its trunk."""
+def _find_state(folder: Path, arm: Arm) -> Path | None:
+    """Return what an earlier start left of the arm, with any engine: its interrupted state, else its trunk, else None."""
     kept = [path for path in (folder / f"{arm}.partial.pt", folder / f"{arm}.partial") if path.exists()]
     kept = kept or [path for path in (folder / f"{arm}.pt", folder / arm) if path.exists()]
     return max(kept, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _params(plan: LaunchPlan, arm: Arm) -> dict[str, Any]:
+def _collect_params(plan: LaunchPlan, arm: Arm) -> dict[str, Any]:
+    """Return the MLflow parameters of an arm's run."""
     from proxies.trainers.proxy_family import describe
 
     settings = describe(plan.config) if plan.config else {"command": plan.command, "N": plan.N, **plan.values}
@@ -181,18 +227,26 @@ def _params(plan: LaunchPlan, arm: Arm) -> dict[str, Any]:
     return params
 
 
-def name_of(plan: LaunchPlan, arm: Arm) -> str:
-    """The arm's name in the record."""
+def format_run_name(plan: LaunchPlan, arm: Arm) -> str:
+    """Return the name of an arm's run in MLflow."""
     return f"target-{arm}-{plan.id}"
 
 
-def commands(plan: LaunchPlan, path: Path, arm: Arm, *, uri: str | None = None) -> list[list[str]]:
-    """What trains one arm of the plan in this file: one command for each node, the same on all of them.
+def build_commands(plan: LaunchPlan, path: Path, arm: Arm, *, uri: str | None = None) -> list[list[str]]:
+    """Build the commands that train one arm, one for each node, the same on all of them.
 
-    A URI with a password is left to the environment: what is on a command line, every user of the machine can read.
+    Args:
+        plan: The plan.
+        path: The plan's file.
+        arm: The arm to train.
+        uri: The MLflow store. A URI with a password is left to the environment, because every user of a machine can read
+            its command lines.
+
+    Returns:
+        The arguments of each node's command. The address of the first node is to be filled in where there are several.
     """
     words = ["-m", "proxies", "launch", str(path), "--only", arm]
-    words += ["--tracking-uri", uri] if uri and without_passwords(uri) == uri else []
+    words += ["--tracking-uri", uri] if uri and redact_passwords(uri) == uri else []
     if plan.world == 1 and plan.engine == "plain":
         return [[sys.executable, *words]]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(plan.ranks)]
@@ -205,106 +259,135 @@ def commands(plan: LaunchPlan, path: Path, arm: Arm, *, uri: str | None = None) 
     return [[*torchrun, *words]] * plan.nodes
 
 
-def shown(plan: LaunchPlan, path: Path, arms: Sequence[Arm], *, uri: str | None = None) -> str:
-    """The commands as a shell takes them, with what to fill in."""
+def format_commands(plan: LaunchPlan, path: Path, arms: Sequence[Arm], *, uri: str | None = None) -> str:
+    """Format the commands of all nodes for a shell, with comments on what to fill in."""
     lines = []
     for arm in arms:
-        for node, words in enumerate(commands(plan, path.absolute(), arm, uri=uri)):
+        for node, words in enumerate(build_commands(plan, path.absolute(), arm, uri=uri)):
             lines += [f"# {arm}, node {node} of {plan.nodes}", shlex.join(words)]
-    if uri and without_passwords(uri) != uri:
-        lines.insert(
-            0, f"# first, on each node, with its password: export MLFLOW_TRACKING_URI={without_passwords(uri)}"
-        )
+    if uri and redact_passwords(uri) != uri:
+        lines.insert(0, f"# first, on each node, with its password: export MLFLOW_TRACKING_URI={redact_passwords(uri)}")
     if plan.nodes > 1:
         lines.insert(
             0,
-            "# HOST:PORT: the first node and a free port of it, the same on all; the plan's folder: on a disk that all nodes share",
+            "# HOST:PORT is the first node and a free port on it, the same on all nodes; "
+            "put the plan's folder on a disk that all nodes share",
         )
-    return "\n".join(
-        [
-            *lines,
-            f"# after the last: proxies launch {shlex.quote(str(path.absolute()))}   (scores, trains nothing again)",
-        ]
-    )
+    score = f"# after the last: proxies launch {shlex.quote(str(path.absolute()))}   (scores, trains nothing again)"
+    return "\n".join([*lines, score])
 
 
-def launch(
-    plan: LaunchPlan, path: Path, *, arms: Sequence[Arm] | None = None, uri: str | None = None
-) -> dict[str, Any]:
-    """Train the arms (beside each other on a CPU with cores to spare, else one after the other), then score them.
+def launch(plan: LaunchPlan, path: Path, *, arms: Sequence[Arm] | None = None, uri: str | None = None) -> ArmScores:
+    """Train the arms in child processes, then score them.
 
-    path: where the plan is written; checkpoints and records go beside it. RuntimeError when an arm failed, Away when only MLflow
-    is missing.
+    The arms are trained at the same time on a CPU with enough cores, else one after the other. The child processes log at
+    the level at which this one does.
+
+    Args:
+        plan: The plan.
+        path: Where the plan is written. Checkpoints and records go beside it.
+        arms: The arms to train; default: all that the plan has.
+        uri: The MLflow store; default: $MLFLOW_TRACKING_URI or ./mlflow.db.
+
+    Returns:
+        The scores, see `score_arms`.
+
+    Raises:
+        RuntimeError: If an arm failed.
+        TrackingUnavailable: If the arms were trained, but MLflow does not answer.
     """
     folder = path.parent
     write_plan(plan, path)
-    wanted = list(arms or plan.arms)
-    left = [
-        arm for arm in wanted if ArmResult.read(folder, arm) is None and not _recorded_elsewhere(plan, arm, folder, uri)
+    chosen = list(arms or plan.arms)
+    waiting = [
+        arm
+        for arm in chosen
+        if ArmResult.read(folder, arm) is None and not _is_recorded_elsewhere(plan, arm, folder, uri)
     ]
     cores = os.cpu_count() or 1
-    at_once = max(1, len(left)) if not _has_gpu() and cores >= len(left) * plan.ranks else 1
+    at_once = max(1, len(waiting)) if not _has_gpu() and cores >= len(waiting) * plan.ranks else 1
     threads = max(1, cores // (at_once * plan.ranks))
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     if uri:
         environment["MLFLOW_TRACKING_URI"] = uri
-    for i in range(0, len(left), at_once):
-        some = [commands(plan, path, arm, uri=uri)[0] for arm in left[i : i + at_once]]
-        running = [subprocess.Popen(words, env=environment) for words in some]
+    verbosity = get_verbosity_options()
+    for i in range(0, len(waiting), at_once):
+        batch = [build_commands(plan, path, arm, uri=uri)[0] + verbosity for arm in waiting[i : i + at_once]]
+        running = [subprocess.Popen(words, env=environment) for words in batch]
         try:
-            codes = [p.wait() for p in running]
+            codes = [process.wait() for process in running]
         except KeyboardInterrupt:
-            for p in running:
-                p.terminate()  # after Ctrl-C they know already, after SIGTERM not; either way they save where they are
-            for p in running:
-                p.wait()
+            # Ctrl-C has reached them already, SIGTERM has not. Either way they save their state before they end.
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
             raise
         if any(codes):
             raise RuntimeError(
-                f"an arm of {path} ended with exit codes {codes}; mend the cause and launch again: it resumes"
+                f"an arm of {path} ended with exit codes {codes}; fix the cause and launch again: it resumes"
             )
-    return scored(plan, folder, wanted, uri=uri)
+    return send_and_score(plan, folder, chosen, uri=uri)
 
 
-def scored(plan: LaunchPlan, folder: Path, arms: Sequence[Arm], *, uri: str | None = None) -> dict[str, Any]:
-    """Send what MLflow has not yet, score the arms, keep that on the study's run as the note `warm_start`; Away without MLflow."""
-    waiting = sender.send(folder / FOLDER, uri) if (folder / FOLDER).is_dir() else 0
-    if problem := away(uri):
+def send_and_score(plan: LaunchPlan, folder: Path, arms: Sequence[Arm], *, uri: str | None = None) -> ArmScores:
+    """Send the records that are not in MLflow yet, then score the arms.
+
+    The scores are kept on the study's run as the note `warm_start`.
+
+    Args:
+        plan: The plan.
+        folder: The folder of the plan, with the arms' results and records.
+        arms: The arms to score. All of them have ended.
+        uri: The MLflow store; default: $MLFLOW_TRACKING_URI or ./mlflow.db.
+
+    Returns:
+        The scores, see `score_arms`.
+
+    Raises:
+        TrackingUnavailable: If MLflow does not answer, or has not taken all records.
+    """
+    unsent = send_spooled_records(folder / RECORDS_FOLDER, uri) if (folder / RECORDS_FOLDER).is_dir() else 0
+    if problem := describe_outage(uri):
         raise TrackingUnavailable(f"MLflow does not answer ({problem})")
-    if waiting:
-        raise TrackingUnavailable(f"{waiting} records are not in MLflow yet")
+    if unsent:
+        raise TrackingUnavailable(f"{unsent} records are not in MLflow yet")
     client = connect(uri)
     parent = find_study_run(client, plan.study)
-    runs = {arm: find_child(client, parent, name_of(plan, arm)) for arm in arms}
-    ended = {arm: ArmResult.read(folder, arm) for arm in arms}
-    losses = {arm: _loss(ended[arm], run.data.metrics) for arm, run in runs.items()}
+    runs = {arm: find_child(client, parent, format_run_name(plan, arm)) for arm in arms}
+    results = {arm: ArmResult.read(folder, arm) for arm in arms}
+    losses = {arm: _read_loss(results[arm], run.data.metrics) for arm, run in runs.items()}
     curves = {arm: read_curve(client, run.info.run_id) for arm, run in runs.items()}
-    first = {arm: end.left if end else None for arm, end in ended.items()}
-    outcome = score(plan, losses, curves, first)
+    excursions = {arm: result.left if result else None for arm, result in results.items()}
+    outcome = score_arms(plan, losses, curves, excursions)
     write_note(client, parent, "warm_start", outcome)
     write_note(client, parent, "targets", {arm: run.info.run_id for arm, run in runs.items()})
-    predicted = {k: plan.because[k] for k in ("loss", "loss_interval", "mass")}
+    because = plan.because
+    predicted = {"loss": because["loss"], "loss_interval": because["loss_interval"], "mass": because["mass"]}
     write_note(client, parent, "predicted", predicted)
     return outcome
 
 
-def _loss(ended: ArmResult | None, metrics: Mapping[str, float]) -> float:
-    if ended is None:
+def _read_loss(result: ArmResult | None, metrics: Mapping[str, float]) -> float:
+    if result is None:
         return float(metrics["rung_0/loss"])
-    return math.nan if ended.loss is None else ended.loss
+    return math.nan if result.loss is None else result.loss
 
 
-def _recorded_elsewhere(plan: LaunchPlan, arm: Arm, folder: Path, uri: str | None) -> bool:
-    """Whether MLflow has the end of this very arm, trained in another folder or before ends were kept beside checkpoints."""
-    if away(uri):
+def _is_recorded_elsewhere(plan: LaunchPlan, arm: Arm, folder: Path, uri: str | None) -> bool:
+    """Return whether MLflow has the end of this arm without a result on disk.
+
+    It was then trained in another folder, or by a version that kept no results beside checkpoints.
+    """
+    if describe_outage(uri):
         return False
     client = connect(uri)
     if client.get_experiment_by_name(plan.study) is None:
         return False
-    run = find_child(client, find_study_run(client, plan.study), name_of(plan, arm))
+    run = find_child(client, find_study_run(client, plan.study), format_run_name(plan, arm))
     if run is None or "rung_0/tokens" not in run.data.metrics:
         return False
-    say(f"{name_of(plan, arm)}: trained before, loss {run.data.metrics['rung_0/loss']:.4f}")
+    logger.info(f"{format_run_name(plan, arm)}: already trained, loss {run.data.metrics['rung_0/loss']:.4f}")
     return True
 
 

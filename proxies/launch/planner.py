@@ -1,20 +1,22 @@
-"""A plan made from a study: its target with the recommended settings, a proxy to start from, and what loss to expect."""
+"""Make a launch plan from a study: the target with its recommended settings, a proxy to start from, the expected loss."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from proxies.config.proxy import ProxyConfig
 from proxies.config.schedules import SCHEDULES
 from proxies.config.study_file import read_toml
-from proxies.launch.plan import LaunchPlan, WarmStart, rates_of
+from proxies.growth.answer import GrowthAnswer
+from proxies.launch.notes import GrowthAdvice, RecommendationNote
+from proxies.launch.plan import LaunchPlan, WarmStart, compute_peak_rates
 from proxies.trainers.command_family import SEQUENCES, CommandFamily
 from proxies.trainers.proxy_family import ProxyFamily, Target
 from proxies.training.throughput import measure_speed
-from scaling.curves.planned import Band
+from scaling.curves.planned import LossBand
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,10 +24,20 @@ if TYPE_CHECKING:
 
 
 def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
-    """The plan of a study's [target]: its recommended settings, and the best proxy of the largest size to start from.
+    """Make the plan of a study's [target].
 
-    ValueError when the study has no target, no recommendation yet, one for another target or of an older table, or when the
-    target is smaller than the largest proxy.
+    The target gets the recommended settings, and as its warm start the best proxy of the largest size.
+
+    Args:
+        toml: The study file. Its name is the study's name.
+        uri: The MLflow store; default: $MLFLOW_TRACKING_URI or ./mlflow.db.
+
+    Returns:
+        The plan, not yet written to a file.
+
+    Raises:
+        ValueError: If the study has no target, its recommendation is missing, outdated or for another target, or the target
+            is smaller than the largest proxy.
     """
     from scaling.runs.io import load_runs
     from scaling.tracking.client import connect
@@ -35,70 +47,77 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
     table, study = read_toml(toml), toml.stem
     if "target" not in table:
         raise ValueError(f"{toml} has no [target]: add d_model and tokens of the run that the study is for")
-    family = _family(table.get("trainer", {}), toml)
+    family = _read_trainer(table.get("trainer", {}), toml)
     size = family.target(**table["target"])
     client = connect(uri)
     parent = find_study_run(client, study)
-    because = read_note(client, parent, "recommendation")
-    again = f"run `scaling recommend {study} --target`"
-    if because is None:
-        raise ValueError(f"study {study!r} has no recommendation yet: {again}")
+    note = read_note(client, parent, "recommendation")
+    recommend = f"run `scaling recommend {study} --target`"
+    if note is None:
+        raise ValueError(f"study {study!r} has no recommendation yet: {recommend}")
     runs = load_runs(study, tracking_uri=uri)
     largest = float(runs.loc[runs["role"] == "proxy", "N"].max())
     problems = []
-    if (because["N"], because["D"]) != (size.N, size.D):
+    if (note["N"], note["D"]) != (size.N, size.D):
         problems.append(
-            f"the recommendation is for N {because['N']:,.0f}, D {because['D']:,.0f}, the target in {toml} has N {size.N:,.0f}, "
-            f"D {size.D:,.0f}: {again} again after `hpo resume {study}`"
+            f"the recommendation is for N {note['N']:,.0f}, D {note['D']:,.0f}, the target in {toml} has N {size.N:,.0f}, "
+            f"D {size.D:,.0f}: {recommend} again after `hpo resume {study}`"
         )
     if size.N < largest:
         problems.append(
             f"{toml}, [target]: needed a target at least as large as the largest proxy, N {largest:,.0f}, got N {size.N:,.0f}"
         )
-    if old := older_than(because, runs, study):
-        problems.append(old)
+    if outdated := describe_staleness(note, runs, study):
+        problems.append(outdated)
     if problems:
         raise ValueError("\n  ".join(problems))
-    # lr and batch by the laws; what else was searched by the search's own answer for the target
+    because = cast(RecommendationNote, note | {"runs": list_fitted_runs(runs)})
+    # lr and the batch come from the laws; the search's own answer for the target gives what else was searched.
     best = read_note(client, parent, "best") or {}
-    plain: dict[str, Any] = {"study": study, "tokens": int(size.D), "because": because | {"runs": names_behind(runs)}}
     if isinstance(family, CommandFamily):
-        return LaunchPlan.model_validate(plain | _by_command(family, table["target"], because, best))
+        return _plan_command(family, table["target"], study, int(size.D), because, best)
     target = Target.model_validate(table["target"])
     settings = best | {"lr": because["lr"], "batch_seqs": max(1, round(because["batch_tokens"] / family.seq_len))}
     config = family.target_config(target, settings)
-    curve, reason = predicted(client, runs, config, target.tokens)
-    from proxies.data.mixture import record
+    curve, reason = predict_curve(client, runs, config, target.tokens)
+    from proxies.data.mixture import describe_data
 
     return LaunchPlan(
-        **plain,
+        study=study,
+        tokens=int(size.D),
+        because=because,
         config=config,
-        warm=advised(best_proxy(runs, target), toml, config),
-        rates=rates_of(config),
+        warm=attach_growth_advice(find_best_proxy(runs, target), toml, config),
+        rates=compute_peak_rates(config),
         curve=curve,
         no_curve=reason,
-        data_sha256=record(config)["data_sha256"],
+        data_sha256=describe_data(config)["data_sha256"],
         seconds=target.tokens / measure_speed(config, threads=1),
     )
 
 
-def _family(table: Mapping[str, Any], toml: Path) -> ProxyFamily | CommandFamily:
-    """The study's trainer. ValueError when it is neither of those whose target can be launched here."""
+def _read_trainer(table: Mapping[str, Any], toml: Path) -> ProxyFamily | CommandFamily:
+    """Return the study's trainer; ValueError if it is not one whose target can be launched."""
     settings = {k: v for k, v in table.items() if k != "use"}
     use = table.get("use", "proxies:ProxyFamily")
     if use == "proxies:CommandFamily":
         return CommandFamily(**settings)
     if use != "proxies:ProxyFamily":
         raise ValueError(
-            f"{toml}, trainer.use: a target is launched of proxies:ProxyFamily or proxies:CommandFamily, got {use!r}"
+            f"{toml}, trainer.use: needed proxies:ProxyFamily or proxies:CommandFamily to launch a target, got {use!r}"
         )
     return ProxyFamily.model_validate(settings)
 
 
-def _by_command(
-    family: CommandFamily, target: Mapping[str, Any], because: Mapping[str, Any], best: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The fields of a plan that a command carries out."""
+def _plan_command(
+    family: CommandFamily,
+    target: Mapping[str, Any],
+    study: str,
+    tokens: int,
+    because: RecommendationNote,
+    best: Mapping[str, Any],
+) -> LaunchPlan:
+    """Return the plan of a target that a command trains."""
     others = {k: v for k, v in best.items() if k not in ("lr", "batch_tokens", *SEQUENCES)}
     values = family.target_values(target, lr=because["lr"], batch_tokens=because["batch_tokens"], others=others)
     length = family.table.seq_len
@@ -109,51 +128,92 @@ def _by_command(
         "seq_len": length,
         "parametrization": family.table.parametrization,
     }
-    return {
-        "command": family.table.command,
-        "values": {k: v for k, v in known.items() if v is not None} | values,
-        "cwd": family.table.cwd.absolute(),
-        "environment": family.table.environment,
-        "no_curve": "how a command's rate goes with tokens is not known here; only the end is predicted",
-    }
+    return LaunchPlan(
+        study=study,
+        tokens=tokens,
+        because=because,
+        command=family.table.command,
+        values={k: v for k, v in known.items() if v is not None} | values,
+        cwd=family.table.cwd.absolute(),
+        environment=family.table.environment,
+        no_curve="the learning-rate schedule of a command is not known here; only the final loss is predicted",
+    )
 
 
-def older_than(because: dict[str, Any], runs: pd.DataFrame, study: str) -> str | None:
-    """What is wrong with a recommendation that was made of other runs than the study has now; None when it was made of these."""
-    from scaling.runs.table import table_sha256
+def describe_staleness(because: Mapping[str, Any], runs: pd.DataFrame, study: str) -> str | None:
+    """Explain why a recommendation is older than the study's runs.
 
-    then = because.get("provenance", {}).get("table_sha256")
-    if then == table_sha256(runs):
+    Args:
+        because: The recommendation as `scaling recommend` wrote it.
+        runs: The study's run table as it is now.
+        study: The study's name.
+
+    Returns:
+        What is wrong and how to fix it, or None if the recommendation was made from these runs.
+    """
+    from scaling.runs.table import hash_table
+
+    recorded = because.get("provenance", {}).get("table_sha256")
+    if recorded == hash_table(runs):
         return None
-    why = "does not say which runs it was made of" if then is None else "was made of other runs than the study has now"
-    return f"the recommendation {why}: run `scaling recommend {study} --target` again, and make the plan anew"
+    why = (
+        "does not say which runs it was made from"
+        if recorded is None
+        else "was made from other runs than the study has now"
+    )
+    return f"the recommendation {why}: run `scaling recommend {study} --target` again, and make a new plan"
 
 
-def predicted(client: MlflowClient, runs: pd.DataFrame, config: ProxyConfig, tokens: int) -> tuple[Band | None, str]:
-    """The curve to expect from scratch, or why there is none."""
-    from scaling.curves.planned import laws_without, predict_trunk, study_trunks
-    from scaling.fitting.lr_batch_law import fit_hp_law, loss_fit
+def predict_curve(
+    client: MlflowClient, runs: pd.DataFrame, config: ProxyConfig, tokens: int
+) -> tuple[LossBand | None, str]:
+    """Predict the loss curve of a target trained from scratch.
+
+    Args:
+        client: The MLflow client, from which the proxies' curves are read.
+        runs: The study's run table.
+        config: The target's configuration.
+        tokens: The target's tokens, cooldown included.
+
+    Returns:
+        The curve with its band and an empty string, or None and the reason why there is no curve.
+    """
+    from scaling.curves.planned import fit_laws_without_each_size, predict_trunk, read_study_trunks
+    from scaling.fitting.lr_batch_law import fit_hp_law, fit_loss_floors
     from scaling.runs.table import usable
 
     if SCHEDULES[config.schedule].has_horizon:
-        return None, f"under schedule {config.schedule!r} the way depends on the end; only the end is predicted"
+        return (
+            None,
+            f"under schedule {config.schedule!r} the curve depends on the end; only the final loss is predicted",
+        )
     settings = {"lr": config.lr, "batch_tokens": float(config.batch_tokens)}
+    # ValueError: no law can be fitted to so few runs, or no curve can be predicted from them.
     try:
         hp = fit_hp_law(usable(runs))
-        fit, _ = loss_fit(hp)
-        trunks = study_trunks(client, runs, **settings)
-        without = laws_without(hp.floors)
+        fit, _ = fit_loss_floors(hp)
+        trunks = read_study_trunks(client, runs, **settings)
+        without = fit_laws_without_each_size(hp.floors)
         return predict_trunk(trunks, fit, N=float(config.counts.N), D=float(tokens), without=without, **settings), ""
-    except ValueError as error:  # no law can be fitted to so few runs, or no curve predicted from them
+    except ValueError as error:
         return None, str(error)
 
 
-def best_proxy(runs: pd.DataFrame, target: Target) -> WarmStart | None:
-    """The run of the largest size with the lowest loss whose checkpoint is still there, to be grown as the target says."""
+def find_best_proxy(runs: pd.DataFrame, target: Target) -> WarmStart | None:
+    """Return the proxy to grow the target from.
+
+    Args:
+        runs: The study's run table.
+        target: The [target] table, which says how to grow it.
+
+    Returns:
+        The run of the largest size with the lowest loss whose checkpoint still exists, or None if there is none.
+    """
     from scaling.runs.table import usable
 
     proxies = usable(runs)
-    proxies = proxies[proxies["role"] == "proxy"]  # a confirmation trains again what was chosen
+    # A confirmation repeats what was chosen, so it is no candidate of its own.
+    proxies = proxies[proxies["role"] == "proxy"]
     proxies = proxies[proxies["checkpoint"].map(lambda p: isinstance(p, str) and Path(p).exists()).astype(bool)]
     if proxies.empty:
         return None
@@ -170,22 +230,30 @@ def best_proxy(runs: pd.DataFrame, target: Target) -> WarmStart | None:
     )
 
 
-def advised(warm: WarmStart | None, toml: Path, config: ProxyConfig) -> WarmStart | None:
-    """With the newest answer of `proxies grow --plan` for this width, if the study has one. The [target] table decides; it is told."""
-    found = [(path.stat().st_mtime, path) for path in (toml.parent / toml.stem).glob("growth-*/decision.json")]
-    for _, path in sorted(found, reverse=True):
-        answer = json.loads(path.read_text())
+def attach_growth_advice(warm: WarmStart | None, toml: Path, config: ProxyConfig) -> WarmStart | None:
+    """Add the newest answer of `proxies grow --plan` for this width, if the study has one.
+
+    The answer is only shown: the [target] table decides how the proxy is grown.
+    """
+    decisions = [(path.stat().st_mtime, path) for path in (toml.parent / toml.stem).glob("growth-*/decision.json")]
+    for _, path in sorted(decisions, reverse=True):
+        answer: GrowthAnswer = json.loads(path.read_text())
         if warm is not None and answer["because"]["question"]["real"]["target"] == config.d_model:
-            asked = next(arm for arm in answer["decision"]["arms"] if arm["name"] == answer["method"])["at"][-1]
-            said = {key: answer[key] for key in ("use", "method", "settings")}
-            return warm.model_copy(
-                update={"because": said | {k: asked[k] for k in ("horizon", "gain", "gain_with_base")}}
-            )
+            last = next(arm for arm in answer["decision"]["arms"] if arm["name"] == answer["method"])["at"][-1]
+            advice: GrowthAdvice = {
+                "use": answer["use"],
+                "method": answer["method"],
+                "settings": answer["settings"],
+                "horizon": last["horizon"],
+                "gain": last["gain"],
+                "gain_with_base": last["gain_with_base"],
+            }
+            return warm.model_copy(update={"because": advice})
     return warm
 
 
-def names_behind(runs: pd.DataFrame) -> list[str]:
-    """The runs that the laws were fitted to, by name."""
+def list_fitted_runs(runs: pd.DataFrame) -> list[str]:
+    """Return the names of the runs that the laws were fitted to, sorted."""
     from scaling.runs.table import usable
 
     used = usable(runs)

@@ -1,4 +1,4 @@
-"""What stands in the way of a launch, found before anything is spent: all of it at once."""
+"""Find everything that prevents a launch before any compute is spent, and report it all at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from proxies.config.growth_rules import check_growth
 from proxies.launch.plan import LaunchPlan, WarmStart
-from proxies.launch.planner import older_than
+from proxies.launch.planner import describe_staleness
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,70 +17,90 @@ if TYPE_CHECKING:
     from proxies.config.proxy import ProxyConfig
     from proxies.launch.plan import Arm
 
-# Numbers that an optimizer keeps for each weight. Of those not here two; SOAP's matrices come to more with every layer.
+# Numbers that an optimizer keeps for each weight; two for optimizers not listed. SOAP's matrices grow with every layer.
 MOMENTS = {"lion": 1, "muon": 1, "muon-rms": 1, "ademamix": 3, "prodigy": 4, "soap": 6}
 
 
 def check_launch(plan: LaunchPlan, folder: Path, arms: Sequence[Arm]) -> None:
-    """ValueError with every reason why these arms cannot be trained here and now; cheap, and nothing is written.
+    """Check that these arms can be trained here and now. It is cheap and writes nothing.
 
-    folder: where checkpoints go; it may not be there yet. Arms that have begun are not measured for disk space again.
+    Args:
+        plan: The plan.
+        folder: Where checkpoints go; it need not exist yet. An arm with files there has begun, and its disk space is not
+            counted again.
+        arms: The arms to train.
+
+    Raises:
+        ValueError: With every reason why they cannot be trained.
     """
-    problems = (
-        []
-        if set(arms) <= set(plan.arms)
-        else [f"--arms warm: the plan of study {plan.study!r} has no proxy to start from"]
-    )
+    problems = []
+    if not set(arms) <= set(plan.arms):
+        problems.append(f"--arms warm: the plan of study {plan.study!r} has no proxy to start from")
     if plan.config is not None:
-        problems += _untrainable(plan, plan.config)
+        problems += _find_training_problems(plan, plan.config)
         if plan.warm is not None and "warm" in arms and not any(folder.glob("warm*")):
-            problems += _start(plan.warm, plan.config)
-        problems += _data(plan, plan.config)
-    problems += _folder(plan, folder, [arm for arm in arms if not any(folder.glob(f"{arm}*"))])
+            problems += _find_start_problems(plan.warm, plan.config)
+        problems += _find_data_problems(plan, plan.config)
+    problems += _find_folder_problems(plan, folder, [arm for arm in arms if not any(folder.glob(f"{arm}*"))])
     if problems:
         raise ValueError("this cannot be launched:\n  " + "\n  ".join(problems))
 
 
 def check_age(plan: LaunchPlan, folder: Path, *, uri: str | None) -> str | None:
-    """A remark where the plan's recommendation cannot be compared with the study's runs; ValueError where it is older.
+    """Check that the plan's recommendation is as new as the study's runs.
 
-    A plan that has begun to train is not compared again: its prediction was made before.
+    A plan whose training has begun is not compared again, because its prediction was made before.
+
+    Args:
+        plan: The plan.
+        folder: Where its checkpoints go.
+        uri: The MLflow store with the study's runs.
+
+    Returns:
+        A remark if they cannot be compared, else None.
+
+    Raises:
+        ValueError: If the recommendation is older than the runs.
     """
     from scaling.runs.io import load_runs
-    from scaling.tracking.client import away
+    from scaling.tracking.client import describe_outage
 
-    if begun(folder):
+    if has_begun(folder):
         return None
-    if problem := away(uri):
+    if problem := describe_outage(uri):
         return f"MLflow does not answer ({problem}), so it is not known whether the study has new runs"
     try:
         runs = load_runs(plan.study, tracking_uri=uri)
-    except ValueError as error:  # another store than the one that the plan was made from
+    except ValueError as error:
+        # This is another store than the one from which the plan was made.
         return f"the plan cannot be compared with its study's runs: {error}"
-    if old := older_than(plan.because, runs, plan.study):
-        raise ValueError(old)
+    if outdated := describe_staleness(plan.because, runs, plan.study):
+        raise ValueError(outdated)
     return None
 
 
-def begun(folder: Path) -> bool:
-    """Whether an arm of the plan in this folder has something on disk."""
+def has_begun(folder: Path) -> bool:
+    """Return whether an arm of the plan in this folder has written anything."""
     return any(any(folder.glob(f"{arm}*")) for arm in ("warm", "scratch"))
 
 
-def bytes_needed(config: ProxyConfig) -> int:
-    """Disk that one arm takes at most: the trunk's state (weights and moments) and the annealed weights, beside them the state
-    that is kept on the way (trunk and present), and that once more while it is replaced."""
+def estimate_disk_bytes(config: ProxyConfig) -> int:
+    """Return the most disk space that one arm takes, in bytes.
+
+    It is the trunk's state (weights and moments), the annealed weights, the state that is kept during training (the trunk's
+    and the present one), and the latter a second time while it is replaced.
+    """
     weights = 4 * config.counts.total
     state = weights * (1 + MOMENTS.get(config.optimizer, 2))
     return state + weights + 2 * (2 * state)
 
 
-def _untrainable(plan: LaunchPlan, config: ProxyConfig) -> list[str]:
-    from proxies.config.steps import plan as cut
+def _find_training_problems(plan: LaunchPlan, config: ProxyConfig) -> list[str]:
+    from proxies.config.steps import plan_steps
 
     problems = []
     try:
-        cut(config, plan.tokens)
+        plan_steps(config, plan.tokens)
     except ValueError as error:
         problems.append(f"tokens: {error}")
     if config.batch_seqs % plan.world:
@@ -100,7 +120,7 @@ def _untrainable(plan: LaunchPlan, config: ProxyConfig) -> list[str]:
     return problems
 
 
-def _start(warm: WarmStart, config: ProxyConfig) -> list[str]:
+def _find_start_problems(warm: WarmStart, config: ProxyConfig) -> list[str]:
     from proxies.growth.files import open_trained
 
     if not warm.checkpoint.exists():
@@ -120,35 +140,34 @@ def _start(warm: WarmStart, config: ProxyConfig) -> list[str]:
     return problems
 
 
-def _data(plan: LaunchPlan, config: ProxyConfig) -> list[str]:
-    from proxies.data.mixture import record
+def _find_data_problems(plan: LaunchPlan, config: ProxyConfig) -> list[str]:
+    from proxies.data.mixture import describe_data
 
     try:
-        found = record(config)["data_sha256"]
+        present = describe_data(config)["data_sha256"]
     except ValueError as error:
         return [f"config.corpus: {error}"]
-    if plan.data_sha256 is not None and found != plan.data_sha256:
+    if plan.data_sha256 is not None and present != plan.data_sha256:
         return [
-            f"config.corpus: its text has changed since the plan was made (sha256 {plan.data_sha256[:12]} then, {found[:12]} now): "
-            "bring it back, or search and recommend anew"
+            f"config.corpus: its text has changed since the plan was made (sha256 {plan.data_sha256[:12]} then, "
+            f"{present[:12]} now): restore it, or search and recommend again"
         ]
     return []
 
 
-def _folder(plan: LaunchPlan, folder: Path, fresh: Sequence[Arm]) -> list[str]:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def _find_folder_problems(plan: LaunchPlan, folder: Path, fresh: Sequence[Arm]) -> list[str]:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # Permissions alone do not show it: root may write everywhere, and a file system may be mounted read-only.
     try:
-        tempfile.TemporaryFile(
-            dir=there
-        ).close()  # permissions alone do not tell: of root, of a file system mounted for reading
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        return [f"{folder}: needed a folder that can be written, got {there}: {error.strerror}"]
+        return [f"{folder}: needed a folder that can be written, got {existing}: {error.strerror}"]
     if plan.config is None:
         return []
-    needed, free = len(fresh) * bytes_needed(plan.config), shutil.disk_usage(there).free
+    needed, free = len(fresh) * estimate_disk_bytes(plan.config), shutil.disk_usage(existing).free
     if needed > free:
         return [
-            f"{folder}: needed {needed / 1e9:,.1f} GB of disk for the checkpoints of {len(fresh)} arms, got {free / 1e9:,.1f} GB: "
-            "free space, or launch with --arms scratch"
+            f"{folder}: needed {needed / 1e9:,.1f} GB of disk for the checkpoints of {len(fresh)} arms, "
+            f"got {free / 1e9:,.1f} GB: free space, or launch with --arms scratch"
         ]
     return []

@@ -1,4 +1,4 @@
-"""Tensors that are sharded over processes: whether one is, its local part, and the whole."""
+"""Tensors that are sharded over processes: recognize them, fill them and gather them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process holds a part of it only (a DTensor)."""
-    loaded = sys.modules.get("torch.distributed.tensor")
-    return loaded is not None and isinstance(tensor, loaded.DTensor)
+    """Return whether each process holds only a part of a tensor (a DTensor)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 @torch.no_grad()
-def place(target: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into a target that may be sharded; every process gives the same one, and nothing is sent."""
+def copy_into(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into a target that may be sharded.
+
+    Every process passes the same tensor, so nothing is sent.
+
+    Args:
+        target: The tensor to fill.
+        whole: The values, of the full shape of `target`.
+    """
     if is_sharded(target):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -25,6 +32,6 @@ def place(target: Tensor, whole: Tensor) -> None:
     target.copy_(whole)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor on every process; all of them ask together."""
+def gather_full(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor on every process. All processes must call this together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

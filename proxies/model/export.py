@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from proxies.config.proxy import ProxyConfig
-from proxies.model.mup import Rule, role_of, rules
-from proxies.model.recipe import timescale
+from proxies.model.mup import ParameterRule, get_role, compute_rules
+from proxies.model.recipe import compute_timescale
 
 LEAVES = (
     "embed",
@@ -50,21 +50,21 @@ MEGATRON_DECAY = {"1-sqrt": "minus_sqrt", "linear": "linear", "cosine": "cosine"
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters that are treated alike: a pattern of their names, and their rule, without a forward multiplier."""
 
     pattern: str
     leaves: tuple[str, ...]  # our own last name of each
-    rule: Rule
+    rule: ParameterRule
 
 
-def leaves_of(config: ProxyConfig) -> tuple[str, ...]:
+def list_leaves(config: ProxyConfig) -> tuple[str, ...]:
     """The last names of the parameters that a model of this configuration has."""
     absent = (() if config.qk_norm else ("q_norm", "k_norm")) + (("readout",) if config.tied else ())
     return tuple(leaf for leaf in LEAVES if leaf not in absent)
 
 
-def absorbed(config: ProxyConfig) -> dict[str, Rule]:
+def absorb_multipliers(config: ProxyConfig) -> dict[str, ParameterRule]:
     """The table by last name with every forward multiplier absorbed, for trainers whose model has none.
 
     A matrix W behind a multiplier c learns as W' = c W with initial std c std, rate c lr, decay wd / c, epsilon eps / c
@@ -72,7 +72,7 @@ def absorbed(config: ProxyConfig) -> dict[str, Rule]:
     alpha_attn into the queries (their norm's gain if there is one), the depth multiplier into o and down, alpha_out / m
     into the readout. A tied table cannot absorb two: ValueError.
     """
-    table = rules(config)
+    table = compute_rules(config)
     into, out, branch = (table[role].multiplier for role in ("embedding", "readout", "hidden"))
     if config.tied and (into != 1 or out != 1):
         raise ValueError(
@@ -81,25 +81,25 @@ def absorbed(config: ProxyConfig) -> dict[str, Rule]:
         )
     query = "q_norm" if config.qk_norm else "q"
     factor = {"embed": into, "readout": out, "o": branch, "down": branch, query: config.alpha_attn}
-    return {leaf: _absorb(table[role_of(leaf)], factor.get(leaf, 1.0)) for leaf in leaves_of(config)}
+    return {leaf: _absorb(table[get_role(leaf)], factor.get(leaf, 1.0)) for leaf in list_leaves(config)}
 
 
-def groups(config: ProxyConfig) -> list[Group]:
+def make_groups(config: ProxyConfig) -> list[ParameterGroup]:
     """Parameters with one rule together, each group as a pattern of torchtitan's names; every parameter in one."""
-    alike: dict[Rule, list[str]] = {}
-    for leaf, rule in absorbed(config).items():
+    alike: dict[ParameterRule, list[str]] = {}
+    for leaf, rule in absorb_multipliers(config).items():
         alike.setdefault(rule, []).append(leaf)
-    return [Group("|".join(TORCHTITAN[leaf] for leaf in leaves), tuple(leaves), rule) for rule, leaves in alike.items()]
+    return [ParameterGroup("|".join(TORCHTITAN[leaf] for leaf in leaves), tuple(leaves), rule) for rule, leaves in alike.items()]
 
 
-def as_json(config: ProxyConfig, tokens: int | None = None) -> str:
+def format_json(config: ProxyConfig, tokens: int | None = None) -> str:
     """Everything: the configuration, the rule of every kind of parameter with its forward multiplier, and without."""
-    table = rules(config)
+    table = compute_rules(config)
     payload: dict[str, Any] = {
         "config": config.model_dump(),
         "m": config.m,
         "r": config.r,
-        "parameters": {leaf: {"role": role_of(leaf)} | asdict(table[role_of(leaf)]) for leaf in leaves_of(config)},
+        "parameters": {leaf: {"role": get_role(leaf)} | asdict(table[get_role(leaf)]) for leaf in list_leaves(config)},
         "multipliers": {
             "embedding_output": table["embedding"].multiplier,
             "readout_input": table["readout"].multiplier,
@@ -109,21 +109,21 @@ def as_json(config: ProxyConfig, tokens: int | None = None) -> str:
         "betas": [config.beta1, config.beta2],
     }
     if not config.tied:
-        payload["without_multipliers"] = {leaf: asdict(rule) for leaf, rule in absorbed(config).items()}
+        payload["without_multipliers"] = {leaf: asdict(rule) for leaf, rule in absorb_multipliers(config).items()}
     if tokens is not None:
-        payload |= {"tokens": tokens, "decay_timescale": timescale(config, tokens)}
+        payload |= {"tokens": tokens, "decay_timescale": compute_timescale(config, tokens)}
     return json.dumps(payload, indent=2)
 
 
-def as_table(config: ProxyConfig, tokens: int | None = None) -> str:
+def format_table(config: ProxyConfig, tokens: int | None = None) -> str:
     """For people: one line for each kind of parameter."""
     lines = [
         f"{config.optimizer} under {config.parametrization}: width {config.d_model} (m {config.m:g}), {config.n_layers} layers (r {config.r:g}), "
         f"N {config.counts.N:,}, batch {config.batch_seqs} x {config.seq_len}",
         f"{'':24}{'init std':>12}{'lr':>12}{'decay':>12}{'eps':>12}{'multiplier':>12}",
     ]
-    for role, rule in rules(config).items():
-        names = ", ".join(leaf for leaf in leaves_of(config) if role_of(leaf) == role)
+    for role, rule in compute_rules(config).items():
+        names = ", ".join(leaf for leaf in list_leaves(config) if get_role(leaf) == role)
         if names:
             start = (
                 f"1 + {rule.init_std:g}"
@@ -139,12 +139,12 @@ def as_table(config: ProxyConfig, tokens: int | None = None) -> str:
     )
     if tokens is not None:
         lines.append(
-            f"{tokens:,} tokens; weights remember {timescale(config, tokens):.3g} of the run (1 / (lr x decay x steps))"
+            f"{tokens:,} tokens; weights remember {compute_timescale(config, tokens):.3g} of the run (1 / (lr x decay x steps))"
         )
     return "\n".join(lines)
 
 
-def as_torchtitan(config: ProxyConfig) -> str:
+def format_torchtitan(config: ProxyConfig) -> str:
     """Python for torchtitan's `OptimizersContainer.Config(param_groups=...)`, with the initial stds as comments.
 
     ValueError for optimizers that torchtitan does not build (it has AdamW and Muon).
@@ -160,11 +160,11 @@ def as_torchtitan(config: ProxyConfig) -> str:
         "# (readout: zeros where 0). A schedule must multiply each group's own rate.",
         "param_groups = [",
     ]
-    for group in groups(config):
+    for group in make_groups(config):
         rule = group.rule
         start = f"gain {rule.init_mean:.9g}" if rule.init_mean else f"std {rule.init_std:.9g}"
         kind, more = "AdamW", {"betas": (config.beta1, config.beta2), "eps": rule.eps}
-        if config.optimizer in muon and role_of(group.leaves[0]) == "hidden":
+        if config.optimizer in muon and get_role(group.leaves[0]) == "hidden":
             kind, more = "Muon", {"momentum": getattr(config, "momentum", 0.95), "adjust_lr_fn": muon[config.optimizer]}
         kwargs = {"lr": rule.lr, "weight_decay": rule.weight_decay} | more
         lines += [
@@ -177,7 +177,7 @@ def as_torchtitan(config: ProxyConfig) -> str:
     return "\n".join([*lines, "]"])
 
 
-def as_megatron(config: ProxyConfig, tokens: int | None = None) -> str:
+def format_megatron(config: ProxyConfig, tokens: int | None = None) -> str:
     """Flags for Megatron-LM's own muP (`--scaling-recipe`), one to a line, and as comments what they cannot say.
 
     ValueError for anything but AdamW under muP.
@@ -186,7 +186,7 @@ def as_megatron(config: ProxyConfig, tokens: int | None = None) -> str:
         raise ValueError(
             f"needed optimizer 'adamw' under 'mup' for Megatron's recipe, got {config.optimizer!r} under {config.parametrization!r}"
         )
-    table = rules(config)
+    table = compute_rules(config)
     deep = config.depth_power == 1
     flags: dict[str, Any] = {
         "num-layers": config.n_layers,
@@ -264,7 +264,7 @@ def as_megatron(config: ProxyConfig, tokens: int | None = None) -> str:
     return "\n".join([*said, *(f"--{k}" if v is None else f"--{k} {v}" for k, v in flags.items())])
 
 
-def _absorb(rule: Rule, c: float) -> Rule:
+def _absorb(rule: ParameterRule, c: float) -> ParameterRule:
     return replace(
         rule,
         init_mean=c * rule.init_mean,

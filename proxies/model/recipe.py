@@ -1,39 +1,48 @@
-"""A tuned set of values, and where each goes at another width, depth, batch size or number of tokens (docs/math.md §2, §9).
+"""Carry tuned values to another width, depth, batch size or number of tokens (docs/math.md §2).
 
-Width and depth are in the muP table (`proxies.model.mup.rules`), which needs only the shape. Batch and tokens change what is
-tuned itself: learning rate, betas, epsilon and decay. Both are here in one object; the laws of `scaling`, fitted to runs
-at several batch sizes and lengths, are better wherever there are such runs.
+The muP table (`proxies.model.mup.compute_rules`) covers width and depth and needs only the shape. Batch size and number
+of tokens change the tuned values themselves: learning rate, betas, epsilon and decay. A `Recipe` handles all of them.
+The laws of `scaling`, fitted to runs at several batch sizes and run lengths, are better wherever there are such runs.
 """
 
 from __future__ import annotations
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model_validator
 
 from proxies.config.proxy import ProxyConfig
 
-# The batch rule is derived for Adam's normalised step (arXiv 2205.10287); for others nothing is known here.
-BATCH_RULE = ("adamw", "adamw8bit")
+# The batch rule is derived for Adam's normalized step (arXiv 2205.10287). No rule is known here for other optimizers.
+BATCH_RULE_OPTIMIZERS = ("adamw", "adamw8bit")
 
 
 class Recipe(BaseModel):
-    """Values tuned for one batch size and length, carried to others.
+    """Values tuned for one batch size and run length, to be carried to others.
 
-    Batch times c (Adam's square-root rule, arXiv 2205.10287): lr sqrt(c), 1 - beta times c, eps / sqrt(c).
-    Tokens D to h D: lr h^-horizon_power (arXiv 2409.19913 measured .32 with cosine schedules at fixed batch).
-    Decay: the timescale 1 / (lr wd S), the share of the run that the weights remember (2405.13698), is kept while
-    timescale_power is 0; else it goes as (tokens per parameter)^-timescale_power, about .53 in 2505.13738, from memory.
+    - Batch size times c (Adam's square-root rule, arXiv 2205.10287): lr times sqrt(c), 1 - beta times c, eps divided by
+      sqrt(c).
+    - Tokens from D to h D: lr times h^-horizon_power. arXiv 2409.19913 measured 0.32, with cosine schedules at fixed
+      batch size.
+    - Decay: the timescale 1 / (lr wd S), the share of the run over which weights are averaged (arXiv 2405.13698), stays
+      the same if timescale_power is 0. Otherwise it changes as (tokens per parameter)^-timescale_power; about 0.53 in
+      arXiv 2505.13738, from memory.
+
+    Attributes:
+        base: The proxy with the tuned values.
+        tokens: Tokens of the runs that it was tuned with.
+        horizon_power: Power of the number of tokens by which lr falls.
+        timescale_power: Power of tokens per parameter by which the decay timescale falls.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     base: ProxyConfig
-    tokens: PositiveInt = Field(description="length of the runs that the base was tuned with")
+    tokens: PositiveInt
     horizon_power: NonNegativeFloat = 0.32
     timescale_power: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
-    def _a_step_at_least(self) -> Self:
+    def _check_length(self) -> Self:
         if self.tokens < self.base.batch_tokens:
             raise ValueError(f"tokens: needed a step of {self.base.batch_tokens:,} tokens or more, got {self.tokens:,}")
         return self
@@ -46,10 +55,22 @@ class Recipe(BaseModel):
         batch_seqs: int | None = None,
         tokens: int | None = None,
     ) -> ProxyConfig:
-        """The configuration at another width, depth, batch (sequences) or length (tokens); what is not named stays.
+        """Return the configuration at another width, depth, batch size or length.
 
-        The depth tuned at becomes the base depth unless one is set. Warm-up stays as it is in tokens. ValueError if the
-        batch grows beyond what the betas allow, or for an optimizer whose batch rule is not known.
+        The tuned depth becomes the base depth unless one is set. The warm-up stays the same in tokens.
+
+        Args:
+            d_model: Width; by default the tuned one.
+            n_layers: Number of layers; by default the tuned one.
+            batch_seqs: Sequences per step; by default the tuned number.
+            tokens: Tokens of the run; by default the tuned number.
+
+        Returns:
+            The configuration with the values for that place.
+
+        Raises:
+            ValueError: If the batch size grows beyond what the betas allow, changes for an optimizer without a known
+                batch rule, or the run is shorter than a step.
         """
         base = self.base
         seqs = batch_seqs or base.batch_seqs
@@ -62,21 +83,23 @@ class Recipe(BaseModel):
         moved = ProxyConfig.model_validate(base.model_dump() | shape | {"batch_seqs": seqs})
         c, h = seqs / base.batch_seqs, length / self.tokens
         if c != 1:
-            if base.optimizer not in BATCH_RULE:
+            if base.optimizer not in BATCH_RULE_OPTIMIZERS:
                 raise ValueError(
                     f"batch_seqs: needed {base.batch_seqs}, the batch that was tuned, since no batch rule is known for "
-                    f"{base.optimizer!r} (known for {', '.join(BATCH_RULE)}), got {seqs}: search batch_seqs instead"
+                    f"{base.optimizer!r} (known for {', '.join(BATCH_RULE_OPTIMIZERS)}), got {seqs}: "
+                    "search batch_seqs instead"
                 )
-            most = 1 / (1 - min(base.beta1, base.beta2))
-            if c >= most * (1 - 1e-9):
+            limit = 1 / (1 - min(base.beta1, base.beta2))
+            if c >= limit * (1 - 1e-9):
                 raise ValueError(
-                    f"batch_seqs: needed less than {most * base.batch_seqs:g}, where 1 - beta reaches 1, got {seqs}"
+                    f"batch_seqs: needed less than {limit * base.batch_seqs:g}, where 1 - beta reaches 1, got {seqs}"
                 )
         if length < moved.batch_tokens:
             raise ValueError(f"tokens: needed a step of {moved.batch_tokens:,} tokens or more, got {length:,}")
-        growth = (length / moved.counts.N) / (self.tokens / base.counts.N)  # of tokens per parameter
+        # Growth of tokens per parameter.
+        growth = (length / moved.counts.N) / (self.tokens / base.counts.N)
         lr = base.lr * c**0.5 * h**-self.horizon_power
-        # Fixed 1 / (lr wd S), with S as h / c.
+        # Keeps 1 / (lr wd S) fixed, with S as h / c.
         decay = base.weight_decay * (base.lr / lr) * (c / h) * growth**self.timescale_power
         return moved.model_copy(
             update={
@@ -89,10 +112,17 @@ class Recipe(BaseModel):
         )
 
 
-def timescale(config: ProxyConfig, tokens: int) -> float:
-    """1 / (lr wd S): the share of a run of `tokens` tokens over which AdamW averages its updates (arXiv 2405.13698).
+def compute_timescale(config: ProxyConfig, tokens: int) -> float:
+    """Return 1 / (lr wd S), the share of a run over which AdamW averages its updates (arXiv 2405.13698).
 
-    Infinite without decay. The same at every width: the hidden rate falls as its decay rises.
+    It is the same at every width, since the hidden rate falls as its decay rises.
+
+    Args:
+        config: The proxy.
+        tokens: Tokens of the run.
+
+    Returns:
+        The timescale as a share of the run; infinite without decay.
     """
     per_run = config.lr * config.weight_decay * tokens / config.batch_tokens
     return 1 / per_run if per_run else float("inf")

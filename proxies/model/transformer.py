@@ -27,7 +27,7 @@ NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
 
 
-def rope_table(seq_len: int, d_head: int) -> Tensor:
+def make_rope_table(seq_len: int, d_head: int) -> Tensor:
     """e^(i t w_j), complex128 [t, 1, k/2], with w_j = 10000^(-2j / d_head) (RoFormer, arXiv 2104.09864)."""
     angle_tj = _angles(seq_len, d_head, torch.device("cpu"))
     return torch.polar(torch.ones_like(angle_tj), angle_tj)[:, None, :]
@@ -47,7 +47,7 @@ def rotate(x_bthk: Tensor, table: Tensor) -> Tensor:
         even, odd = x_bthk.reshape(*x_bthk.shape[:-1], -1, 2).unbind(-1)
         cos, sin = table.unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
-    if fused.applies(x_bthk):
+    if fused.can_fuse(x_bthk):
         return fused.rotate(x_bthk, table)
     pairs = torch.view_as_complex(x_bthk.reshape(*x_bthk.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * table).flatten(-2)
@@ -61,7 +61,7 @@ class Block(nn.Module):
         d, k, f = config.d_model, config.d_head, config.d_ff
         self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, k
         self.scale = config.alpha_attn / math.sqrt(k)
-        self.branch = mup.rules(config)["hidden"].multiplier
+        self.branch = mup.compute_rules(config)["hidden"].multiplier
         self.attn_norm = _empty(d)
         self.q = _empty(self.n_heads * k, d)
         self.k = _empty(self.n_kv_heads * k, d)
@@ -76,28 +76,28 @@ class Block(nn.Module):
 
     def qk(self, x_btd: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated queries [b, t, h, k] and keys [b, t, g, k] of a normed stream."""
-        return self._turned(F.linear(x_btd, self.q), F.linear(x_btd, self.k), rope)
+        return self._rotate_heads(F.linear(x_btd, self.q), F.linear(x_btd, self.k), rope)
 
-    def _turned(self, q_btd: Tensor, k_btd: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        q_bthk, k_btgk = self._heads(q_btd, self.n_heads), self._heads(k_btd, self.n_kv_heads)
+    def _rotate_heads(self, q_btd: Tensor, k_btd: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        q_bthk, k_btgk = self._split_heads(q_btd, self.n_heads), self._split_heads(k_btd, self.n_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
-            q_bthk, k_btgk = norm(q_bthk, self.q_norm), norm(k_btgk, self.k_norm)
+            q_bthk, k_btgk = rms_norm(q_bthk, self.q_norm), rms_norm(k_btgk, self.k_norm)
         if q_bthk.dtype in (torch.bfloat16, torch.float16):  # autocast; there are no complex numbers of that size
             kind = q_bthk.dtype
             return rotate(q_bthk.float(), rope).to(kind), rotate(k_btgk.float(), rope).to(kind)
         return rotate(q_bthk, rope), rotate(k_btgk, rope)
 
-    def _heads(self, x_btd: Tensor, n: int) -> Tensor:
+    def _split_heads(self, x_btd: Tensor, n: int) -> Tensor:
         return x_btd.view(*x_btd.shape[:2], n, self.d_head)
 
     def attention(self, x_btd: Tensor, rope: Tensor) -> Tensor:
         q_btd, k_btd, v_btd = (F.linear(x_btd, w) for w in (self.q, self.k, self.v))
-        return F.linear(self._mixed(q_btd, k_btd, v_btd, rope), self.o)
+        return F.linear(self._mix_values(q_btd, k_btd, v_btd, rope), self.o)
 
-    def _mixed(self, q_btd: Tensor, k_btd: Tensor, v_btd: Tensor, rope: Tensor) -> Tensor:
+    def _mix_values(self, q_btd: Tensor, k_btd: Tensor, v_btd: Tensor, rope: Tensor) -> Tensor:
         """Values mixed by every head, [b, t, h·k]."""
-        q_bthk, k_btgk = self._turned(q_btd, k_btd, rope)
-        v_btgk = self._heads(v_btd, self.n_kv_heads)
+        q_bthk, k_btgk = self._rotate_heads(q_btd, k_btd, rope)
+        v_btgk = self._split_heads(v_btd, self.n_kv_heads)
         out_bhtk = F.scaled_dot_product_attention(
             q_bthk.transpose(1, 2),
             k_btgk.transpose(1, 2),
@@ -118,13 +118,13 @@ class Block(nn.Module):
         return F.linear(F.silu(F.linear(x_btd, self.gate)) * F.linear(x_btd, self.up), self.down)
 
     def forward(self, x_btd: Tensor, rope: Tensor) -> Tensor:
-        if fused.applies(x_btd):  # the same, with fewer passes over memory
-            q_btd, k_btd, v_btd = fused.normed_linears(x_btd, self.attn_norm, (self.q, self.k, self.v), NORM_EPS)
-            x_btd = fused.add_linear(x_btd, self._mixed(q_btd, k_btd, v_btd, rope), self.o, self.branch)
-            gate_btf, up_btf = fused.normed_linears(x_btd, self.mlp_norm, (self.gate, self.up), NORM_EPS)
+        if fused.can_fuse(x_btd):  # the same, with fewer passes over memory
+            q_btd, k_btd, v_btd = fused.norm_linears(x_btd, self.attn_norm, (self.q, self.k, self.v), NORM_EPS)
+            x_btd = fused.add_linear(x_btd, self._mix_values(q_btd, k_btd, v_btd, rope), self.o, self.branch)
+            gate_btf, up_btf = fused.norm_linears(x_btd, self.mlp_norm, (self.gate, self.up), NORM_EPS)
             return fused.add_linear(x_btd, fused.swiglu(gate_btf, up_btf), self.down, self.branch)
-        x_btd = self.add(x_btd, self.attention(norm(x_btd, self.attn_norm), rope))
-        return self.add(x_btd, self.mlp(norm(x_btd, self.mlp_norm)))
+        x_btd = self.add(x_btd, self.attention(rms_norm(x_btd, self.attn_norm), rope))
+        return self.add(x_btd, self.mlp(rms_norm(x_btd, self.mlp_norm)))
 
     def add(self, x_btd: Tensor, branch_btd: Tensor) -> Tensor:
         """The stream after a branch: CompleteP scales each by a power of depth."""
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ProxyConfig) -> None:
         super().__init__()
         self.config = config
-        table = mup.rules(config)
+        table = mup.compute_rules(config)
         self.multiplier_in = table["embedding"].multiplier
         self.multiplier_out = table["readout"].multiplier
         self.embed = _empty(config.vocab, config.d_model)
@@ -147,7 +147,7 @@ class Transformer(nn.Module):
         # No buffer: it follows from the shape, and `.double()` would cast complex numbers to real ones.
         self._ropes: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def rope_for(self, tokens_bt: Tensor) -> Tensor:
+    def get_rope(self, tokens_bt: Tensor) -> Tensor:
         """The rotary table for this many positions, in the precision of the weights."""
         seq_len = tokens_bt.shape[-1]
         if seq_len > self.config.seq_len:
@@ -163,7 +163,7 @@ class Transformer(nn.Module):
         kind = torch.complex128 if self.embed.dtype == torch.float64 else torch.complex64
         key = (tokens_bt.device, kind)
         if key not in self._ropes:
-            self._ropes[key] = rope_table(self.config.seq_len, self.config.d_head).to(*key)
+            self._ropes[key] = make_rope_table(self.config.seq_len, self.config.d_head).to(*key)
         return self._ropes[key][:seq_len]
 
     def stem(self, tokens_bt: Tensor) -> Tensor:
@@ -173,12 +173,12 @@ class Transformer(nn.Module):
     def head(self, x_btd: Tensor) -> Tensor:
         weight_vd = self.embed if self.readout is None else self.readout
         gain_d = self.final_norm if self.multiplier_out == 1 else self.final_norm * self.multiplier_out
-        if fused.applies(x_btd):
-            return fused.normed_linears(x_btd, gain_d, (weight_vd,), NORM_EPS)[0]
-        return F.linear(norm(x_btd, gain_d), weight_vd)
+        if fused.can_fuse(x_btd):
+            return fused.norm_linears(x_btd, gain_d, (weight_vd,), NORM_EPS)[0]
+        return F.linear(rms_norm(x_btd, gain_d), weight_vd)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
-        rope = self.rope_for(tokens_bt)
+        rope = self.get_rope(tokens_bt)
         x_btd = self.stem(tokens_bt)
         for block in self.blocks:
             if self.config.recompute and torch.is_grad_enabled():  # nothing here is random: no generator to keep
@@ -188,27 +188,27 @@ class Transformer(nn.Module):
         return self.head(x_btd)
 
 
-def norm(x_btd: Tensor, gain_d: Tensor) -> Tensor:
+def rms_norm(x_btd: Tensor, gain_d: Tensor) -> Tensor:
     """RMSNorm: x / rms(x) * gain."""
     return F.rms_norm(x_btd, gain_d.shape, gain_d, NORM_EPS)
 
 
-def loss_of(model: nn.Module, x_bt: Tensor, y_bt: Tensor) -> Tensor:
+def compute_loss(model: nn.Module, x_bt: Tensor, y_bt: Tensor) -> Tensor:
     """Mean cross-entropy, nats per token."""
-    return mean_loss(model(x_bt), y_bt)
+    return mean_cross_entropy(model(x_bt), y_bt)
 
 
-def mean_loss(logits_btv: Tensor, y_bt: Tensor) -> Tensor:
+def mean_cross_entropy(logits_btv: Tensor, y_bt: Tensor) -> Tensor:
     if logits_btv.dtype in (torch.bfloat16, torch.float16):
         logits_btv = logits_btv.float()
     logits_nv, y_n = logits_btv.flatten(0, 1), y_bt.flatten()
-    return fused.cross_entropy(logits_nv, y_n) if fused.applies(logits_nv) else F.cross_entropy(logits_nv, y_n)
+    return fused.cross_entropy(logits_nv, y_n) if fused.can_fuse(logits_nv) else F.cross_entropy(logits_nv, y_n)
 
 
 def build(config: ProxyConfig) -> Transformer:
     """A fresh model on CPU, float32, initialised from `config.seed` alone."""
     model = Transformer(config)
-    mup.init(model, config)
+    mup.init_parameters(model, config)
     return model
 
 

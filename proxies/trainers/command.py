@@ -27,8 +27,8 @@ from typing import IO, Any
 import psutil
 
 from scaling.common.measurement import Measurement
-from scaling.common.redact import without_passwords
-from scaling.tracking.client import connect, impatient
+from scaling.common.redact import redact_passwords
+from scaling.tracking.client import connect, fail_fast
 from scaling.tracking.log import now_ms, read_curve
 
 NAME = re.compile(r"\{(\w+)\}")
@@ -45,12 +45,12 @@ POLL_SECONDS = 10.0  # between two looks into MLflow, for a program that reports
 SHOWN = 8  # last lines of a program that failed
 
 
-def names_in(command: str) -> list[str]:
+def find_names(command: str) -> list[str]:
     """The {names} of a command, each once."""
     return list(dict.fromkeys(NAME.findall(command)))
 
 
-def resolved(command: str, values: Mapping[str, Any]) -> list[str]:
+def resolve_command(command: str, values: Mapping[str, Any]) -> list[str]:
     """The arguments of a command, {names} replaced by values. ValueError when it cannot be split, or a name has no value."""
     try:
         words = shlex.split(command)
@@ -59,22 +59,22 @@ def resolved(command: str, values: Mapping[str, Any]) -> list[str]:
     if not words:
         raise ValueError("command: needed a program and its arguments, got nothing")
     values = DEFAULTS | dict(values)
-    if missing := [name for name in names_in(" ".join(words)) if name not in values]:
+    if missing := [name for name in find_names(" ".join(words)) if name not in values]:
         known = ", ".join(sorted(values))
         raise ValueError(f"command: needed a value for {{{'}, {'.join(missing)}}}, got values for {known}")
     if parts := [part[0] for part in PART.finditer(" ".join(words)) if part[2] != ":" or part[1] in values]:
         raise ValueError(f"command: needed a {{name}} and no more between braces, got {', '.join(parts)}")
-    return [NAME.sub(lambda name: as_text(values[name[1]]), word) for word in words]
+    return [NAME.sub(lambda name: format_value(values[name[1]]), word) for word in words]
 
 
-def in_shell(words: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> str:
+def format_shell_command(words: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> str:
     """All that is run, as a shell would take it: the folder and the variables, too."""
     variables = ["env", *(f"{name}={value}" for name, value in environment.items())] if environment else []
     folder = f"cd {shlex.quote(str(cwd))} && " if cwd != Path() else ""
     return folder + shlex.join([*variables, *words])
 
 
-def as_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as an argument: numbers to the last digit, true and false as in JSON."""
     return json.dumps(value) if isinstance(value, bool | int | float) else str(value)
 
@@ -96,7 +96,7 @@ def run_command(
     tokens than asked, or prints a point that cannot be read.
     """
     asked = int(values["tokens"])
-    program = _Program(resolved(command, values), cwd, os.environ | dict(environment or {}), log)
+    program = _Program(resolve_command(command, values), cwd, os.environ | dict(environment or {}), log)
     try:
         yield from program.points(asked)
     finally:
@@ -240,7 +240,7 @@ class _Program:
         """Points that it has logged to its run in MLflow beyond `seen` tokens; of those of one key the last counts."""
         run = self.environment["MLFLOW_RUN_ID"]
         try:
-            with impatient():
+            with fail_fast():
                 client = connect(self.environment["MLFLOW_TRACKING_URI"])
                 curve, end = (read_curve(client, run, k, since=self.since) for k in ("loss", "final_loss"))
         except (
@@ -248,7 +248,7 @@ class _Program:
         ) as error:  # MLflow may be away while the program goes on; what it logged is asked for again at the end
             if last:
                 raise RuntimeError(
-                    self._said(f"printed no point, and MLflow cannot be asked for its own: {without_passwords(error)}")
+                    self._said(f"printed no point, and MLflow cannot be asked for its own: {redact_passwords(error)}")
                 ) from error
             return []
         points = [(tokens, loss, False) for tokens, loss in zip(*curve, strict=True) if tokens > seen]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
-from proxies.trainers.command import DEFAULTS, in_shell, names_in, resolved, run_command
+from proxies.trainers.command import DEFAULTS, format_shell_command, find_names, resolve_command, run_command
 from scaling.common.cli import say
 from scaling.common.measurement import Measurement
 from scaling.laws.compute import Fidelity
@@ -63,7 +63,7 @@ class CommandFamily:
 
     def __init__(self, **table: Any) -> None:
         self.table = CommandTable(**table)
-        self.names = set(names_in(self.table.command))
+        self.names = set(find_names(self.table.command))
         self._measured: dict[float, tuple[float, float]] = {}  # N -> seconds to start, tokens per second
 
     @property
@@ -99,7 +99,7 @@ class CommandFamily:
                         f"{where}: the command never uses it: put {{{name}}} where it belongs{hint}, or leave it out"
                     )
                 given.setdefault(name, f"among trainer.{source}" if source != "space" else "searched")
-        for name in names_in(t.command):
+        for name in find_names(t.command):
             if name not in given:
                 near = difflib.get_close_matches(name, given, n=1, cutoff=0.6)
                 hint = (
@@ -129,7 +129,7 @@ class CommandFamily:
 
     def _program(self) -> list[str]:
         try:
-            words = resolved(self.table.command, dict.fromkeys(self.names, "0") | {"python": DEFAULTS["python"]})
+            words = resolve_command(self.table.command, dict.fromkeys(self.names, "0") | {"python": DEFAULTS["python"]})
         except ValueError as error:
             return [f"trainer.{error}"]
         path = self.table.environment.get("PATH")
@@ -195,8 +195,8 @@ class CommandFamily:
 
     def example(self, params: Mapping[str, Any], fidelity: Fidelity) -> str:
         """The command of one run, as a shell would take it; files that are named when it runs are left empty."""
-        return in_shell(
-            resolved(self.table.command, self.values(params, fidelity)), self.table.cwd, self.table.environment
+        return format_shell_command(
+            resolve_command(self.table.command, self.values(params, fidelity)), self.table.cwd, self.table.environment
         )
 
     def seconds(self, params: Mapping[str, Any], fidelities: Sequence[Fidelity], *, threads: int) -> list[float]:

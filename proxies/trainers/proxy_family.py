@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
-from proxies.config.growth_rules import Method, check_growth
-from proxies.config.mixture_weights import MIX
-from proxies.config.optimizer_gate import SETTINGS, VERIFIED, refusal
+from proxies.config.growth_rules import GrowthMethod, check_growth
+from proxies.config.mixture_weights import MIX_PREFIX
+from proxies.config.optimizer_gate import CERTIFIED_SETTINGS, VERIFIED_RULES, explain_refusal
 from proxies.config.proxy import ProxyConfig, ProxySettings
-from proxies.config.schedules import SCHEDULES, unread
+from proxies.config.schedules import SCHEDULES, find_unused_settings
 from proxies.training.throughput import measure_speed
 from scaling.common.measurement import Measurement
 from scaling.laws.compute import Fidelity
@@ -72,7 +72,7 @@ class Target(BaseModel):
     d_model: PositiveInt
     n_layers: PositiveInt | None = Field(None, description="default: the family's")
     tokens: PositiveInt
-    method: Method = "shrink-pad-perturb"
+    method: GrowthMethod = "shrink-pad-perturb"
     shrink: float = Field(0.4, ge=0, le=1)
     noise: float | None = Field(None, ge=0, description="default: the method's own")
 
@@ -125,7 +125,7 @@ class ProxyFamily(ProxySettings):
         "mix.NAME" is the weight of a source; the others keep theirs, and the proxy has the shares that follow.
         """
         given = dict(params or {})
-        weights = {name.removeprefix(MIX): given.pop(name) for name in list(given) if name.startswith(MIX)}
+        weights = {name.removeprefix(MIX_PREFIX): given.pop(name) for name in list(given) if name.startswith(MIX_PREFIX)}
         if weights:
             given["mixture"] = self.weights | weights
         return ProxyConfig(**self.model_dump(exclude={"widths"}), d_model=d_model).model_copy(update=given)
@@ -152,7 +152,7 @@ class ProxyFamily(ProxySettings):
         """N and D of the target, which must be a size that the family can have."""
         target = Target.model_validate(table)
         config = self.target_config(target)
-        if wrong := refusal(config):
+        if wrong := explain_refusal(config):
             raise ValueError(wrong)
         check_growth(self.member(max(self.widths)), config, target.method)
         return Fidelity(float(config.counts.N), float(target.tokens))
@@ -171,7 +171,7 @@ class ProxyFamily(ProxySettings):
         """Names that cannot be searched, values that cannot be trained, runs too short for their steps and warm-up."""
         said = []
         width = min(self.widths)
-        sources = [] if isinstance(self.corpus, str) else [MIX + name for name in self.corpus]
+        sources = [] if isinstance(self.corpus, str) else [MIX_PREFIX + name for name in self.corpus]
         known = [*SEARCHABLE, *sources]
         for name, dimension in space.items():
             if name not in known:
@@ -180,7 +180,7 @@ class ProxyFamily(ProxySettings):
                 hint = f"did you mean {near[0]}?" if near else f"searchable: {', '.join(known)}"
                 said.append(f"space.{name}: unknown parameter; {hint}")
                 continue
-            if name in unread(self):
+            if name in find_unused_settings(self):
                 said.append(
                     f"space.{name}: schedule {self.schedule!r} with decay {self.decay!r} never reads it; leave it out, or "
                     "choose a schedule that does"
@@ -193,7 +193,7 @@ class ProxyFamily(ProxySettings):
             for end in ends:
                 try:
                     changed = (
-                        {"mixture": self.weights | {name.removeprefix(MIX): end}} if name in sources else {name: end}
+                        {"mixture": self.weights | {name.removeprefix(MIX_PREFIX): end}} if name in sources else {name: end}
                     )
                     ProxyConfig.model_validate(self.member(width).model_dump() | changed)
                 except ValidationError as error:
@@ -209,7 +209,7 @@ class ProxyFamily(ProxySettings):
                 f"(2 x {largest:,} = {2 * largest:,} tokens), got {tokens[0]:,}"
             )
         before, what = float(tokens[0]), "smallest run ends"
-        if SCHEDULES[self.schedule].cools:
+        if SCHEDULES[self.schedule].has_cooldown:
             before, what = before * (1 - self.cooldown), "smallest run's cooldown begins"
         if before <= self.warmup_tokens:
             said.append(
@@ -220,13 +220,13 @@ class ProxyFamily(ProxySettings):
 
     def _unverified(self, space: Mapping[str, Any]) -> list[str]:
         """Widths that the optimizer has no rule for; a setting that its certificate fixes cannot be searched either."""
-        if self.optimizer in VERIFIED or self.parametrization != "mup" or set(self.widths) == {self.base_width}:
+        if self.optimizer in VERIFIED_RULES or self.parametrization != "mup" or set(self.widths) == {self.base_width}:
             return []
-        wrong = refusal(self.member(max(self.widths)), self.widths)
+        wrong = explain_refusal(self.member(max(self.widths)), self.widths)
         return ([f"trainer.optimizer: {wrong}"] if wrong else []) + [
             f"space.{name}: the coordinate check of {self.optimizer!r} is for one value"
             for name in space
-            if name in SETTINGS
+            if name in CERTIFIED_SETTINGS
         ]
 
     def describe(self, params: Mapping[str, Any], fidelity: Fidelity, *, repeat: int = 0) -> dict[str, Any]:
@@ -271,12 +271,12 @@ class ProxyFamily(ProxySettings):
 
 def describe(config: ProxyConfig) -> dict[str, Any]:
     """The record of a run: its settings, its three parameter counts, the data's name, size, hash and shares."""
-    from proxies.data.mixture import record
+    from proxies.data.mixture import describe_data
 
     return config.model_dump() | {
         "N": config.counts.N,
         "N_nonembedding": config.counts.nonembedding,
         "N_total": config.counts.total,
         "batch_tokens": config.batch_tokens,
-        **record(config),
+        **describe_data(config),
     }

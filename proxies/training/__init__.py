@@ -1,2 +1,2 @@
-"""The training loop, run state, checkpoints, shards, distributed and stacked training, AutoLRS, throughput. Imports `config`,
-`data` and `model`."""
+"""The training loop, run state, checkpoints, shards, distributed and stacked training, AutoLRS, throughput. Imports
+`config`, `data` and `model`."""

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that are read one at a time, so that a large one is never held whole."""
+"""Read the tensors of a checkpoint one at a time, so that a large one is never held in memory completely."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from proxies.training.checkpoints import FORMAT, read_run, reading
-from proxies.training.shards import Key, Stored, name_of
+from proxies.training.checkpoints import FORMAT, explain_damage, read_run
+from proxies.training.shards import Key, ShardedTensors, join_key
 
 
-class Lazy(Mapping[str, Tensor]):
-    """Named tensors; each look-up reads one afresh and keeps nothing."""
+class LazyTensors(Mapping[str, Tensor]):
+    """Named tensors, each read from disk at every look-up and not kept."""
 
     def __init__(self, shapes: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
-        """shapes: the same tensors without their numbers."""
+        """Initialize with the tensors' shapes and the function that reads one by its name.
+
+        Args:
+            shapes: The same tensors without values.
+            read: Reads the tensor of a name.
+        """
         self.shapes, self.read = shapes, read
 
     def __getitem__(self, name: str) -> Tensor:
@@ -34,22 +39,24 @@ class Lazy(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
-class File:
-    """An open file of storages. It stays what it is when another takes its place, and is closed with its last reader."""
+class StorageFile:
+    """An open checkpoint file. It stays readable when another file replaces it, and is closed with its last reader."""
 
     def __init__(self, path: Path) -> None:
         self.stream = path.open("rb")
         weakref.finalize(self, self.stream.close)
 
     def read(self, shape: Tensor) -> Tensor:
-        with reading(Path(self.stream.name)):
+        """Read the tensor whose shape, stride and offset in the file `shape` has."""
+        with explain_damage(Path(self.stream.name)):
             storage = shape.untyped_storage()
-            place = storage._checkpoint_offset
-            assert place is not None  # torch sets it under FakeTensorMode, of what is in a file
-            if place + storage.nbytes() > os.fstat(self.stream.fileno()).st_size:
-                raise ValueError(f"{self.stream.name} was cut short while it was read: name another checkpoint")
+            # torch sets the offset under FakeTensorMode for storages of a file.
+            offset = storage._checkpoint_offset
+            assert offset is not None
+            if offset + storage.nbytes() > os.fstat(self.stream.fileno()).st_size:
+                raise ValueError(f"{self.stream.name} was truncated while it was read: give another checkpoint")
             data = bytearray(storage.nbytes())
-            self.stream.seek(place)
+            self.stream.seek(offset)
             self.stream.readinto(data)
             flat = torch.frombuffer(data, dtype=shape.dtype) if data else torch.empty(0, dtype=shape.dtype)
             return flat.as_strided(shape.shape, shape.stride(), shape.storage_offset())
@@ -57,38 +64,65 @@ class File:
 
 @dataclass(frozen=True)
 class LazyArchive:
-    """A checkpoint of which nothing but its plain values has been read."""
+    """A checkpoint of which only the plain values have been read.
+
+    Attributes:
+        path: The file or folder.
+        saved: What `load_state` would return, with shapes in place of tensors.
+        file: The open file; None for a folder.
+    """
 
     path: Path
-    saved: dict[str, Any]  # what `load_state` would give, with shapes in place of tensors
-    file: File | None  # None: a folder
+    saved: dict[str, Any]
+    file: StorageFile | None
 
-    def tensors(self, keys: Mapping[str, Key]) -> Lazy:
-        """Tensors at these places in `saved`, by names of one's own."""
-        shapes = {name: _at(self.saved, key) for name, key in keys.items()}
+    def tensors(self, keys: Mapping[str, Key]) -> LazyTensors:
+        """Return tensors at positions in `saved`, under names that the caller chooses.
+
+        Args:
+            keys: The position of each tensor by its new name.
+
+        Returns:
+            The tensors, read when they are looked up.
+        """
+        shapes = {name: _look_up(self.saved, key) for name, key in keys.items()}
         if self.file is not None:
             file = self.file
-            return Lazy(shapes, lambda name: file.read(shapes[name]))
-        folder = Stored(self.path / self.saved["data"], "", {name_of(key): shapes[name] for name, key in keys.items()})
-        # single numbers are in the header
-        return Lazy(shapes, lambda name: folder[name_of(keys[name])] if shapes[name].is_meta else shapes[name])
+            return LazyTensors(shapes, lambda name: file.read(shapes[name]))
+        folder = ShardedTensors(
+            self.path / self.saved["data"], "", {join_key(key): shapes[name] for name, key in keys.items()}
+        )
+        # Single numbers are in the header.
+        return LazyTensors(shapes, lambda name: folder[join_key(keys[name])] if shapes[name].is_meta else shapes[name])
 
 
 def open_run(path: Path, form: str = FORMAT) -> LazyArchive:
-    """A file or folder, checked as `load_state` does, with its errors."""
+    """Open a checkpoint without reading its tensors.
+
+    Args:
+        path: The file or folder.
+        form: The expected format.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ValueError: As for `load_state`.
+    """
     if path.is_dir():
         return LazyArchive(path, read_run(path, form=form), None)
     if not path.is_file():
         raise ValueError(f"needed a saved run, got {path}: no such file")
-    file = File(path)
-    with FakeTensorMode():  # torch's way to learn where in the file storages lie: it reads nothing into them
+    file = StorageFile(path)
+    # In this mode torch records where the storages lie in the file, and reads none of them.
+    with FakeTensorMode():
         saved = read_run(path, form=form)
     if not os.path.samestat(os.fstat(file.stream.fileno()), path.stat()):
         raise ValueError(f"{path} was replaced while it was read: try again")
     return LazyArchive(path, saved, file)
 
 
-def _at(tree: Any, key: Key) -> Any:
+def _look_up(tree: Any, key: Key) -> Any:
     for part in key:
         tree = tree[part]
     return tree

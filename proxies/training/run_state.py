@@ -1,4 +1,4 @@
-"""The state of a run: weights, moments, position, and what is written of them."""
+"""The state of a run: weights, moments and position, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from proxies.config.proxy import ProxyConfig
-from proxies.config.schedules import SCHEDULES, factor
+from proxies.config.schedules import SCHEDULES, compute_lr_factor
 from proxies.config.steps import StepPlan
-from proxies.data.mixture import Reader
+from proxies.data.mixture import WindowReader
 from proxies.model import mup
-from proxies.model.mup import rule_of
+from proxies.model.mup import map_rules
 from proxies.model.optimizers import CombinedOptimizer, make_optimizer, set_lr
-from proxies.model.transformer import Transformer, build, loss_of
-from proxies.training.checkpoints import FORMAT, copy_to_cpu, reading, take
-from proxies.training.distributed import ALONE, Ranks, wrapped
+from proxies.model.transformer import Transformer, build, compute_loss
+from proxies.training.checkpoints import FORMAT, copy_to_cpu, explain_damage, materialize_tensors
+from proxies.training.distributed import ALONE, Ranks, wrap_model
 from proxies.training.shards import Key
 from scaling.common.measurement import Measurement
 from scaling.common.signals import defer_signals
 
-CHECK_EVERY = 8  # steps between looks at the training loss
-# A run is lost when its training loss is above ln(vocab) + 1, a nat worse than guessing, at so many looks in a row after
-# the warm-up: 64 steps, so that a spike from which a run recovers does not end it.
-LOST_LOOKS = 8
-# On resuming: the data's hash is compared instead of its path; memory and time may be saved, at the price of the last bits.
+# Steps between checks of the training loss.
+CHECK_EVERY = 8
+# A run is lost when its training loss is above ln(vocab) + 1, one nat worse than guessing, at this many checks in a row
+# after the warm-up. That is 64 steps, so a spike from which a run recovers does not end it.
+LOST_CHECKS = 8
+# Settings that may differ on resuming. The data's hash is compared instead of its path. The settings that save memory
+# or time change only the last bits.
 FREE_TO_DIFFER = (
     "compile",
     "coordinate_check",
@@ -42,98 +44,119 @@ FREE_TO_DIFFER = (
     "micro_seqs",
     "recompute",
 )
-FLAGS = (
-    "differentiable",
-    "maximize",
-    "capturable",
-)  # of torch's optimizers: how steps are taken is not the file's to say
+# Flags of torch's optimizers that say how steps are taken, which a checkpoint must not change.
+FLAGS = ("differentiable", "maximize", "capturable")
 
 
 class Run:
-    """All that changes while a proxy trains: weights, moments, position, and the loss summed since the last point.
+    """Everything that changes while a proxy trains: weights, moments, position, and the loss summed since the last
+    point.
 
-    On several ranks each has its own; what is read off it is the same on all of them.
+    Each rank has its own run; the values that it reports are the same on all ranks.
     """
 
     def __init__(
         self, config: ProxyConfig, cut: StepPlan, data_sha256: str, device: torch.device, ranks: Ranks = ALONE
     ) -> None:
         self.config, self.cut, self.data_sha256, self.device, self.ranks = config, cut, data_sha256, device, ranks
-        self.model = _empty(config) if ranks.engine == "fsdp2" else build(config).to(device)
+        self.model = _build_empty(config) if ranks.engine == "fsdp2" else build(config).to(device)
         if config.compile:
-            _compile(self.model, ranks)
-        self.engine = wrapped(self.model, ranks.engine, device)  # the model as it is trained
-        if ranks.engine == "fsdp2":  # no rank ever has the whole model
+            _compile_model(self.model, ranks)
+        # The model as it is trained.
+        self.engine = wrap_model(self.model, ranks.engine, device)
+        # No rank ever holds the whole model.
+        if ranks.engine == "fsdp2":
             self.model.to_empty(device=device)
-            mup.init(self.model, config)
+            mup.init_parameters(self.model, config)
         self.names = tuple(name for name, _ in self.model.named_parameters())
         self.optimizer = make_optimizer(self.model, config)
         self.step = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # kept there: reading it would stall steps
+        # Kept on the device: reading it would stall the steps.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.loss_windows = 0
-        self.look_sum, self.look_windows = torch.zeros_like(self.loss_sum), 0  # since the last look
-        self.lost_looks = 0  # in a row
-        self.trunk: dict[str, Any] | None = None  # the state at the branch point, once it is reached
+        # The same since the last check, and the number of checks in a row that failed.
+        self.check_sum, self.check_windows = torch.zeros_like(self.loss_sum), 0
+        self.lost_checks = 0
+        # The state at the branch point, once it is reached.
+        self.trunk: dict[str, Any] | None = None
 
     @property
     def windows_seen(self) -> int:
+        """Training windows used so far, of the whole batch on all ranks."""
         return min(self.step * self.config.batch_seqs, self.cut.tokens // self.config.seq_len)
 
     @property
     def tokens(self) -> int:
+        """Tokens trained so far."""
         return self.windows_seen * self.config.seq_len
 
-    def factor(self, tokens: float) -> float:
-        """Share of the peak rate; only a step beyond the trunk may know where the run ends."""
+    def compute_factor(self, tokens: float) -> float:
+        """Return the share of the peak rate at a position. Only a step beyond the trunk may know where the run ends."""
         if self.step < self.cut.trunk_steps or self.cut.cooldown_steps == 0:
-            return factor(self.config, tokens)
-        return factor(self.config, tokens, branch=self.cut.trunk_steps * self.config.batch_tokens, end=self.cut.tokens)
+            return compute_lr_factor(self.config, tokens)
+        return compute_lr_factor(
+            self.config, tokens, branch=self.cut.trunk_steps * self.config.batch_tokens, end=self.cut.tokens
+        )
 
-    def advance(self, windows: Reader, share: float | None = None) -> Tensor:
-        """One optimizer step at this share of the peak rate (default: the schedule's); the batch's loss, nats per token.
+    def advance(self, windows: WindowReader, share: float | None = None) -> Tensor:
+        """Take one optimizer step. Weights, moments and position change together, once the gradients are known.
 
-        Weights, moments and position change together, once the gradients are known.
+        Args:
+            windows: The training windows.
+            share: The share of the peak rate. Default: the schedule's.
+
+        Returns:
+            The batch's loss, in nats per token.
         """
         start = self.windows_seen
         n = min(self.config.batch_seqs, self.cut.tokens // self.config.seq_len - start)
         mine = windows.batch(start, n, rank=self.ranks.rank, ranks=self.ranks.world)
         x_bt, y_bt = (t.to(self.device, non_blocking=True) for t in mine)
-        # The rate in the middle of the batch: then the mean over warm-up and cooldown is that of the continuous
-        # schedule, whatever the batch size, and no step gets rate 0.
-        set_lr(self.optimizer, self.factor((start + n / 2) * self.config.seq_len) if share is None else share)
+        # The rate in the middle of the batch: so its mean over warm-up and cooldown is that of the continuous schedule
+        # for any batch size, and no step has rate 0.
+        set_lr(self.optimizer, self.compute_factor((start + n / 2) * self.config.seq_len) if share is None else share)
         loss = self.backward(x_bt, y_bt, n)
         with defer_signals():
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self.count(loss, n)
+            self.count_step(loss, n)
         return loss
 
-    def count(self, loss: Tensor, n: int) -> None:
-        """A step was taken on n windows of this mean loss."""
+    def count_step(self, loss: Tensor, n: int) -> None:
+        """Record that a step was taken on n windows with this mean loss."""
         self.loss_sum += loss * n
-        self.look_sum += loss * n
+        self.check_sum += loss * n
         self.loss_windows += n
-        self.look_windows += n
+        self.check_windows += n
         self.step += 1
 
-    def measured(self, loss: float, seconds: float, *, final: bool = False, diverged: bool = False) -> Measurement:
-        """The point here, with the mean training loss since the last one, which is counted anew from here."""
+    def measure(self, loss: float, seconds: float, *, final: bool = False, diverged: bool = False) -> Measurement:
+        """Return the measurement at this position and reset the mean training loss that it reports."""
         train_loss = float(self.loss_sum) / self.loss_windows if self.loss_windows else math.nan
         self.loss_sum.zero_()
         self.loss_windows = 0
         return Measurement(
-            self.tokens, loss, self.config.lr * self.factor(self.tokens), train_loss, seconds, final, diverged
+            self.tokens, loss, self.config.lr * self.compute_factor(self.tokens), train_loss, seconds, final, diverged
         )
 
     def backward(self, x_bt: Tensor, y_bt: Tensor, n: int | None = None) -> Tensor:
-        """Gradients of the batch's mean loss, by parts of micro_seqs sequences a rank; that loss, nats per token.
+        """Compute gradients of the batch's mean loss, in parts of `micro_seqs` sequences per rank.
 
-        x_bt, y_bt: this rank's windows of the batch's n (default: all of it). Engines take the mean of the ranks' gradients,
-        so each part weighs as its windows do; a rank with fewer parts than others joins them with one that weighs nothing.
+        Engines take the mean of the ranks' gradients, so each part is weighted by its windows. A rank with fewer parts
+        than others takes part with one of weight zero.
+
+        Args:
+            x_bt: This rank's inputs.
+            y_bt: This rank's next tokens.
+            n: Windows of the whole batch. Default: this rank's.
+
+        Returns:
+            The batch's mean loss, in nats per token.
         """
         n, world = len(x_bt) if n is None else n, self.ranks.world
         total = torch.zeros((), device=self.device)
-        most = -(-n // world)  # windows of a rank
+        # The largest number of windows of a rank.
+        most = -(-n // world)
         micro = self.config.micro_seqs or most
         parts = list(zip(torch.split(x_bt, micro), torch.split(y_bt, micro), strict=True)) if len(x_bt) else []
         rounds = -(-most // micro)
@@ -143,31 +166,34 @@ class Run:
             else:
                 x_pt = y_pt = torch.zeros(1, self.config.seq_len, dtype=torch.int64, device=self.device)
                 weight = 0.0
-            with self.sending(i == rounds - 1):
+            with self.defer_gradients(i == rounds - 1):
                 with autocast(self.device, self.config.precision):
-                    loss = loss_of(self.engine, x_pt, y_pt) * weight
+                    loss = compute_loss(self.engine, x_pt, y_pt) * weight
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        return self.ranks.total(total) / world if world > 1 else total
+        return self.ranks.sum_over_ranks(total) / world if world > 1 else total
 
-    def sending(self, last: bool) -> Any:
-        """DDP sums gradients over ranks once a step, after the last part; FSDP2 after each, so that none has them whole."""
+    def defer_gradients(self, last: bool) -> Any:
+        """Make DDP sum gradients over ranks once a step, after the last part.
+
+        FSDP2 sums after each part, so that no rank holds all gradients.
+        """
         if isinstance(self.engine, nn.parallel.DistributedDataParallel) and not last:
             return self.engine.no_sync()
         return nullcontext()
 
     def is_lost(self) -> bool:
-        """A look at the training loss: whether it is not finite, or was far above guessing at the last LOST_LOOKS."""
-        if self.look_windows and self.step % CHECK_EVERY == 0:
-            high = float(self.look_sum) / self.look_windows > math.log(self.config.vocab) + 1
-            self.lost_looks = self.lost_looks + 1 if high and self.tokens > self.config.warmup_tokens else 0
-            self.look_sum.zero_()
-            self.look_windows = 0
-        lost = self.lost_looks >= LOST_LOOKS or not math.isfinite(self.loss_sum)
-        return bool(self.ranks.largest(lost)[0])
+        """Return whether the training loss is not finite, or far above guessing at the last `LOST_CHECKS` checks."""
+        if self.check_windows and self.step % CHECK_EVERY == 0:
+            high = float(self.check_sum) / self.check_windows > math.log(self.config.vocab) + 1
+            self.lost_checks = self.lost_checks + 1 if high and self.tokens > self.config.warmup_tokens else 0
+            self.check_sum.zero_()
+            self.check_windows = 0
+        lost = self.lost_checks >= LOST_CHECKS or not math.isfinite(self.loss_sum)
+        return bool(self.ranks.max_over_ranks(lost)[0])
 
     def snapshot(self) -> dict[str, Any]:
-        """A copy of the state, on CPU."""
+        """Return a copy of the state on CPU."""
         state = {
             "step": self.step,
             "windows": self.windows_seen,
@@ -175,17 +201,17 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "loss_sum": self.loss_sum,
             "loss_windows": self.loss_windows,
-            "look": [float(self.look_sum), self.look_windows, self.lost_looks],
+            "look": [float(self.check_sum), self.check_windows, self.lost_checks],
         }
         copied: dict[str, Any] = copy_to_cpu(state)
         return copied
 
-    def file(self, phase: Literal["trunk", "cooldown", "done"], **more: Any) -> dict[str, Any]:
-        """What is written: the header, the trunk's state, and more."""
+    def to_file(self, phase: Literal["trunk", "cooldown", "done"], **more: Any) -> dict[str, Any]:
+        """Return what a checkpoint holds: the header, the trunk's state, and more."""
         return {
             "format": FORMAT,
             "config": self.config.model_dump(),
-            "mup": {name: asdict(rule) for name, rule in rule_of(self.names, self.config).items()},
+            "mup": {name: asdict(rule) for name, rule in map_rules(self.names, self.config).items()},
             "data_sha256": self.data_sha256,
             "phase": phase,
             "tokens": self.cut.tokens,
@@ -193,21 +219,29 @@ class Run:
             **more,
         }
 
-    def partial(self) -> dict[str, Any]:
+    def to_partial_file(self) -> dict[str, Any]:
+        """Return what the checkpoint of an unfinished run holds."""
         if self.trunk is None:
-            return self.file("trunk") | {"trunk": self.snapshot()}
-        return self.file("cooldown", current=self.snapshot())
+            return self.to_file("trunk") | {"trunk": self.snapshot()}
+        return self.to_file("cooldown", current=self.snapshot())
 
     def restore(self, saved: Mapping[str, Any], path: Path) -> None:
-        """Go on from a run that `read_run` has read; ValueError if it is another one or already past this one's trunk."""
-        with reading(path):
+        """Continue from a saved run.
+
+        Args:
+            saved: What `read_run` returned.
+            path: The checkpoint.
+
+        Raises:
+            ValueError: If it has other settings or data, or is already past this run's trunk.
+        """
+        with explain_damage(path):
             self._restore(saved, path)
 
     def _restore(self, saved: Mapping[str, Any], path: Path) -> None:
         ours = self.config.model_dump()
-        theirs = ProxyConfig.model_validate(
-            saved["config"]
-        ).model_dump()  # settings younger than the file: their defaults
+        # Settings that are newer than the file have their defaults.
+        theirs = ProxyConfig.model_validate(saved["config"]).model_dump()
         wrong = [
             f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
             for name in sorted(ours.keys() | theirs.keys())
@@ -221,21 +255,22 @@ class Run:
             raise ValueError(
                 f"needed a shorter run with the same settings to resume, got {path} with other "
                 + "; ".join(wrong)
-                + ": start afresh, or name the right file"
+                + ": start a new run, or give the right file"
             )
         same_cooldown = saved["phase"] == "cooldown" and saved["tokens"] == self.cut.tokens
         if SCHEDULES[self.config.schedule].has_horizon and not same_cooldown and saved["phase"] != "trunk":
             warnings.warn(
-                f"schedule {self.config.schedule!r} has a horizon: a run of {self.cut.tokens:,} tokens starts afresh, it "
-                f"cannot go on from {path}, which is {saved['phase']} for {saved['tokens']:,}",
+                f"schedule {self.config.schedule!r} has a horizon: a run of {self.cut.tokens:,} tokens starts from the "
+                "beginning, it "
+                f"cannot continue {path}, which is {saved['phase']} for {saved['tokens']:,} tokens",
                 stacklevel=4,
             )
-        like = self.layout()
-        self.trunk = take(saved, "trunk", path, like) if same_cooldown else None
-        self.load(take(saved, "current" if same_cooldown else "trunk", path, like))
+        like = self.make_layout()
+        self.trunk = materialize_tensors(saved, "trunk", path, like) if same_cooldown else None
+        self.load(materialize_tensors(saved, "current" if same_cooldown else "trunk", path, like))
 
-    def layout(self) -> Callable[[Key], Tensor | None]:
-        """Which parameter each tensor of a snapshot belongs to, by its place there."""
+    def make_layout(self) -> Callable[[Key], Tensor | None]:
+        """Return a function from a position in a snapshot to the parameter that its tensor belongs to."""
         named = dict(self.model.named_parameters())
         parts = self.optimizer.parts if isinstance(self.optimizer, CombinedOptimizer) else (self.optimizer,)
         numbered: list[list[Tensor]] = [[p for group in part.param_groups for p in group["params"]] for part in parts]
@@ -253,25 +288,26 @@ class Run:
         return like
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go back, or on, to a snapshot."""
+        """Set the state to a snapshot's."""
         self.model.load_state_dict(state["model"])
-        # A copy: the optimizer takes tensors of the right kind as they are, and this one's trunk must stay as it is.
+        # A copy, because the optimizer keeps tensors of the right kind as they are, and the trunk's must not change.
         own = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(copy_to_cpu(state["optimizer"]))
         for group, mine in zip(self.optimizer.param_groups, own, strict=True):
-            if wrong := [key for key in mine if key not in group or _kind(group[key]) != _kind(mine[key])]:
+            if wrong := [key for key in mine if key not in group or _get_kind(group[key]) != _get_kind(mine[key])]:
                 raise TypeError(f"the optimizer's {', '.join(wrong)}")
             group.update({flag: mine[flag] for flag in FLAGS if flag in mine})
         for part in self.optimizer.parts if isinstance(self.optimizer, CombinedOptimizer) else (self.optimizer,):
-            _check_fused(part)
+            _check_fused_state(part)
         self.loss_sum = state["loss_sum"].to(self.device, copy=True)
         self.loss_windows, self.step = state["loss_windows"], state["step"]
-        look_sum, self.look_windows, self.lost_looks = state.get("look", (0.0, 0, 0))  # files before there were looks
-        self.look_sum.fill_(look_sum)
+        # Files of the first versions have no checks.
+        check_sum, self.check_windows, self.lost_checks = state.get("look", (0.0, 0, 0))
+        self.check_sum.fill_(check_sum)
 
 
-def _check_fused(optimizer: torch.optim.Optimizer) -> None:
-    """TypeError when a state is not of its parameter's shape: torch's fused steps take that for granted, and write beside it."""
+def _check_fused_state(optimizer: torch.optim.Optimizer) -> None:
+    """Raise TypeError if a state does not have its parameter's shape: torch's fused steps would write out of bounds."""
     for group in optimizer.param_groups:
         for parameter in group["params"] if group.get("fused") else ():
             for name, value in optimizer.state.get(parameter, {}).items():
@@ -280,13 +316,13 @@ def _check_fused(optimizer: torch.optim.Optimizer) -> None:
                     raise TypeError(f"the optimizer's {name}: needed a tensor of shape {shape}")
 
 
-def _kind(value: Any) -> Any:
-    """Numbers are alike: some optimizers begin with None or 0 and go on with tensors."""
+def _get_kind(value: Any) -> Any:
+    """Return the kind of a value. All numbers are one kind: some optimizers start with None and go on with tensors."""
     return float if value is None or isinstance(value, int | float | Tensor) else type(value)
 
 
-def _compile(model: Transformer, ranks: Ranks) -> None:
-    """In place, so that parameters keep their names. FSDP2 gathers weights before each part of a model: part by part."""
+def _compile_model(model: Transformer, ranks: Ranks) -> None:
+    """Compile in place, so that parameters keep their names; part by part for FSDP2, which gathers weights so."""
     if ranks.engine != "fsdp2":
         model.compile()
         return
@@ -296,14 +332,22 @@ def _compile(model: Transformer, ranks: Ranks) -> None:
         setattr(model, part, torch.compile(getattr(model, part)))
 
 
-def _empty(config: ProxyConfig) -> Transformer:
-    """A model that has shapes but no numbers."""
+def _build_empty(config: ProxyConfig) -> Transformer:
+    """Build a model with shapes but without values."""
     with torch.device("meta"):
         return Transformer(config)
 
 
 def autocast(device: torch.device, precision: Literal["float32", "bfloat16"] | None = None) -> Any:
-    """Matrix products in bfloat16 if asked for, and on CUDA unless float32 is asked for; nothing otherwise."""
+    """Return a context in which matrix products are in bfloat16.
+
+    Args:
+        device: Where the model is.
+        precision: None means bfloat16 on CUDA and float32 elsewhere.
+
+    Returns:
+        The context; it does nothing for float32.
+    """
     if precision == "bfloat16" or (precision is None and device.type == "cuda"):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()

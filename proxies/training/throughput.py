@@ -1,4 +1,4 @@
-"""What a run took: peak memory, tokens and FLOPs per second, and the share of the device's peak (MFU)."""
+"""The resources of a run: peak memory, tokens and FLOPs per second, and the share of the device's peak (MFU)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ PEAKS = {"H100": 989e12, "A100": 312e12}
 
 
 class Usage:
-    """Watches a run's measurements go by. peak_flops: of the device; default: known by its name, else no MFU is told."""
+    """Collects throughput from a run's measurements as they pass.
+
+    Args:
+        config: The proxy.
+        peak_flops: Peak FLOPs per second of the device. Default: by the device's name; if it is unknown, no MFU is
+            reported.
+    """
 
     def __init__(self, config: ProxyConfig, peak_flops: float | None = None) -> None:
         self.config = config
@@ -27,15 +33,17 @@ class Usage:
         self.first: Measurement | None = None
         self.last: Measurement | None = None
 
-    def of(self, points: Iterator[Measurement]) -> Iterator[Measurement]:
+    def watch(self, points: Iterator[Measurement]) -> Iterator[Measurement]:
+        """Yield the measurements unchanged, and keep the first and the last."""
         for point in points:
             self.first, self.last = self.first or point, point
             yield point
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Between the first and the last measurement, evaluation included: what came before the first may have been
-        trained by another process, and has the start-up in it. None with fewer than two.
+        """Tokens per second between the first and the last measurement, evaluation included; None with fewer than two.
+
+        What came before the first may have been trained by another process, and includes the start-up.
         """
         if self.first is None or self.last is None or self.last.seconds <= self.first.seconds:
             return None
@@ -43,33 +51,42 @@ class Usage:
 
     @property
     def mfu(self) -> float | None:
-        """PaLM FLOPs (2204.02311, appendix B) done over those that the device could do."""
+        """Model FLOPs utilization as in PaLM (arXiv 2204.02311, appendix B); None if the device's peak is unknown."""
         if self.tokens_per_second is None or self.peak_flops is None:
             return None
         return self.tokens_per_second * self.config.flops_per_token / self.peak_flops
 
     def __str__(self) -> str:
-        said = [f"peak memory {peak_memory() / 2**20:,.0f} MiB"]
+        parts = [f"peak memory {get_peak_memory() / 2**20:,.0f} MiB"]
         if (speed := self.tokens_per_second) is not None:
-            said.append(f"{speed:,.0f} tokens/s")
-            said.append(f"{speed * self.config.flops_per_token / 1e12:.4g} TFLOP/s (PaLM)")
+            parts.append(f"{speed:,.0f} tokens/s")
+            parts.append(f"{speed * self.config.flops_per_token / 1e12:.4g} TFLOP/s (PaLM)")
         if self.mfu is not None:
-            said.append(f"MFU {100 * self.mfu:.1f} % of {self.peak_flops:.3g} FLOP/s")
-        return f"{self.device}: " + ", ".join(said)
+            parts.append(f"MFU {100 * self.mfu:.1f} % of {self.peak_flops:.3g} FLOP/s")
+        return f"{self.device}: " + ", ".join(parts)
 
 
-def peak_memory() -> int:
-    """Bytes: allocated on the GPU if there is one, else the process's resident memory; the most there has been."""
+def get_peak_memory() -> int:
+    """Return the peak memory in bytes: allocated on the GPU if there is one, else resident in this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes there, KiB on Linux
+    # getrusage reports bytes on macOS and KiB on Linux.
+    unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def measure_speed(config: ProxyConfig, *, threads: int, min_seconds: float = 0.15) -> float:
-    """Training tokens per second with this configuration on this machine's CPU, from a few steps: the median one's.
+    """Measure the training speed of a configuration on this machine's CPU from the median of a few steps.
 
-    Never compiled: that takes longer than all else here, and was measured to gain a quarter at most.
+    The model is not compiled: that takes longer than all other work here, and was measured to gain a quarter at most.
+
+    Args:
+        config: The proxy.
+        threads: Threads to use.
+        min_seconds: How long to measure at least, in seconds.
+
+    Returns:
+        Training tokens per second.
     """
     import torch
 
@@ -82,13 +99,14 @@ def measure_speed(config: ProxyConfig, *, threads: int, min_seconds: float = 0.1
     run = Run(config, StepPlan(config.batch_tokens, 1, 1), "", torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(config.vocab, (config.batch_seqs, config.seq_len), generator=generator)
-    run.backward(x, x)  # the first pass allocates
-    took: list[float] = []
-    while sum(took) < min_seconds:
+    # The first pass allocates memory.
+    run.backward(x, x)
+    durations: list[float] = []
+    while sum(durations) < min_seconds:
         began = time.perf_counter()
         run.backward(x, x)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
-        took.append(time.perf_counter() - began)
+        durations.append(time.perf_counter() - began)
     torch.set_num_threads(before)
-    return config.batch_tokens / statistics.median(took)
+    return config.batch_tokens / statistics.median(durations)

@@ -14,20 +14,20 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from scaling.common.quantities import say_count
-from scaling.fitting.averaging import fit_members, tabulate
+from scaling.common.quantities import format_count
+from scaling.fitting.averaging import fit_averaged_forms, whiten_runs
 from scaling.fitting.loss_law import Fit
 from scaling.fitting.lr_batch_law import HPFit, fit_hp_law
 
-BEYOND = 3.0  # times the compute of the largest run so far, at most
-SHARE = 0.1  # of the target's compute, at most
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the largest N, the target's at most
-LEAST_TOKENS = 0.25  # times the fewest of the data
-SPREAD = (0.5, 1.0, 2.0)  # of lr and of batch, in the sweep of nine
+MAX_RATIO_TO_LARGEST = 3.0  # times the compute of the largest run so far, at most
+MAX_SHARE_OF_TARGET = 0.1  # of the target's compute, at most
+SIZE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the largest N, the target's at most
+MIN_TOKENS_RATIO = 0.25  # times the fewest of the data
+SWEEP_FACTORS = (0.5, 1.0, 2.0)  # of lr and of batch, in the sweep of nine
 # Of the interval's width now: what is left above this is no gain. In 12 planted worlds a run smaller than every other
 # was said to leave .77 to 1.16, median .95: the fit's noise estimate moves so much.
-NO_GAIN = 0.9
-NODES = ((-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6))  # Gauss-Hermite, standard normal
+NO_GAIN_RATIO = 0.9
+QUADRATURE_NODES = ((-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6))  # Gauss-Hermite, standard normal
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,24 @@ class NextRun:
     C: float  # FLOPs
     lr: float  # the law's there
     batch_tokens: float
-    loss_half: tuple[float, float]  # half width of the loss interval, relative: now, and as expected after the run
+    compute_loss_half_width: tuple[float, float]  # half width of the loss interval, relative: now, and as expected after the run
     sweep: Sweep
     mass: float  # of the intervals
     at_most: float  # FLOPs of one run
 
     def __str__(self) -> str:
-        s, (now, then) = self.sweep, (_within(v) for v in self.loss_half)
+        s, (now, then) = self.sweep, (_format_half_width(v) for v in self.loss_half)
         gain = f"loss within {now}, then about {then}"
-        if self.loss_half[1] > NO_GAIN * self.loss_half[0]:
+        if self.loss_half[1] > NO_GAIN_RATIO * self.loss_half[0]:
             gain = f"loss within {now}, then {then}: no gain to speak of at this price; raise --at-most"
         cells = [
-            ("one run", f"N {say_count(self.N)}, D {say_count(self.D)}, {self.C:.2g} FLOPs"),
-            ("", f"lr {self.lr:.3g}, batch {say_count(self.batch_tokens)} tokens"),
+            ("one run", f"N {format_count(self.N)}, D {format_count(self.D)}, {self.C:.2g} FLOPs"),
+            ("", f"lr {self.lr:.3g}, batch {format_count(self.batch_tokens)} tokens"),
             ("", gain),
-            ("nine runs", f"N {say_count(s.N)}, D {say_count(s.D)}, {s.C:.2g} FLOPs in all"),
+            ("nine runs", f"N {format_count(s.N)}, D {format_count(s.D)}, {s.C:.2g} FLOPs in all"),
             (
                 "",
-                f"lr {', '.join(f'{v:.3g}' for v in s.lr)}, each with batch {', '.join(map(say_count, s.batch_tokens))}",
+                f"lr {', '.join(f'{v:.3g}' for v in s.lr)}, each with batch {', '.join(map(format_count, s.batch_tokens))}",
             ),
             (
                 "",
@@ -81,7 +81,7 @@ class NextRun:
         return "\n".join(f"  {name:12}{text}" for name, text in cells)
 
 
-def _within(half: float) -> str:
+def _format_half_width(half: float) -> str:
     return f"± {100 * half:.2f} %" if half < 0.5 else f"a factor {math.exp(min(half, 700.0)):.3g}"
 
 
@@ -102,43 +102,43 @@ def plan_next(
     target at most, when not given. seq_len: batches are whole sequences of it. ValueError when no run near the data is
     so small.
     """
-    sizes = candidates(hp, N, D, at_most)
-    now = loss_half(fit, run_noise, N, D, mass)
-    runs = [(after_run(hp, fit, run_noise, size, tokens, N, D, mass), size, tokens) for size, tokens in sizes]
+    sizes = list_candidates(hp, N, D, at_most)
+    now = compute_loss_half_width(fit, run_noise, N, D, mass)
+    runs = [(simulate_run(hp, fit, run_noise, size, tokens, N, D, mass), size, tokens) for size, tokens in sizes]
     then, size, tokens = min(runs)
     lr, batch = (float(v) for v in hp.law(size, tokens))
     if seq_len is not None:
         batch = seq_len * max(1.0, round(batch / seq_len))
-    refitted = [(after_sweep(hp, fit, *place, seq_len), place) for place in sizes]
+    refitted = [(simulate_sweep(hp, fit, *place, seq_len), place) for place in sizes]
     swept, place = min(refitted, key=lambda found: found[0].expected_regret(N, D))
-    lrs, batches = settings(hp, *place, seq_len)
-    factors = list(zip(hp_factors(hp, N, D, mass), hp_factors(swept, N, D, mass), strict=True))
+    lrs, batches = choose_sweep_settings(hp, *place, seq_len)
+    factors = list(zip(compute_interval_factors(hp, N, D, mass), compute_interval_factors(swept, N, D, mass), strict=True))
     sweep = Sweep(
         *place,
-        C=len(SPREAD) ** 2 * 6 * place[0] * place[1],
+        C=len(SWEEP_FACTORS) ** 2 * 6 * place[0] * place[1],
         lr=lrs,
         batch_tokens=batches,
         lr_factor=factors[0],
         batch_factor=factors[1],
         expected_regret=(hp.expected_regret(N, D), swept.expected_regret(N, D)),
     )
-    limit = default_limit(hp, N, D) if at_most is None else at_most
+    limit = compute_default_limit(hp, N, D) if at_most is None else at_most
     return NextRun(size, tokens, 6 * size * tokens, lr, batch, (now, then), sweep, mass, limit)
 
 
-def default_limit(hp: HPFit, N: float, D: float) -> float:
+def compute_default_limit(hp: HPFit, N: float, D: float) -> float:
     """FLOPs of one run: 3 times the largest so far, at most a tenth of the target's."""
-    return min(BEYOND * 6 * float((hp.floors["N"] * hp.floors["D"]).max()), SHARE * 6 * N * D)
+    return min(MAX_RATIO_TO_LARGEST * 6 * float((hp.floors["N"] * hp.floors["D"]).max()), MAX_SHARE_OF_TARGET * 6 * N * D)
 
 
-def candidates(hp: HPFit, N: float, D: float, at_most: float | None = None) -> list[tuple[float, float]]:
+def list_candidates(hp: HPFit, N: float, D: float, at_most: float | None = None) -> list[tuple[float, float]]:
     """(N, D) that cost the limit, of sizes about the largest; never more parameters or tokens than the target or the data."""
-    limit = default_limit(hp, N, D) if at_most is None else at_most
+    limit = compute_default_limit(hp, N, D) if at_most is None else at_most
     if not (math.isfinite(limit) and limit > 0):
         raise ValueError(f"at_most must be positive FLOPs, got {at_most}")
     centre = min(hp.ranges["N"][1], N)
-    sizes = sorted({s for s in (*(f * centre for f in FACTORS), N) if s <= min(N, FACTORS[-1] * centre) * (1 + 1e-9)})
-    most, least = max(D, hp.ranges["D"][1]), LEAST_TOKENS * hp.ranges["D"][0]
+    sizes = sorted({s for s in (*(f * centre for f in SIZE_FACTORS), N) if s <= min(N, SIZE_FACTORS[-1] * centre) * (1 + 1e-9)})
+    most, least = max(D, hp.ranges["D"][1]), MIN_TOKENS_RATIO * hp.ranges["D"][0]
     found = [(s, min(limit / (6 * s), most)) for s in sizes if limit / (6 * s) >= least]
     if not found:
         needed = 6 * sizes[0] * least
@@ -146,41 +146,41 @@ def candidates(hp: HPFit, N: float, D: float, at_most: float | None = None) -> l
     return found
 
 
-def loss_half(fit: Fit, run_noise: float, N: float, D: float, mass: float) -> float:
+def compute_loss_half_width(fit: Fit, run_noise: float, N: float, D: float, mass: float) -> float:
     """Half the interval of ln L of one new run: the law's, widened by what runs scatter about the minima it was fitted to."""
     half = math.log(float(fit.interval(N, D, mass)[1]) / float(fit.predict(N, D)))
     return math.hypot(half, float(norm.ppf(0.5 + mass / 2)) * run_noise)
 
 
-def hp_factors(hp: HPFit, N: float, D: float, mass: float) -> tuple[float, float]:
+def compute_interval_factors(hp: HPFit, N: float, D: float, mass: float) -> tuple[float, float]:
     """Of lr and batch: the interval is this factor either way, the geometric mean of both sides."""
     (a, b), (c, d) = hp.interval(N, D, mass)
     return math.sqrt(b / a), math.sqrt(d / c)
 
 
-def after_run(
+def simulate_run(
     hp: HPFit, fit: Fit, run_noise: float, size: float, tokens: float, N: float, D: float, mass: float
 ) -> float:
     """Expected half width of the loss interval at (N, D) once one run at (size, tokens) is part of the evidence."""
     floors = hp.floors
-    sd = loss_half(fit, run_noise, size, tokens, math.erf(math.sqrt(0.5)))
+    sd = compute_loss_half_width(fit, run_noise, size, tokens, math.erf(math.sqrt(0.5)))
     middle = math.log(float(fit.predict(size, tokens)))
     log_n, log_d = (np.log([*floors[c], v]) for c, v in (("N", size), ("D", tokens)))
     centre = (float(log_n.mean()), float(log_d.mean()))
     expected = 0.0  # mean of the logarithm: one far outcome would rule the mean where the law foresees hardly anything
-    for node, weight in NODES:
+    for node, weight in QUADRATURE_NODES:
         y = np.array([*np.log(floors["loss"]), middle + node * sd])
         # what the interval is made of, without the printed law, which it does not use
-        again = replace(fit, centre=centre, members=fit_members(tabulate(log_n, log_d, y, centre)))
-        expected += weight * math.log(loss_half(again, run_noise, N, D, mass))
+        again = replace(fit, centre=centre, members=fit_averaged_forms(whiten_runs(log_n, log_d, y, centre)))
+        expected += weight * math.log(compute_loss_half_width(again, run_noise, N, D, mass))
     return math.exp(expected)
 
 
-def settings(
+def choose_sweep_settings(
     hp: HPFit, size: float, tokens: float, seq_len: int | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Rates and batches of the sweep: half, once and twice the law's; three different whole numbers of sequences."""
-    lrs, batches = (tuple(float(v) * f for f in SPREAD) for v in hp.law(size, tokens))
+    lrs, batches = (tuple(float(v) * f for f in SWEEP_FACTORS) for v in hp.law(size, tokens))
     if seq_len is not None:
         counts: list[int] = []
         for batch in batches:
@@ -189,9 +189,9 @@ def settings(
     return lrs, batches
 
 
-def after_sweep(hp: HPFit, fit: Fit, size: float, tokens: float, seq_len: int | None = None) -> HPFit:
+def simulate_sweep(hp: HPFit, fit: Fit, size: float, tokens: float, seq_len: int | None = None) -> HPFit:
     """The lr/batch law once nine runs at (size, tokens) have come out as it says."""
-    lr, batch = (v.ravel() for v in np.meshgrid(*settings(hp, size, tokens, seq_len)))
+    lr, batch = (v.ravel() for v in np.meshgrid(*choose_sweep_settings(hp, size, tokens, seq_len)))
     loss = float(fit.predict(size, tokens)) * np.exp(hp.height(lr, batch, size, tokens))
     new = pd.DataFrame({"N": size, "D": tokens, "lr": lr, "batch_tokens": batch, "loss": loss})
     old = hp.used[list(new.columns)]

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scaling.advice.flags import CONVENTIONS, Flag, all_flags, convention, optimum_doubts, searched_ranges
-from scaling.advice.next_run import NextRun, Sweep, loss_half, plan_next
-from scaling.common.quantities import say_count
-from scaling.fitting.lr_batch_law import HPFit, fit_hp_law, loss_fit
+from scaling.advice.flags import CONVENTIONS, Flag, collect_flags, find_convention, flag_optimum, find_searched_ranges
+from scaling.advice.next_run import NextRun, Sweep, compute_loss_half_width, plan_next
+from scaling.common.quantities import format_count
+from scaling.fitting.lr_batch_law import HPFit, fit_hp_law, fit_loss_floors
 from scaling.laws import published
-from scaling.runs.table import _sha256, table_sha256, usable
+from scaling.runs.table import hash_rows, hash_table, usable
 
-PAIRS = ("lr_interval", "batch_interval", "loss_interval", "N_interval", "D_interval")
+INTERVAL_FIELDS = ("lr_interval", "batch_interval", "loss_interval", "N_interval", "D_interval")
 UNTRUSTED = "NOT TO BE TRUSTED"
-WIDTH = 120  # of printed lines
+LINE_WIDTH = 120  # of printed lines
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Recommendation:
         """Also of notes that were written before a field was there."""
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in plain.items() if k in known}
-        for name in PAIRS:
+        for name in INTERVAL_FIELDS:
             if values.get(name) is not None:
                 values[name] = (float(values[name][0]), float(values[name][1]))
         values["flags"] = tuple(Flag(**f) for f in values["flags"])
@@ -88,33 +88,33 @@ class Recommendation:
         lines = []
         if serious:
             more = f" And {len(serious) - 1} more below." if len(serious) > 1 else ""
-            lines += [_wrapped(f"{UNTRUSTED}: {serious[0]}{more}"), ""]
+            lines += [_wrap(f"{UNTRUSTED}: {serious[0]}{more}"), ""]
         guess = "best guess" if self.trustworthy else "untrusted"
         lines.append(f"Recommendation for N = {self.N:,.0f}, D = {self.D:,.0f} (C = {self.C:.3g} FLOPs)")
         lines.append(f"{'':26}{guess:>16}   {100 * self.mass:.0f} % interval")
         for letter, value, pair in (("N", self.N, self.N_interval), ("D", self.D, self.D_interval)):
             if pair is not None:
                 lines.append(
-                    f"{'  compute-optimal ' + letter:26}{say_count(value):>16}   {say_count(pair[0])} to {say_count(pair[1])}"
+                    f"{'  compute-optimal ' + letter:26}{format_count(value):>16}   {format_count(pair[0])} to {format_count(pair[1])}"
                 )
         lines += [
             f"{'  learning rate':26}{self.lr:>16.4g}   {self.lr_interval[0]:.4g} to {self.lr_interval[1]:.4g}",
             f"{'  batch, tokens per step':26}{self.batch_tokens:>16,.0f}   {low:,.0f} to {high:,.0f}{sequences}",
             f"{'  loss, nats per token':26}{self.loss:>16.4f}   {best:.4f} to {worst:.4f}",
             f"{'  expected regret':26}{100 * self.expected_regret:>14.2f} %   of the loss; an upper bound",
-            _origin(self.provenance),
+            _format_origin(self.provenance),
         ]
         if flags:
             lines += ["", "To doubt:"]
-            lines += [_wrapped(f"  {'SERIOUS' if f.serious else 'note'}: {f.text}") for f in flags]
+            lines += [_wrap(f"  {'SERIOUS' if f.serious else 'note'}: {f.text}") for f in flags]
         if self.beside:
             lines += [
                 "",
                 "Published laws, with their own settings and counts (none of them enters the recommendation):",
             ]
-            lines += [_wrapped(_beside_line(law, self), 18) for law in self.beside]
+            lines += [_wrap(_format_published(law, self), 18) for law in self.beside]
         if self.next_run is not None:
-            lines += ["", "To narrow it most:", str(next_of(self.next_run))]
+            lines += ["", "To narrow it most:", str(parse_next_run(self.next_run))]
         lines += ["", f"{UNTRUSTED} before the serious points are mended." if serious else "No serious doubt."]
         return "\n".join(lines)
 
@@ -152,28 +152,28 @@ def recommend(
         raise ValueError(f"mass must lie between 0 and 1, got {mass}")
     if at_most is not None and not (math.isfinite(at_most) and at_most > 0):
         raise ValueError(f"at_most must be positive FLOPs, got {at_most}")
-    laws = [published.published(name) for name in (published.names() if "all" in beside else dict.fromkeys(beside))]
+    laws = [published.get_published_law(name) for name in (published.list_published_laws() if "all" in beside else dict.fromkeys(beside))]
 
     used = usable(runs)
     hp = fit_hp_law(used, seed=seed)
-    searched = searched_ranges(hp, space)
-    fit, run_noise = loss_fit(hp, seed=seed)
+    searched = find_searched_ranges(hp, space)
+    fit, run_noise = fit_loss_floors(hp, seed=seed)
     optimal: list[tuple[float, float] | None] = [None, None]
     doubts: list[Flag] = []
     if C is not None:
         best = fit.optimum(C, mass, seed=seed)
         N, D, optimal = best.N, best.D, [best.N_interval, best.D_interval]
-        doubts = optimum_doubts(fit, C, best)
+        doubts = flag_optimum(fit, C, best)
     assert N is not None
     assert D is not None
 
     N, D = float(N), float(D)
     lr, batch = (float(v) for v in hp.law(N, D))
     lr_interval, batch_interval = hp.interval(N, D, mass)
-    seq_len = _seq_len(used)
-    loss, half = float(fit.predict(N, D)), loss_half(fit, run_noise, N, D, mass)
-    kind = convention(used)
-    flags = [*all_flags(hp, fit, used, searched, N, D), *doubts]
+    seq_len = _find_seq_len(used)
+    loss, half = float(fit.predict(N, D)), compute_loss_half_width(fit, run_noise, N, D, mass)
+    kind = find_convention(used)
+    flags = [*collect_flags(hp, fit, used, searched, N, D), *doubts]
     planned = None
     if next_run:
         try:
@@ -198,18 +198,18 @@ def recommend(
         mass=mass,
         expected_regret=hp.expected_regret(N, D),
         flags=tuple(flags),
-        provenance=_provenance(runs, hp, kind),
+        provenance=_build_provenance(runs, hp, kind),
         loss_law=asdict(fit.law) | {"status": fit.status},
         hp_law=asdict(hp.law) | {"status": hp.status},
         N_interval=optimal[0],
         D_interval=optimal[1],
         next_run=planned,
-        beside=tuple(_beside(law, N, D, kind) for law in laws),
-        run_ids=tuple(_ids(hp)),
+        beside=tuple(_compare_published(law, N, D, kind) for law in laws),
+        run_ids=tuple(_list_run_ids(hp)),
     )
 
 
-def next_of(plain: Mapping[str, Any]) -> NextRun:
+def parse_next_run(plain: Mapping[str, Any]) -> NextRun:
     """A `NextRun` from the dict in a recommendation."""
     own: dict[str, Any]
     sweep: dict[str, Any]
@@ -217,9 +217,9 @@ def next_of(plain: Mapping[str, Any]) -> NextRun:
     return NextRun(**own | {"sweep": Sweep(**sweep)})
 
 
-def _provenance(runs: pd.DataFrame, hp: HPFit, kind: str) -> dict[str, Any]:
+def _build_provenance(runs: pd.DataFrame, hp: HPFit, kind: str) -> dict[str, Any]:
     """Which runs, by name and by their numbers, in whatever order they came."""
-    ids = _ids(hp)
+    ids = _list_run_ids(hp)
     proxies = (runs[runs["role"] != "target"] if "role" in runs else runs).reset_index(drop=True)
     lost = ~np.isfinite(proxies["loss"].to_numpy(float))
     if "diverged" in proxies:
@@ -227,28 +227,28 @@ def _provenance(runs: pd.DataFrame, hp: HPFit, kind: str) -> dict[str, Any]:
     return {
         "run_ids": len(ids),
         "run_ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-        "data_sha256": _sha256(hp.used),
-        "table_sha256": table_sha256(runs),
+        "data_sha256": hash_rows(hp.used),
+        "table_sha256": hash_table(runs),
         "n_runs": hp.n_runs,
         "n_diverged": int(lost.sum()),
         "n_excluded": int((~lost & ~proxies.index.isin(usable(proxies).index)).sum()),
         "n_far": hp.n_far,
         "n_groups": len(hp.floors),
-        "version": _version(),
+        "version": _find_version(),
         "N_convention": CONVENTIONS[kind],
     }
 
 
-def _wrapped(text: str, indent: int = 8) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+def _wrap(text: str, indent: int = 8) -> str:
+    return textwrap.fill(text, LINE_WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
-def _ids(hp: HPFit) -> list[str]:
+def _list_run_ids(hp: HPFit) -> list[str]:
     """Each run once, though it may have a row at every rung."""
     return sorted({str(i) for i in hp.run_ids})
 
 
-def _origin(provenance: Mapping[str, Any]) -> str:
+def _format_origin(provenance: Mapping[str, Any]) -> str:
     left = {"n_diverged": "diverged", "n_excluded": "excluded otherwise", "n_far": "far above their group's best"}
     out = [f"{provenance[k]} {word}" for k, word in left.items() if provenance.get(k)]
     data = (
@@ -262,7 +262,7 @@ def _origin(provenance: Mapping[str, Any]) -> str:
     )
 
 
-def _beside(law: published.Published, N: float, D: float, kind: str) -> dict[str, Any]:
+def _compare_published(law: published.PublishedLaw, N: float, D: float, kind: str) -> dict[str, Any]:
     """What a published law says at (N, D), with the warnings that go with it."""
     lr, batch = law(N, D)
     warnings = []
@@ -271,10 +271,10 @@ def _beside(law: published.Published, N: float, D: float, kind: str) -> dict[str
         warnings.append("outside the range it was measured in")
     elif covers is None and (lr is not None or batch is not None):
         warnings.append("the range it was measured in is not known here")
-    if law.N_is.startswith("non-embedding") and kind != "nonembedding":
-        warnings.append(f"its N is {law.N_is}; yours: {CONVENTIONS[kind].split(':')[0].split(';')[0]}")
-    elif not law.N_is.startswith(("non-embedding", "not in the law")):
-        warnings.append(law.N_is)
+    if law.N_definition.startswith("non-embedding") and kind != "nonembedding":
+        warnings.append(f"its N is {law.N_definition}; yours: {CONVENTIONS[kind].split(':')[0].split(';')[0]}")
+    elif not law.N_definition.startswith(("non-embedding", "not in the law")):
+        warnings.append(law.N_definition)
     return {
         "name": law.name,
         "source": law.source,
@@ -285,12 +285,12 @@ def _beside(law: published.Published, N: float, D: float, kind: str) -> dict[str
     }
 
 
-def _beside_line(law: Mapping[str, Any], ours: Recommendation) -> str:
+def _format_published(law: Mapping[str, Any], ours: Recommendation) -> str:
     said = []
     if law["lr"] is not None:
         said.append(f"lr {law['lr']:.3g} ({law['lr'] / ours.lr:.2g} x ours)")
     if law["batch_tokens"] is not None:
-        said.append(f"batch {say_count(law['batch_tokens'])} ({law['batch_tokens'] / ours.batch_tokens:.2g} x ours)")
+        said.append(f"batch {format_count(law['batch_tokens'])} ({law['batch_tokens'] / ours.batch_tokens:.2g} x ours)")
     if not said:
         symbol = {"batch_tokens": "B"}
         said = [
@@ -301,7 +301,7 @@ def _beside_line(law: Mapping[str, Any], ours: Recommendation) -> str:
     return f"  {law['name']:16}{', '.join(said)}{'; ' if law['warnings'] else ''}{'; '.join(law['warnings'])}. {law['source']}"
 
 
-def _seq_len(runs: pd.DataFrame) -> int | None:
+def _find_seq_len(runs: pd.DataFrame) -> int | None:
     """The sequence length of the runs; None when it was not recorded or is not one."""
     if "seq_len" not in runs:
         return None
@@ -309,7 +309,7 @@ def _seq_len(runs: pd.DataFrame) -> int | None:
     return int(lengths[0]) if len(lengths) == 1 else None
 
 
-def _version() -> str:
+def _find_version() -> str:
     try:
         return metadata.version("muscale")
     except metadata.PackageNotFoundError:

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from scaling.common.logs import configure_logging
-from scaling.common.redact import without_passwords
+from scaling.common.redact import redact_passwords
 
 Uri = Annotated[
     str | None, typer.Option("--tracking-uri", help="MLflow store; default $MLFLOW_TRACKING_URI or ./mlflow.db")
@@ -89,7 +89,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except Exception as error:
             text = "".join(traceback.format_exception(error))
-            if without_passwords(text) == text:
+            if redact_passwords(text) == text:
                 raise
             say(text.rstrip())
             raise SystemExit(1) from None
@@ -97,4 +97,4 @@ class Commands(TyperGroup):
 
 def say(text: str) -> None:
     """Print a line of a command to stderr, without passwords. Stdout is for data; libraries log instead."""
-    print(without_passwords(text), file=sys.stderr, flush=True)
+    print(redact_passwords(text), file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from scaling.common.redact import without_passwords
+from scaling.common.redact import redact_passwords
 
 ROOT = "muscale"
 
@@ -14,7 +14,7 @@ class RedactingFormatter(logging.Formatter):
     """Format a record as its message alone, without passwords."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return without_passwords(super().format(record))
+        return redact_passwords(super().format(record))
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]

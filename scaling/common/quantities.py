@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 
 SCALES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-PLAIN = r"(\d+\.?\d*|\.\d+)"
+PLAIN_NUMBER = r"(\d+\.?\d*|\.\d+)"
 
 
 def read_count(text: str) -> float:
     """7B, 1.4T, 7e9 or 7000000000 as a number. ValueError for anything else: 7e9B or 7,000 could mean two things."""
     given = text.strip()
-    short = re.fullmatch(PLAIN + "([kmbtKMBT])", given)
+    short = re.fullmatch(PLAIN_NUMBER + "([kmbtKMBT])", given)
     if short:
         value = float(short[1]) * SCALES[short[2].upper()]
-    elif re.fullmatch(PLAIN + r"([eE][+]?\d{1,2})?", given):
+    elif re.fullmatch(PLAIN_NUMBER + r"([eE][+]?\d{1,2})?", given):
         value = float(given)
     else:
         value = 0.0
@@ -23,7 +23,7 @@ def read_count(text: str) -> float:
     return value
 
 
-def say_count(value: float) -> str:
+def format_count(value: float) -> str:
     """Three digits and a letter: 6.98B. Plain below a thousand, as a power of ten from 1e15 on."""
     if not 999.5 <= value < 9.995e14:
         return f"{value:.3g}"

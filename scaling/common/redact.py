@@ -23,7 +23,7 @@ IN_URL = re.compile(r"(^|[-_.])(token|sig|signature|auth|key)$", re.IGNORECASE) 
 VARIABLE = re.compile(r"([A-Z0-9]+_)+(TOKEN|KEY|PASS)")  # of the environment, such as HF_TOKEN
 
 
-def without_passwords(text: object) -> str:
+def redact_passwords(text: object) -> str:
     """A URL, or a text with URLs in it, with *** for passwords, and for query parameters and key=value pairs that hold one.
 
     A web address loses its user, too: what git and API servers call so may be a token.
@@ -45,7 +45,7 @@ def without_passwords(text: object) -> str:
     return VALUE.sub(value, without_user)
 
 
-def secrets_in(table: Mapping[str, Any]) -> list[str]:
+def find_secrets(table: Mapping[str, Any]) -> list[str]:
     """One line for each setting, at any depth, that is a password by its name, or is or holds a URL with one."""
     return [
         f"{where}: {why}; settings are written to the record: put it into the environment of the shell instead"
@@ -64,5 +64,5 @@ def _secrets(where: str, value: Any) -> Iterator[tuple[str, str]]:
         name = where.rpartition(".")[2]
         if value and (NAME.search(name) or VARIABLE.fullmatch(name)):
             yield where, "is a credential by its name"
-        elif without_passwords(value) != value:
+        elif redact_passwords(value) != value:
             yield where, "holds a password"

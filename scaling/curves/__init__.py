@@ -1,2 +1,4 @@
-"""Loss along one run: its shape, the forecast for a run in progress and for a planned run, and a backtest of both. Imports the
-rooms `common` to `runs`."""
+"""Loss along one run: its shape, the forecast for a run in progress and for a planned run, and a backtest of both.
+
+May import the rooms `common` to `runs`.
+"""

@@ -1,4 +1,4 @@
-"""Curves of ended runs, and how well a forecast from the half of each would have told its end: a check on the very record."""
+"""Read the curves of finished runs, and check on them how well the first half of a run predicts its end."""
 
 from __future__ import annotations
 
@@ -10,133 +10,180 @@ import numpy as np
 import pandas as pd
 
 from scaling.common.arrays import Array
-from scaling.curves.in_progress import Finished, Schedule, cooldown, learn_prior, predict_end
+from scaling.curves.in_progress import FinishedRun, learn_prior, predict_end
+from scaling.curves.schedules import Schedule, make_cooldown_schedule
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-MOST_CURVES = 60  # read from a store, longest first: a history is a query
-GROUPS, RUNS, SIBLINGS, TEACHERS = 6, 4, 5, 6  # of a check: at most 180 forecasts, one or two seconds
-LEAST_POINTS = 3  # up to the half of a run; a forecast needs as many
+# Curves read from a store, longest runs first, because each history is a query.
+MAX_CURVES = 60
+# Of a check: groups of equal (N, D), runs in each, siblings of each run, runs for the prior. Together they make at most
+# 180 forecasts, which take one or two seconds.
+MAX_GROUPS, MAX_RUNS, MAX_SIBLINGS, MAX_PRIOR_RUNS = 6, 4, 5, 6
+# Points in the first half of a run; a forecast needs as many.
+MIN_POINTS = 3
 
 
 @dataclass(frozen=True)
 class RunCurve:
-    """An ended run of N parameters: its trunk and, last, its final point."""
+    """A finished run: the points on its trunk and, last, its final point.
+
+    Attributes:
+        run_id: MLflow's run id, or the one in the table.
+        N: Parameters that multiply tokens.
+        tokens: Training tokens at each point, ascending, 1-d.
+        loss: Loss at each point, nats per token, 1-d.
+        schedule: The learning rate as a share of its peak; None if it was not recorded, and is taken as constant.
+    """
 
     run_id: str
     N: float
     tokens: Array
     loss: Array
-    schedule: Schedule | None = None  # None: not recorded, taken as constant
+    schedule: Schedule | None = None
 
     @property
     def D(self) -> float:
+        """Training tokens of the whole run."""
         return float(self.tokens[-1])
 
 
 @dataclass(frozen=True)
-class Check:
-    """Forecasts from half of the tokens against the ends, over some runs of one (N, D). Errors are relative."""
+class ForecastCheck:
+    """Forecasts from the first half of runs of one (N, D), compared with their final losses. Errors are relative.
+
+    Attributes:
+        N: Parameters that multiply tokens.
+        D: Training tokens.
+        runs: How many runs were forecast.
+        error: Mean of |forecast / final loss - 1|.
+        bias: Mean of forecast / final loss - 1.
+        covered: How many final losses lie inside the 80 % interval.
+        carried_error: Mean of |last loss of the first half / final loss - 1|: the error without a forecast.
+    """
 
     N: float
     D: float
     runs: int
-    error: float  # mean of |forecast / end - 1|
-    bias: float  # mean of forecast / end - 1
-    held: int  # ends inside the 80 % interval
-    carried: float  # mean error of the last loss seen, carried forward
+    error: float
+    bias: float
+    covered: int
+    carried_error: float
 
 
-def table_curves(runs: pd.DataFrame) -> list[RunCurve]:
-    """The runs that a checked table holds as several rows of one run_id, the last of them its end; not rungs of a ladder."""
+def read_table_curves(runs: pd.DataFrame) -> list[RunCurve]:
+    """Return the curves of a table that holds several rows of one run_id, the last of them the end of the run.
+
+    Args:
+        runs: A checked run table. A table with rungs holds no such curves.
+
+    Returns:
+        At most `MAX_CURVES` curves, the longest runs first.
+    """
     if "run_id" not in runs or "rung" in runs:
         return []
     rows = runs[np.isfinite(runs["loss"]) & runs["run_id"].notna() & runs["run_id"].duplicated(keep=False)]
-    found = []
-    for name, mine in rows.groupby("run_id", sort=True):
-        mine = mine.sort_values("D")
-        if mine["N"].nunique() == 1 and len(mine) > LEAST_POINTS and not mine["diverged"].any():
-            tokens, loss = (mine[c].to_numpy(float) for c in ("D", "loss"))
-            found.append(RunCurve(str(name), float(mine["N"].iloc[0]), tokens, loss))
-    return sorted(found, key=lambda c: (-c.D, c.run_id))[:MOST_CURVES]
+    curves = []
+    for run_id, points in rows.groupby("run_id", sort=True):
+        points = points.sort_values("D")
+        if points["N"].nunique() == 1 and len(points) > MIN_POINTS and not points["diverged"].any():
+            tokens, loss = (points[c].to_numpy(float) for c in ("D", "loss"))
+            curves.append(RunCurve(str(run_id), float(points["N"].iloc[0]), tokens, loss))
+    return sorted(curves, key=lambda c: (-c.D, c.run_id))[:MAX_CURVES]
 
 
-def study_curves(client: MlflowClient, runs: pd.DataFrame) -> list[RunCurve]:
-    """The curves of a study's proxies, each to its highest rung, with the schedule that its settings say."""
+def read_study_curves(client: MlflowClient, runs: pd.DataFrame) -> list[RunCurve]:
+    """Return the curves of a study's proxies, each up to its highest rung.
+
+    Args:
+        client: The MLflow client.
+        runs: The study's checked run table.
+
+    Returns:
+        At most `MAX_CURVES` curves, the longest runs first, with the schedules that the settings of the runs describe.
+    """
     from scaling.tracking.log import read_curve
 
-    ended = runs[(runs["role"] == "proxy") & np.isfinite(runs["loss"]) & runs["excluded"].eq("")]
-    last = ended.sort_values(["D", "run_id"], ascending=[False, True]).drop_duplicates("run_id").head(MOST_CURVES)
-    found = []
-    for row in last.itertuples():
+    finished = runs[(runs["role"] == "proxy") & np.isfinite(runs["loss"]) & runs["excluded"].eq("")]
+    ends = finished.sort_values(["D", "run_id"], ascending=[False, True]).drop_duplicates("run_id").head(MAX_CURVES)
+    curves = []
+    for row in ends.itertuples():
         run_id, D = str(row.run_id), float(row.D)
         settings = client.get_run(run_id).data.params
         share, warmup = (float(settings.get(k, "nan")) for k in ("cooldown", "warmup_tokens"))
-        known = np.isfinite([share, warmup]).all() and settings.get("schedule", "wsd") == "wsd"
+        is_known = np.isfinite([share, warmup]).all() and settings.get("schedule", "wsd") == "wsd"
         decay, floor = settings.get("decay", "1-sqrt"), float(settings.get("lr_floor", 0.1))
-        schedule = cooldown(D, share=share, warmup=warmup, decay=decay, floor=floor) if known else None
+        schedule = make_cooldown_schedule(D, share=share, warmup=warmup, decay=decay, floor=floor) if is_known else None
         tokens, loss = (np.array(v) for v in read_curve(client, run_id))
-        # a run that was promoted has branched off before and goes on beyond: points up to this branch only
-        trunk = np.isfinite(loss) & (tokens <= ((1 - share) if schedule else 1) * D) if tokens.size else tokens > 0
-        trunk &= tokens < D
-        found.append(
-            RunCurve(run_id, float(row.N), np.append(tokens[trunk], D), np.append(loss[trunk], row.loss), schedule)
-        )
-    return found
+        # The curve of a run that was promoted branched off before this rung's cooldown and continues beyond it: take
+        # the points up to the branch only.
+        branch = ((1 - share) if schedule else 1) * D
+        is_trunk = np.isfinite(loss) & (tokens <= branch) if tokens.size else tokens > 0
+        is_trunk &= tokens < D
+        tokens, loss = np.append(tokens[is_trunk], D), np.append(loss[is_trunk], row.loss)
+        curves.append(RunCurve(run_id, float(row.N), tokens, loss, schedule))
+    return curves
 
 
-def check_forecasts(curves: Sequence[RunCurve]) -> list[Check]:
-    """Each of a few runs of the largest groups forecast from its first half, by siblings of the same (N, D) and a prior
-    learnt from the runs of other groups: what a search would have known. No run takes part in its own forecast.
+def check_forecasts(curves: Sequence[RunCurve]) -> list[ForecastCheck]:
+    """Forecast some runs from their first half and compare with their final losses.
+
+    Each forecast uses what a search would have known: siblings of the same (N, D), and a prior learned from runs of
+    other groups. No run takes part in its own forecast.
+
+    Args:
+        curves: Curves of finished runs.
+
+    Returns:
+        One check for each of the largest groups of equal (N, D), in ascending order.
     """
     groups: dict[tuple[float, float], list[RunCurve]] = {}
     for curve in curves:
-        if (curve.tokens <= curve.D / 2).sum() >= LEAST_POINTS:
+        if (curve.tokens <= curve.D / 2).sum() >= MIN_POINTS:
             groups.setdefault((curve.N, round(curve.D, -2)), []).append(curve)
-    chosen = sorted(groups, key=lambda at: (-min(len(groups[at]), RUNS), -at[1], -at[0]))[:GROUPS]
-    checks = []
-    for at in sorted(chosen):
-        mine = groups[at]
-        others = [c for key in sorted(groups) if key != at for c in groups[key]]
-        prior = learn_prior([_finished(c) for c in _some(others, TEACHERS)])
-        errors, held, carried = [], 0, []
-        for curve in _some(mine, RUNS):
-            siblings = _some([c for c in mine if c is not curve], SIBLINGS)
-            early = curve.tokens <= curve.D / 2
-            end = predict_end(
-                curve.tokens[early],
-                curve.loss[early],
-                curve.D,
-                schedule=curve.schedule,
-                prior=prior,
-                siblings=[_finished(s) for s in siblings],
-            )
-            truth = float(curve.loss[-1])
-            errors.append(end.mean / truth - 1)
-            held += end.quantile(0.1) <= truth <= end.quantile(0.9)
-            carried.append(float(curve.loss[early][-1]) / truth - 1)
-        error, before = np.array(errors), np.array(carried)
-        checks.append(
-            Check(
-                at[0],
-                mine[0].D,
-                error.size,
-                float(np.abs(error).mean()),
-                float(error.mean()),
-                held,
-                float(np.abs(before).mean()),
-            )
+    largest = sorted(groups, key=lambda key: (-min(len(groups[key]), MAX_RUNS), -key[1], -key[0]))[:MAX_GROUPS]
+    return [_check_group(groups, key) for key in sorted(largest)]
+
+
+def _check_group(groups: dict[tuple[float, float], list[RunCurve]], key: tuple[float, float]) -> ForecastCheck:
+    group = groups[key]
+    others = [curve for other in sorted(groups) if other != key for curve in groups[other]]
+    prior = learn_prior([_to_finished_run(c) for c in _pick_evenly(others, MAX_PRIOR_RUNS)])
+    errors, covered, carried_errors = [], 0, []
+    for curve in _pick_evenly(group, MAX_RUNS):
+        siblings = _pick_evenly([c for c in group if c is not curve], MAX_SIBLINGS)
+        is_early = curve.tokens <= curve.D / 2
+        forecast = predict_end(
+            curve.tokens[is_early],
+            curve.loss[is_early],
+            curve.D,
+            schedule=curve.schedule,
+            prior=prior,
+            siblings=[_to_finished_run(s) for s in siblings],
         )
-    return checks
+        final_loss = float(curve.loss[-1])
+        errors.append(forecast.mean / final_loss - 1)
+        covered += forecast.quantile(0.1) <= final_loss <= forecast.quantile(0.9)
+        carried_errors.append(float(curve.loss[is_early][-1]) / final_loss - 1)
+    error, carried = np.array(errors), np.array(carried_errors)
+    return ForecastCheck(
+        N=key[0],
+        D=group[0].D,
+        runs=error.size,
+        error=float(np.abs(error).mean()),
+        bias=float(error.mean()),
+        covered=covered,
+        carried_error=float(np.abs(carried).mean()),
+    )
 
 
-def _some(curves: Sequence[RunCurve], most: int) -> list[RunCurve]:
-    """Evenly spaced ones, in the order of run_id."""
+def _pick_evenly(curves: Sequence[RunCurve], most: int) -> list[RunCurve]:
+    """Return at most so many curves, evenly spaced in the order of their run_id."""
     ordered = sorted(curves, key=lambda c: c.run_id)
-    take = np.unique(np.linspace(0, len(ordered) - 1, min(most, len(ordered))).round().astype(int))
-    return [ordered[i] for i in take]
+    picked = np.unique(np.linspace(0, len(ordered) - 1, min(most, len(ordered))).round().astype(int))
+    return [ordered[i] for i in picked]
 
 
-def _finished(curve: RunCurve) -> Finished:
-    return Finished(curve.tokens, curve.loss, curve.schedule)
+def _to_finished_run(curve: RunCurve) -> FinishedRun:
+    return FinishedRun(curve.tokens, curve.loss, curve.schedule)

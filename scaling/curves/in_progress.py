@@ -1,116 +1,112 @@
-"""The final loss of a run that is still going on, as a distribution.
+"""Forecast the final loss of a run in progress, as a distribution.
 
     loss(t) / loss(now) = 1 + b - k (1 - x^-alpha) / alpha - c (h - h_now) + wander,    x = S(t) / S(now)
 
-S is the sum of the learning rate over the tokens (S1 of arXiv 2408.11029: tokens, where the rate is constant), so the
-first terms are E + A S^-alpha written from the present point: k is the slope now, in loss shares per e-fold of S.
-h = 1 - sqrt(lr / peak) is how far the rate has come down and c what a whole cooldown gains. The cited law has an area with a
-momentum in place of h; where the decay is slow against that memory, that is 1 - lr / peak. The root, chosen on held-out
-model sizes, fits better and needs no step count. Wander is a Brownian path in ln x: what the formula leaves out grows with the
-distance ahead, and old points say little about the future.
+S is the sum of the learning rate over the tokens (S1 of arXiv 2408.11029; the tokens themselves, where the rate is
+constant), so the first terms are E + A S^-alpha written from the present point: k is the slope now, as a share of the
+loss per e-fold of S. h = 1 - sqrt(lr / peak) is how far the rate has come down, and c is what a whole cooldown gains.
+In place of h, the cited law has an area with a momentum; where the decay is slow compared with that memory, it becomes
+1 - lr / peak. The root was chosen on held-out model sizes: it fits better and needs no step count. Wander is a Brownian
+path in ln x: what the formula leaves out grows with the distance ahead, and old points say little about the future.
 
-The trunk alone says nothing about c: its gain comes from the prior, or from runs of the same study that have ended
-(`learn_prior`). All is linear given alpha and the noise, which are summed over on a grid.
+The trunk alone says nothing about c. It comes from the prior, or from finished runs of the same study (`learn_prior`).
+Given alpha and the noise everything is linear; both are summed over on a grid.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg import solve_triangular
 
 from scaling.common.arrays import Array
-from scaling.curves.loss_curve import read_curve
-from scaling.laws.decay_shapes import DECAYS
+from scaling.curves.loss_curve import clean_curve
+from scaling.curves.schedules import Schedule
 
-Schedule: TypeAlias = Callable[[Array], Array]  # tokens -> learning rate as a share of its peak
-
-ALPHAS = np.geomspace(0.05, 3.0, 25)
-NOISES = np.geomspace(1e-4, 3e-2, 9)  # relative sd of one measurement
-USUAL_NOISE, NOISE_SPREAD = 1e-3, 1.0  # prior, log-normal
-LEVEL = 0.03  # prior sd of b, beside the median of the last points
-MOST_POINTS = 48  # longer curves are thinned to medians of equal steps in ln tokens
-OLDEST = 0.05  # points before this share of the tokens seen are left out: the early curve is another one
-WORTH = 2.0  # runs that a belief held beforehand counts as
-TAIL = 2.0  # degrees of freedom of the noise: spikes lose their weight
-PASSES = 4  # over the weights
+# The grid over alpha and over the noise, the relative sd of one measurement.
+ALPHA_GRID = np.geomspace(0.05, 3.0, 25)
+NOISE_GRID = np.geomspace(1e-4, 3e-2, 9)
+# Log-normal prior of the noise.
+USUAL_NOISE, NOISE_SPREAD = 1e-3, 1.0
+# Prior sd of b, around the median of the last points.
+LEVEL_SPREAD = 0.03
+# Longer curves are thinned to medians of equal steps in ln tokens.
+MAX_POINTS = 48
+# Points before this share of the tokens so far are left out, because the early curve has another shape.
+OLDEST_SHARE = 0.05
+# How many runs the prior belief counts as.
+PRIOR_RUNS = 2.0
+# Degrees of freedom of the Student noise, under which spikes lose their weight, and iterations of those weights.
+NOISE_DEGREES = 2.0
+WEIGHT_PASSES = 4
 
 
 @dataclass(frozen=True)
 class CurvePrior:
-    """What is believed of a run before it starts."""
+    """What is believed of a run before it starts.
 
-    alpha: float = 0.5  # median
-    alpha_spread: float = 0.3  # sd of ln alpha
-    slope: float = 0.08  # k, share of the loss per e-fold
+    Attributes:
+        alpha: Median of the exponent.
+        alpha_spread: Sd of ln alpha.
+        slope: Mean of k, as a share of the loss per e-fold of S.
+        slope_spread: Sd of k.
+        gain: Mean of c, what a whole cooldown gains, as a share of the loss.
+        gain_spread: Sd of c.
+        wander: Sd of the wander after one e-fold of S, in units of the slope.
+    """
+
+    alpha: float = 0.5
+    alpha_spread: float = 0.3
+    slope: float = 0.08
     slope_spread: float = 0.08
-    gain: float = 0.06  # c, share of the loss
+    gain: float = 0.06
     gain_spread: float = 0.04
-    wander: float = 0.03  # sd after one e-fold, in units of the slope
+    wander: float = 0.03
 
 
 @dataclass(frozen=True)
-class EndLoss:
-    """The final loss as it will be measured, nats per token: log-normal with this mean and sd."""
+class FinalLossForecast:
+    """The final loss of a run as it will be measured: a log-normal distribution.
+
+    Attributes:
+        mean: Mean, nats per token.
+        sd: Standard deviation, nats per token.
+    """
 
     mean: float
     sd: float
 
     def quantile(self, p: float) -> float:
-        """The loss that the run ends below with probability p, in (0, 1)."""
-        return math.exp(self._log().inv_cdf(p))
+        """Return the loss, in nats per token, that the run ends below with probability p in (0, 1)."""
+        return math.exp(self._log_distribution().inv_cdf(p))
 
     def probability_below(self, level: float) -> float:
-        """The probability that the run ends below `level`, nats per token."""
-        return self._log().cdf(math.log(level)) if level > 0 else 0.0
+        """Return the probability that the run ends below `level`, in nats per token."""
+        return self._log_distribution().cdf(math.log(level)) if level > 0 else 0.0
 
-    def _log(self) -> NormalDist:
+    def _log_distribution(self) -> NormalDist:
         variance = math.log1p((self.sd / self.mean) ** 2)
         return NormalDist(math.log(self.mean) - variance / 2, math.sqrt(variance))
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A run that has ended: 1-d tokens and loss, the last point its final one, and the schedule it ran under."""
+class FinishedRun:
+    """A run that has ended.
+
+    Attributes:
+        tokens: Training tokens at each point, 1-d. The last point is the final one.
+        loss: Loss at each point, nats per token, 1-d.
+        schedule: The schedule that it ran under; None means a constant rate.
+    """
 
     tokens: ArrayLike
     loss: ArrayLike
     schedule: Schedule | None = None
-
-
-def cooldown(
-    at: float, *, share: float = 0.2, warmup: float = 0.0, decay: str = "1-sqrt", floor: float = 0.1
-) -> Schedule:
-    """Warm-up over `warmup` tokens, the constant rate, then a decay (by default 1 - sqrt(u)) over the last `share` of `at` tokens.
-
-    decay: a name in `scaling.laws.decay_shapes`; floor: where "exponential" ends.
-    """
-    if not (at > 0 and 0 < share < 1 and 0 <= warmup <= (1 - share) * at):
-        raise ValueError(f"needed 0 < share < 1 and a warm-up before the cooldown, got {at=}, {share=}, {warmup=}")
-    start = (1 - share) * at
-
-    def factor(tokens: Array) -> Array:
-        up = np.minimum(tokens / warmup, 1.0) if warmup else 1.0
-        return np.asarray(up * DECAYS[decay](np.clip((tokens - start) / (at - start), 0.0, 1.0), floor))
-
-    return factor
-
-
-def logged(tokens: ArrayLike, lr: ArrayLike) -> Schedule:
-    """The schedule that was logged or planned: linear between points, from 0 rate at 0 tokens if the first lies below peak."""
-    t, rate = np.asarray(tokens, float), np.asarray(lr, float)
-    if t.ndim != 1 or t.shape != rate.shape or not t.size or not np.all(np.isfinite(rate) & (rate >= 0)):
-        raise ValueError("tokens and lr must be 1-d, of one length above 0, and every lr finite and at least 0")
-    order = np.argsort(t, kind="stable")
-    t, share = t[order], rate[order] / rate.max()
-    first = 0.0 if share[0] < 0.99 else 1.0
-    return lambda tokens: np.asarray(np.interp(tokens, np.r_[0.0, t], np.r_[first, share]))
 
 
 def predict_end(
@@ -120,48 +116,72 @@ def predict_end(
     *,
     schedule: Schedule | None = None,
     prior: CurvePrior | None = None,
-    siblings: Sequence[Finished] = (),
-) -> EndLoss:
-    """The loss after `at` tokens of a run of which these points are known (1-d; NaN losses are left out).
+    siblings: Sequence[FinishedRun] = (),
+) -> FinalLossForecast:
+    """Forecast the final loss of a run in progress.
 
-    schedule: rate over peak, from 0 to `at` tokens; None: constant to the end, so nothing is gained by a cooldown.
-    prior: of `learn_prior`, or the default. Its gain of 0.06 +- 0.04 spans public runs (0.025 for a cooldown of a tenth,
-        0.06 to 0.08 for a cosine) and most of this project's small proxies (0.02 to 0.12, more at higher rates); it was
-        set by hand. Half a run says nothing of its gain: give a learnt prior where runs have ended.
-    siblings: ended runs of the same study. Each is forecast at the same share of its tokens; their mean error moves this
-        forecast, their spread widens it. A prior learnt from them makes them look a little too good.
-    At least 3 finite points, ValueError otherwise, or when `at` lies before the last.
+    Args:
+        tokens: Training tokens at the known points, 1-d.
+        loss: Loss at these points, nats per token, 1-d. Points with a NaN loss are left out.
+        at: Tokens at the end of the run.
+        schedule: The learning rate as a share of its peak, from 0 to `at` tokens. None means constant to the end, so
+            that nothing is gained by a cooldown.
+        prior: What is believed of the run, from `learn_prior`. The default's gain of 0.06 +- 0.04 was set by hand: it
+            spans public runs (0.025 for a cooldown of a tenth, 0.06 to 0.08 for a cosine) and most of this project's
+            small proxies (0.02 to 0.12, more at higher rates). Half a run says nothing about its gain, so give a
+            learned prior where runs have finished.
+        siblings: Finished runs of the same study. Each is forecast at the same share of its tokens; their mean error
+            shifts this forecast, and their spread widens it. A prior learned from the same runs makes them look a
+            little too good.
+
+    Returns:
+        The distribution of the loss after `at` tokens.
+
+    Raises:
+        ValueError: If fewer than 3 points have a finite loss, or `at` lies before the last of them.
     """
     belief = prior or CurvePrior()
-    run = _prepare(tokens, loss, at, schedule)
-    posterior = _posterior(run, belief)
-    change, variance = posterior.end
+    run = _prepare_run(tokens, loss, at, schedule)
+    change, variance = _compute_posterior(run, belief).end
     if siblings:
-        share = float(read_curve(tokens, loss)[0][-1]) / at
-        errors = np.array([e for s in siblings if (e := _error(s, share, belief)) is not None]).reshape(-1, 2)
-        weight = len(errors) / (len(errors) + WORTH)
+        share = float(clean_curve(tokens, loss)[0][-1]) / at
+        errors = np.array(
+            [error for s in siblings if (error := _compute_forecast_error(s, share, belief)) is not None]
+        ).reshape(-1, 2)
+        weight = len(errors) / (len(errors) + PRIOR_RUNS)
         shift = weight * float(errors[:, 0].mean()) if len(errors) else 0.0
         z2 = (errors[:, 0] - shift) ** 2 / errors[:, 1]
-        change, variance = change + shift, variance * max(1.0, (WORTH + float(z2.sum())) / (WORTH + len(errors)))
-    return EndLoss(run.now * (1 + change), run.now * math.sqrt(variance))
+        widening = max(1.0, (PRIOR_RUNS + float(z2.sum())) / (PRIOR_RUNS + len(errors)))
+        change, variance = change + shift, variance * widening
+    return FinalLossForecast(run.now * (1 + change), run.now * math.sqrt(variance))
 
 
-def _error(sibling: Finished, share: float, prior: CurvePrior) -> tuple[float, float] | None:
-    """What a sibling ended above its forecast at this share of its tokens, and the forecast's variance; both relative."""
-    t, y = read_curve(sibling.tokens, sibling.loss)
-    early = t <= share * t[-1] * (1 + 1e-3)
-    if early.sum() < 3 or early.all():
+def _compute_forecast_error(sibling: FinishedRun, share: float, prior: CurvePrior) -> tuple[float, float] | None:
+    """Return how far a sibling ended above its forecast at this share of its tokens, and the variance of that forecast.
+
+    Both are relative to the loss at that point. None if too few points lie before it.
+    """
+    t, y = clean_curve(sibling.tokens, sibling.loss)
+    is_early = t <= share * t[-1] * (1 + 1e-3)
+    if is_early.sum() < 3 or is_early.all():
         return None
-    run = _prepare(t[early], y[early], float(t[-1]), sibling.schedule)
-    change, variance = _posterior(run, prior).end
+    run = _prepare_run(t[is_early], y[is_early], float(t[-1]), sibling.schedule)
+    change, variance = _compute_posterior(run, prior).end
     return float(y[-1]) / run.now - 1 - change, variance
 
 
-def learn_prior(runs: Sequence[Finished], start: CurvePrior | None = None) -> CurvePrior:
-    """The prior for the next run of a family: means and spreads of ln alpha, slope and gain over runs that have ended.
+def learn_prior(runs: Sequence[FinishedRun], start: CurvePrior | None = None) -> CurvePrior:
+    """Learn the prior for the next run of a family from finished runs: means and spreads of ln alpha, slope and gain.
 
-    Each run is first read under a prior three times as wide, whose share is then taken out again; EM on what is left.
-    `start` counts as two runs, so without runs it comes back.
+    Each run is first fitted under a prior three times as wide, whose contribution is then removed again; EM on what is
+    left gives the prior.
+
+    Args:
+        runs: Finished runs.
+        start: The belief before these runs, which counts as two runs; by default `CurvePrior()`.
+
+    Returns:
+        The learned prior; `start` itself if there are no runs.
     """
     first = start or CurvePrior()
     origin = np.array([math.log(first.alpha), first.slope, first.gain])
@@ -174,53 +194,73 @@ def learn_prior(runs: Sequence[Finished], start: CurvePrior | None = None) -> Cu
     )
     if not runs:
         return first
-    found = []
+    moments = []
     for run in runs:
-        t, _ = read_curve(run.tokens, run.loss)
-        found.append(_posterior(_prepare(run.tokens, run.loss, float(t[-1]), run.schedule), wide, ended=True).moments)
-    seen, doubt = np.array([m for m, _ in found]), np.array([v for _, v in found])
-    weight = np.maximum(1 / doubt - 1 / (9 * spread), 0.0)  # precision that the run itself brings
-    pull = np.where(weight > 0, seen / doubt - origin / (9 * spread), 0.0)
+        t, _ = clean_curve(run.tokens, run.loss)
+        prepared = _prepare_run(run.tokens, run.loss, float(t[-1]), run.schedule)
+        moments.append(_compute_posterior(prepared, wide, has_ended=True).moments)
+    means, variances = np.array([m for m, _ in moments]), np.array([v for _, v in moments])
+    # The precision that each run itself contributes, without the wide prior.
+    weight = np.maximum(1 / variances - 1 / (9 * spread), 0.0)
+    pull = np.where(weight > 0, means / variances - origin / (9 * spread), 0.0)
     centre, variance = origin, spread
     for _ in range(100):
-        post = 1 / (weight + 1 / variance)
-        each = post * (pull + centre / variance)
-        centre = (WORTH * origin + each.sum(0)) / (WORTH + len(found))
-        square = WORTH * (spread + (origin - centre) ** 2) + ((each - centre) ** 2 + post).sum(0)
-        variance = square / (WORTH + len(found))
+        posterior_variance = 1 / (weight + 1 / variance)
+        posterior_mean = posterior_variance * (pull + centre / variance)
+        centre = (PRIOR_RUNS * origin + posterior_mean.sum(0)) / (PRIOR_RUNS + len(moments))
+        prior_square = PRIOR_RUNS * (spread + (origin - centre) ** 2)
+        square = prior_square + ((posterior_mean - centre) ** 2 + posterior_variance).sum(0)
+        variance = square / (PRIOR_RUNS + len(moments))
     alpha, slope, gain = centre
     widths = np.sqrt(variance)
     return CurvePrior(
-        float(np.exp(alpha)),
-        float(widths[0]),
-        float(slope),
-        float(widths[1]),
-        float(gain),
-        float(widths[2]),
-        first.wander,
+        alpha=float(np.exp(alpha)),
+        alpha_spread=float(widths[0]),
+        slope=float(slope),
+        slope_spread=float(widths[1]),
+        gain=float(gain),
+        gain_spread=float(widths[2]),
+        wander=first.wander,
     )
 
 
 @dataclass(frozen=True)
 class _RunInProgress:
-    """The known points in units of the present one; the end is the last entry of u and h."""
+    """The known points of a run, relative to the present one. The last entry of u and h is the end of the run.
 
-    now: float  # loss there, nats per token
-    u: Array  # ln S / S(now), points + 1
-    h: Array  # rate come down since now, points + 1
-    y: Array  # loss / now - 1
-    count: Array  # measurements that each point stands for
-    slope: float  # rough, only to set the size of the wander
+    Attributes:
+        now: Loss at the present point, nats per token.
+        u: ln S / S(now), shape [points + 1].
+        h: How far the rate has come down since now, shape [points + 1].
+        y: Loss / now - 1, shape [points].
+        count: How many measurements each point stands for, shape [points].
+        slope: A rough slope, which only sets the size of the wander.
+    """
+
+    now: float
+    u: Array
+    h: Array
+    y: Array
+    count: Array
+    slope: float
 
 
 @dataclass(frozen=True)
 class _Posterior:
-    end: tuple[float, float]  # mean and variance of loss(at) / now - 1
-    moments: tuple[Array, Array]  # means and variances of ln alpha, k, c
+    """What is known of a run after its points.
+
+    Attributes:
+        end: Mean and variance of final loss / now - 1.
+        moments: Means and variances of ln alpha, k and c, shape [3] each.
+    """
+
+    end: tuple[float, float]
+    moments: tuple[Array, Array]
 
 
-def _prepare(tokens: ArrayLike, loss: ArrayLike, at: float, schedule: Schedule | None) -> _RunInProgress:
-    t, y = read_curve(tokens, loss)
+def _prepare_run(tokens: ArrayLike, loss: ArrayLike, at: float, schedule: Schedule | None) -> _RunInProgress:
+    """Check the points and the schedule of a run, and express them relative to the last point."""
+    t, y = clean_curve(tokens, loss)
     if t.size < 3:
         raise ValueError(
             f"a forecast needs at least 3 points with a finite loss, got {t.size}: wait for more of the run"
@@ -232,71 +272,85 @@ def _prepare(tokens: ArrayLike, loss: ArrayLike, at: float, schedule: Schedule |
     if share.shape != fine.shape or not np.all(np.isfinite(share) & (share >= 0) & (share <= 1 + 1e-9)):
         raise ValueError("a schedule gives the rate as a share of its peak: one number in [0, 1] for every token count")
     total = np.r_[0.0, np.cumsum(np.diff(fine) * (share[1:] + share[:-1]) / 2)]
-    kept = (t >= OLDEST * t[-1]) & (t >= fine[int(np.argmax(share >= 0.99 * share.max()))])
-    if kept.sum() < 3:
-        kept = np.arange(t.size) >= t.size - 3
-    t, y, count = _thin(t[kept], y[kept])
-    here = np.append(t, at)
-    sums: Array = np.interp(here, fine, total)
+    is_kept = (t >= OLDEST_SHARE * t[-1]) & (t >= fine[int(np.argmax(share >= 0.99 * share.max()))])
+    if is_kept.sum() < 3:
+        is_kept = np.arange(t.size) >= t.size - 3
+    t, y, count = _thin_points(t[is_kept], y[is_kept])
+    t_and_end = np.append(t, at)
+    sums: Array = np.interp(t_and_end, fine, total)
     if not sums[0] > 0:
         raise ValueError("the schedule has a rate of 0 up to the first point: give tokens in the schedule's own units")
     u: Array = np.log(sums / sums[-2])
-    come_down: Array = 1 - np.sqrt(np.minimum(np.interp(here, fine, share), 1.0))
+    come_down: Array = 1 - np.sqrt(np.minimum(np.interp(t_and_end, fine, share), 1.0))
     now = float(np.median(y[-3:]))
-    recent = np.flatnonzero(u[:-1] >= min(-0.7, u[max(u.size - 4, 0)]))  # the last factor of two, three points at least
+    # The slope over the last factor of two in S, at least three points.
+    recent = np.flatnonzero(u[:-1] >= min(-0.7, u[max(u.size - 4, 0)]))
     older, newer = recent[: recent.size // 2], recent[recent.size // 2 :]
-    apart = float(np.median(u[newer]) - np.median(u[older]))
-    falls = float(np.median(y[older]) - np.median(y[newer])) / now / apart if apart > 0 else 0.0
-    return _RunInProgress(now, u, come_down - come_down[-2], y / now - 1, count, max(falls, 0.01))
+    distance = float(np.median(u[newer]) - np.median(u[older]))
+    slope = float(np.median(y[older]) - np.median(y[newer])) / now / distance if distance > 0 else 0.0
+    return _RunInProgress(now, u, come_down - come_down[-2], y / now - 1, count, max(slope, 0.01))
 
 
-def _thin(t: Array, y: Array) -> tuple[Array, Array, Array]:
-    """(tokens, loss, what each counts) of at most MOST_POINTS points: the medians of equal cells in ln tokens."""
-    if t.size <= MOST_POINTS:
+def _thin_points(t: Array, y: Array) -> tuple[Array, Array, Array]:
+    """Thin a curve to at most MAX_POINTS points, the medians of equal cells in ln tokens.
+
+    Returns:
+        (tokens, loss, how many measurements each point counts as).
+    """
+    if t.size <= MAX_POINTS:
         return t, y, np.ones(t.size)
-    edges = np.linspace(np.log(t[0]), np.log(t[-1]), MOST_POINTS + 1)[1:-1]
+    edges = np.linspace(np.log(t[0]), np.log(t[-1]), MAX_POINTS + 1)[1:-1]
     cell = np.searchsorted(edges, np.log(t))
     groups = [cell == i for i in np.unique(cell)]
     count = np.array([g.sum() for g in groups], float)
-    count = np.where(count > 2, 2 / math.pi * count, count)  # efficiency of a median
+    # A median has 2 / pi of the efficiency of a mean.
+    count = np.where(count > 2, 2 / math.pi * count, count)
     return np.array([np.exp(np.log(t[g]).mean()) for g in groups]), np.array([np.median(y[g]) for g in groups]), count
 
 
-def _calm(y: Array) -> Array:
-    """First weights: points far from the median of their five neighbours, a spike, count little."""
+def _find_initial_weights(y: Array) -> Array:
+    """Return the first weights of the points: spikes, far from the median of five neighbours, count little."""
     if y.size < 5:
         return np.ones(y.size)
-    around = np.lib.stride_tricks.sliding_window_view(np.pad(y, 2, mode="reflect"), 5)
-    apart = np.abs(y - np.median(around, axis=1))
-    return np.asarray(
-        np.minimum(1.0, (3 * 1.4826 * max(float(np.median(apart)), 1e-4) / np.maximum(apart, 1e-12)) ** 2)
-    )
+    neighbours = np.lib.stride_tricks.sliding_window_view(np.pad(y, 2, mode="reflect"), 5)
+    distance = np.abs(y - np.median(neighbours, axis=1))
+    width = 3 * 1.4826 * max(float(np.median(distance)), 1e-4)
+    return np.asarray(np.minimum(1.0, (width / np.maximum(distance, 1e-12)) ** 2))
 
 
-def _posterior(run: _RunInProgress, prior: CurvePrior, *, ended: bool = False) -> _Posterior:
-    """Sum over alpha and noise of the Gaussian posteriors of (b, k, c), with Student weights found in a few passes.
+def _compute_posterior(run: _RunInProgress, prior: CurvePrior, *, has_ended: bool = False) -> _Posterior:
+    """Sum the Gaussian posteriors of (b, k, c) over alpha and noise, with Student weights found in a few passes.
 
-    ended: the last point is the run's end, so it cannot be a spike, however far a cooldown has brought it down.
+    Args:
+        run: The points.
+        prior: What is believed of the run beforehand.
+        has_ended: Whether the last point is the end of the run: then it is no spike, however far a cooldown has lowered
+            it.
+
+    Returns:
+        The distribution of the final loss and of the parameters.
     """
     m = run.y.size
-    bend = np.expm1(-np.outer(ALPHAS, run.u)) / ALPHAS[:, None]
-    design = np.stack([np.ones_like(bend), bend, np.broadcast_to(-run.h, bend.shape)], -1)  # alphas, points + 1, 3
+    bend = np.expm1(-np.outer(ALPHA_GRID, run.u)) / ALPHA_GRID[:, None]
+    # Shape [alphas, points + 1, 3].
+    design = np.stack([np.ones_like(bend), bend, np.broadcast_to(-run.h, bend.shape)], -1)
     known, ahead = design[:, :m], design[:, m]
     centre = np.array([0.0, prior.slope, prior.gain])
-    precision = np.array([LEVEL, prior.slope_spread, prior.gain_spread]) ** -2.0
+    precision = np.array([LEVEL_SPREAD, prior.slope_spread, prior.gain_spread]) ** -2.0
     path = (prior.wander * run.slope) ** 2 * np.minimum.outer(run.u - run.u[0], run.u - run.u[0])
-    log_prior = -0.5 * (np.log(ALPHAS / prior.alpha) / prior.alpha_spread) ** 2
-    calm, parts = _calm(run.y), []
-    if ended:
-        calm[-1] = 1.0
-    for noise in NOISES:
-        weight = calm
-        for _ in range(PASSES):
+    log_prior = -0.5 * (np.log(ALPHA_GRID / prior.alpha) / prior.alpha_spread) ** 2
+    initial_weight, parts = _find_initial_weights(run.y), []
+    if has_ended:
+        initial_weight[-1] = 1.0
+    for noise in NOISE_GRID:
+        weight = initial_weight
+        for _ in range(WEIGHT_PASSES):
             chol = np.linalg.cholesky(path[:m, :m] + np.diag(noise**2 / (weight * run.count)))
             r = solve_triangular(chol, run.y, lower=True)
-            tied = solve_triangular(chol, path[:m, m], lower=True)  # the path at the end, given the path at the points
+            # The path at the end, given the path at the points.
+            tied = solve_triangular(chol, path[:m, m], lower=True)
             white = solve_triangular(chol, known.transpose(1, 0, 2).reshape(m, -1), lower=True).reshape(
-                m, len(ALPHAS), 3
+                m, len(ALPHA_GRID), 3
             )
             gram = np.einsum("mai,maj->aij", white, white) + np.diag(precision)
             cov = np.linalg.inv(gram)
@@ -304,25 +358,26 @@ def _posterior(run: _RunInProgress, prior: CurvePrior, *, ended: bool = False) -
             theta = np.einsum("aij,aj->ai", cov, pull)
             left = r[:, None] - np.einsum("mai,ai->ma", white, theta)
             misfit = (left**2).sum(0) + ((theta - centre) ** 2 * precision).sum(1)
-            like = log_prior - 0.5 * misfit - np.log(np.diag(chol)).sum() - 0.5 * np.linalg.slogdet(gram)[1]
-            share = np.exp(like - like.max())
+            log_likelihood = log_prior - 0.5 * misfit - np.log(np.diag(chol)).sum() - 0.5 * np.linalg.slogdet(gram)[1]
+            share = np.exp(log_likelihood - log_likelihood.max())
             smooth = np.einsum("ami,ai->ma", known, theta) + path[:m, :m] @ solve_triangular(chol.T, left, lower=False)
             off = (run.y - smooth @ share / share.sum()) ** 2 * run.count / noise**2
-            used, weight = weight, np.minimum(1.0, (TAIL + 1) / (TAIL + off))
-            if ended:
+            used, weight = weight, np.minimum(1.0, (NOISE_DEGREES + 1) / (NOISE_DEGREES + off))
+            if has_ended:
                 weight[-1] = 1.0
-        # The weighted Gaussian's place is taken by the Student density: else spikes would pass for noise everywhere
-        student = -0.5 * (TAIL + 1) * np.log1p(off / TAIL) + 0.5 * used * off - 0.5 * np.log(used)
-        like += student[: m - ended].sum() - 0.5 * (math.log(noise / USUAL_NOISE) / NOISE_SPREAD) ** 2
+        # Replace the weighted Gaussian density by the Student density: otherwise spikes would pass for noise
+        # everywhere.
+        student = -0.5 * (NOISE_DEGREES + 1) * np.log1p(off / NOISE_DEGREES) + 0.5 * used * off - 0.5 * np.log(used)
+        log_likelihood += student[: m - has_ended].sum() - 0.5 * (math.log(noise / USUAL_NOISE) / NOISE_SPREAD) ** 2
         lean = ahead - np.einsum("mai,m->ai", white, tied)
         mean = np.einsum("ai,ai->a", ahead, theta) + tied @ left
         variance = path[m, m] - tied @ tied + np.einsum("ai,aij,aj->a", lean, cov, lean) + noise**2
-        parts.append((like, mean, variance, theta, np.diagonal(cov, axis1=1, axis2=2)))
-    likes, means, variances, thetas, spreads = (np.array(part) for part in zip(*parts, strict=True))
-    share = np.exp(likes - likes.max())
+        parts.append((log_likelihood, mean, variance, theta, np.diagonal(cov, axis1=1, axis2=2)))
+    log_likelihoods, means, variances, thetas, spreads = (np.array(part) for part in zip(*parts, strict=True))
+    share = np.exp(log_likelihoods - log_likelihoods.max())
     share /= share.sum()
     end = float((share * means).sum())
-    logs = np.log(ALPHAS)
+    logs = np.log(ALPHA_GRID)
     log_alpha = float(share.sum(0) @ logs)
     theta = np.einsum("na,nai->i", share, thetas)
     spread = np.einsum("na,nai->i", share, spreads + (thetas - theta) ** 2)

@@ -1,4 +1,4 @@
-"""Loss along one run."""
+"""Fit the loss along one run, and find the ends of annealed runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from scaling.common.arrays import Array
 if TYPE_CHECKING:
     import pandas as pd
 
-SLOWEST, FASTEST = 0.02, 3.0  # range of the exponent that is searched
+# The range of the exponent that is searched.
+MIN_ALPHA, MAX_ALPHA = 0.02, 3.0
 
 
 @dataclass(frozen=True)
 class CurveLaw:
-    """L(t) = E + A t^-alpha, nats per token after t tokens."""
+    """The law L(t) = E + A t^-alpha, in nats per token after t tokens.
+
+    Attributes:
+        E: The floor, nats per token.
+        A: The coefficient, nats per token at t = 1.
+        alpha: The exponent.
+    """
 
     E: float
     A: float
@@ -31,71 +38,97 @@ class CurveLaw:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A law of one run's loss, with its evidence."""
+class CurveFit:
+    """The law of the loss of one run, with its evidence.
+
+    Attributes:
+        law: The fitted law.
+        noise: Robust sd of the relative residuals.
+        range: The fewest and the most tokens among the points.
+        status: "ok", or what is doubtful about the fit.
+    """
 
     law: CurveLaw
-    noise: float  # robust sd of the relative residuals
-    range: tuple[float, float]  # of tokens
-    status: str  # "ok", or what is doubtful
+    noise: float
+    range: tuple[float, float]
+    status: str
 
     def predict(self, tokens: ArrayLike) -> Array:
-        """Loss after so many tokens, at the same constant rate; a cooldown lies below."""
+        """Return the loss in nats per token after so many tokens at the same constant rate, without a cooldown."""
         return self.law(tokens)
 
 
-def fit_curve(tokens: ArrayLike, loss: ArrayLike) -> Curve:
-    """Fit E + A t^-alpha to the constant-rate trunk of one run (1-d arrays; give no warm-up and no cooldown points).
+def fit_curve(tokens: ArrayLike, loss: ArrayLike) -> CurveFit:
+    """Fit E + A t^-alpha to the constant-rate trunk of one run.
 
-    Variable projection: given alpha, A and E >= 0 follow from Huber-weighted linear least squares on relative
-    residuals, so only alpha is searched. At least 4 points with distinct tokens, ValueError otherwise.
+    This is variable projection: given alpha, A and E >= 0 follow from Huber-weighted linear least squares on relative
+    residuals, so that only alpha is searched.
+
+    Args:
+        tokens: Training tokens at each point, 1-d, without the warm-up and the cooldown.
+        loss: Loss at each point, nats per token, 1-d. Points without a finite loss are left out.
+
+    Returns:
+        The fit. A doubtful one is returned, too: its `status` says what is wrong.
+
+    Raises:
+        ValueError: If there are fewer than 4 distinct token counts, or a number cannot be used.
     """
-    t, y = read_curve(tokens, loss)
+    t, y = clean_curve(tokens, loss)
     if np.unique(t).size < 4:
         raise ValueError(
             f"a curve needs at least 4 distinct token counts, got {np.unique(t).size}: evaluate more often"
         )
     scale = float(np.exp(np.mean(np.log(t))))
     x = t / scale
-    grid = np.geomspace(SLOWEST, FASTEST, 41)
-    # One scale for every alpha, that of the best median residual: else a bad alpha would forgive itself
-    noise = max(min(_project(x, y, a, None)[2] for a in grid), 1e-6)
-    values = [_project(x, y, a, noise)[2] for a in grid]
+    grid = np.geomspace(MIN_ALPHA, MAX_ALPHA, 41)
+    # All alphas share one residual scale, that of the best median residual: otherwise a bad alpha would excuse its own
+    # misfit.
+    noise = max(min(_fit_linear_part(x, y, a, None)[2] for a in grid), 1e-6)
+    values = [_fit_linear_part(x, y, a, noise)[2] for a in grid]
     i = int(np.argmin(values))
     bounds = (np.log(grid[max(i - 1, 0)]), np.log(grid[min(i + 1, len(grid) - 1)]))
-    found = minimize_scalar(
-        lambda log_alpha: _project(x, y, float(np.exp(log_alpha)), noise)[2],
+    minimum = minimize_scalar(
+        lambda log_alpha: _fit_linear_part(x, y, float(np.exp(log_alpha)), noise)[2],
         bounds=bounds,
         method="bounded",
         options={"xatol": 1e-7},
     )
-    alpha = float(np.exp(found.x)) if found.fun <= values[i] else float(grid[i])
-    E, A, _ = _project(x, y, alpha, noise)
+    alpha = float(np.exp(minimum.x)) if minimum.fun <= values[i] else float(grid[i])
+    E, A, _ = _fit_linear_part(x, y, alpha, noise)
     doubts = []
     if A <= 0:
         doubts.append("The loss does not fall along this run.")
-    elif alpha < SLOWEST * 1.01 or alpha > FASTEST * 0.99:
-        doubts.append(f"alpha = {alpha:.3g} is at the edge of what is searched.")
+    elif alpha < MIN_ALPHA * 1.01 or alpha > MAX_ALPHA * 0.99:
+        doubts.append(f"alpha = {alpha:.3g} is at the edge of the range that is searched.")
     elif E <= 0:
         doubts.append(
-            "The floor E is 0: this run does not bend yet, so far ahead the curve is too low if there is one."
+            "The floor E is 0: this run does not level off yet. If there is a floor, the curve is too low far ahead."
         )
     law = CurveLaw(E=E, A=A * scale**alpha, alpha=alpha)
-    return Curve(law, noise, (float(t.min()), float(t.max())), " ".join(doubts) or "ok")
+    return CurveFit(law, noise, (float(t.min()), float(t.max())), " ".join(doubts) or "ok")
 
 
-def tokens_to_reach(tokens: ArrayLike, loss: ArrayLike, level: float) -> float:
-    """Tokens at which the measured curve first comes down to `level`; math.inf when it never does.
+def find_tokens_to_reach(tokens: ArrayLike, loss: ArrayLike, level: float) -> float:
+    """Return the tokens at which the measured curve first falls to `level`.
 
-    The curve is the running minimum, linear in log tokens between points. A first point already at or below the level
-    answers with its own tokens.
+    The curve is the running minimum, linear in log tokens between the points.
+
+    Args:
+        tokens: Training tokens at each point, 1-d.
+        loss: Loss at each point, nats per token, 1-d.
+        level: A loss, nats per token.
+
+    Returns:
+        Tokens: those of the first point if it lies at or below the level already, `math.inf` if the curve never falls
+            so far.
     """
-    t, y = read_curve(tokens, loss)
+    t, y = clean_curve(tokens, loss)
     lowest = np.minimum.accumulate(y)
-    below = np.flatnonzero(lowest <= level)
-    if not below.size:
+    reached = np.flatnonzero(lowest <= level)
+    if not reached.size:
         return math.inf
-    i = int(below[0])
+    i = int(reached[0])
     if i == 0:
         return float(t[0])
     share = (lowest[i - 1] - level) / (lowest[i - 1] - lowest[i])
@@ -103,26 +136,34 @@ def tokens_to_reach(tokens: ArrayLike, loss: ArrayLike, level: float) -> float:
 
 
 def annealed_ends(points: pd.DataFrame, *, below: float = 0.2) -> pd.Series[Any]:
-    """Which rows of a table of curve points are the final loss of an annealed run; bool, on the table's own index.
+    """Find the rows of a table of curve points that hold the final loss of an annealed run.
 
-    Columns `run_id`, `tokens`, and either `lr` (the rate at that point; `lr_peak`, or else the run's largest lr, is its peak)
-    or `schedule` and `D` (tokens that the schedule was made for). With lr: the rate has come down to at most `below` of its
-    peak, and the run ends there or its rate rises again (a cooldown branch, after which the trunk goes on). With a
-    schedule: the last 0.5 % of D is reached, and the schedule is not "constant". A run of one point is judged by `lr_peak`;
-    without it its row is not an end.
+    With learning rates, a row is an end if the rate has come down to at most `below` of its peak, and the run ends
+    there or its rate rises again (the end of a cooldown branch, after which the trunk continues). With a schedule, a
+    row is an end if the last 0.5 % of D is reached and the schedule is not "constant".
 
-    ValueError when a column is missing, or a token count or rate cannot be read.
+    Args:
+        points: A table with the columns `run_id`, `tokens`, and either `lr` (the rate at that point) or `schedule` and
+            `D` (the tokens that the schedule was made for). The peak of a run is its `lr_peak` or, without that column,
+            its largest `lr`. A run with a single point needs `lr_peak`; without it the row is no end.
+        below: The most that the rate may be at an end, as a share of its peak.
+
+    Returns:
+        Bool, on the index of the table.
+
+    Raises:
+        ValueError: If a column is missing, or a token count or rate cannot be read.
     """
     import pandas as pd
 
     by_rate = "lr" in points.columns
-    need = ("run_id", "tokens", "lr") if by_rate else ("run_id", "tokens", "schedule", "D")
-    if missing := [name for name in need if name not in points.columns]:
+    needed = ("run_id", "tokens", "lr") if by_rate else ("run_id", "tokens", "schedule", "D")
+    if missing := [name for name in needed if name not in points.columns]:
         raise ValueError(
             f"needed run_id, tokens and lr, or run_id, tokens, schedule and D; got no {', '.join(missing)}"
         )
     numbers = [
-        name for name in ("tokens", "lr", "lr_peak", "D") if name in need or (by_rate and name in points.columns)
+        name for name in ("tokens", "lr", "lr_peak", "D") if name in needed or (by_rate and name in points.columns)
     ]
     values = {name: pd.to_numeric(points[name], errors="coerce").to_numpy(float) for name in numbers}
     for name, column in values.items():
@@ -141,56 +182,69 @@ def annealed_ends(points: pd.DataFrame, *, below: float = 0.2) -> pd.Series[Any]
         rows = rows[np.argsort(values["tokens"][rows], kind="stable")]
         rate = values["lr"][rows]
         peak = values["lr_peak"][rows] if "lr_peak" in values else np.full(rate.size, rate.max())
-        peaked = np.maximum.accumulate(rate) > below * peak  # not before: a warm-up's rate is low, too
-        leaves = np.r_[rate[1:] > rate[:-1], True]
-        single = rate.size == 1 and "lr_peak" in values
-        final[rows] = (rate <= below * peak) & (peaked | single) & leaves
+        # Only after the peak, because the rate of a warm-up is low, too.
+        has_peaked = np.maximum.accumulate(rate) > below * peak
+        is_last_or_rises = np.r_[rate[1:] > rate[:-1], True]
+        is_single = rate.size == 1 and "lr_peak" in values
+        final[rows] = (rate <= below * peak) & (has_peaked | is_single) & is_last_or_rises
     return pd.Series(final, index=points.index, name="final")
 
 
-def read_curve(tokens: ArrayLike, loss: ArrayLike) -> tuple[Array, Array]:
-    """(tokens, loss), sorted by tokens; points without a finite loss are dropped (a run that broke off), other bad input is refused."""
+def clean_curve(tokens: ArrayLike, loss: ArrayLike) -> tuple[Array, Array]:
+    """Check a curve, sort it by tokens and drop the points without a finite loss.
+
+    Args:
+        tokens: Training tokens at each point, 1-d.
+        loss: Loss at each point, nats per token, 1-d.
+
+    Returns:
+        (tokens, loss).
+
+    Raises:
+        ValueError: If the shapes differ, a token count is not positive and finite, a loss is not positive, or none is
+            finite.
+    """
     t, y = np.asarray(tokens, float), np.asarray(loss, float)
     if t.ndim != 1 or t.shape != y.shape or not t.size:
         raise ValueError(f"tokens and loss must be 1-d and of one length above 0, got shapes {t.shape} and {y.shape}")
     if not np.all(np.isfinite(t) & (t > 0)):
         raise ValueError("tokens must be positive and finite: drop the point before the first step")
-    kept = np.isfinite(y)
-    if not kept.any() or np.any(y[kept] <= 0):
+    is_finite = np.isfinite(y)
+    if not is_finite.any() or np.any(y[is_finite] <= 0):
         raise ValueError("loss must be positive, in nats per token, and finite somewhere")
-    t, y = t[kept], y[kept]
+    t, y = t[is_finite], y[is_finite]
     order = np.argsort(t, kind="stable")
     return t[order], y[order]
 
 
-def _project(x: Array, y: Array, alpha: float, noise: float | None) -> tuple[float, float, float]:
-    """(E, A, misfit) at this alpha.
+def _fit_linear_part(x: Array, y: Array, alpha: float, noise: float | None) -> tuple[float, float, float]:
+    """Fit E and A at this alpha.
 
-    Misfit: sum of Huber terms in units of `noise`, or, without it, 1.48 times the median absolute residual.
+    Returns:
+        (E, A, misfit). The misfit is the sum of the Huber terms in units of `noise` or, without it, 1.48 times the
+        median absolute residual.
     """
     design = np.stack([np.ones_like(x), x**-alpha], 1) / y[:, None]
     weight = np.ones_like(x)
-    answer = np.zeros(2)
+    E, A = 0.0, 0.0
     for _ in range(8):
-        answer = _nonnegative(design, weight)
-        size = np.abs(1 - design @ answer)
+        coefficients = _solve_nonnegative(design, weight)
+        E, A = float(coefficients[0]), float(coefficients[1])
+        size = np.abs(1 - design @ coefficients)
         width = 1.345 * (noise if noise is not None else max(1.4826 * float(np.median(size)), 1e-9))
         weight = np.minimum(1.0, width / np.maximum(size, 1e-300))
     if noise is None:
-        return float(answer[0]), float(answer[1]), 1.4826 * float(np.median(size))
-    return (
-        float(answer[0]),
-        float(answer[1]),
-        float(np.sum(np.where(size <= width, size**2, width * (2 * size - width))) / noise**2),
-    )
+        return E, A, 1.4826 * float(np.median(size))
+    return E, A, float(np.sum(np.where(size <= width, size**2, width * (2 * size - width))) / noise**2)
 
 
-def _nonnegative(design: Array, weight: Array) -> Array:
-    """Least squares of 1 on two columns, both coefficients at least 0."""
+def _solve_nonnegative(design: Array, weight: Array) -> Array:
+    """Solve the weighted least squares of 1 on two columns, with both coefficients at least 0."""
     gram, pull = (design.T * weight) @ design, design.T @ weight
     both = np.linalg.lstsq(gram, pull, rcond=None)[0]
     if np.all(both >= 0):
         return np.asarray(both)
     alone = pull / np.diag(gram)
-    i = int(np.argmax(pull * alone))  # the column that explains more by itself
+    # The column that explains more by itself.
+    i = int(np.argmax(pull * alone))
     return np.where(np.arange(2) == i, alone, 0.0)

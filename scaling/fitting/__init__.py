@@ -1,2 +1,2 @@
-"""From evidence to a law: Newton's method, the loss law, model averaging, other forms, isoFLOP profiles, the envelope, the law of
-learning rate and batch size. Imports `common` and `laws`."""
+"""Fit laws to runs: Newton's method, the loss law, averaged forms, other forms, isoFLOP profiles, the envelope, and the
+law of learning rate and batch size. Imports `common` and `laws`."""

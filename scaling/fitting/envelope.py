@@ -1,4 +1,4 @@
-"""The envelope of runs (approach 1 of Hoffmann et al., arXiv 2203.15556), and the three approaches side by side."""
+"""Fit the envelope of runs (approach 1 of Hoffmann et al., arXiv 2203.15556) and compare the three approaches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scaling.common.arrays import Array
-from scaling.fitting.isoflop import Frontier, Optimum, Trend, fit_isoflop, logs, span
+from scaling.fitting.isoflop import ComputeOptimum, Frontier, Trend, find_range, fit_isoflop, take_logs
 from scaling.fitting.loss_law import Fit, FitError, fit_loss_law
 from scaling.laws.formulas import PowerLaw
 
@@ -28,35 +28,51 @@ def fit_envelope(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> Frontier:
-    """Approach 1: the least loss over runs at each compute, then power laws through the winners' N and D.
+    """Fit compute-optimal N and D by approach 1: the least loss over runs at each compute.
 
-    run_ids: rows that share one are points of one curve, interpolated in ln C; else each row is a run of its own and
-    the least loss of a bin counts. A bin counts when its winner has both a smaller and a larger N beside it. Intervals
-    by bootstrap over runs. FitError below two usable bins.
+    Power laws are fitted through N and D of the best run in each bin of compute. A bin is used if both a smaller and a
+    larger N were run beside its best one. Intervals come from a bootstrap over runs.
+
+    Args:
+        N: Parameters of each row, shape (m,).
+        D: Tokens of each row, shape (m,).
+        loss: Loss of each row, in nats per token, shape (m,).
+        C: Compute of each row in FLOPs, shape (m,). Default: 6 N D.
+        run_ids: Rows that share an id are points of one curve, interpolated in ln C. Without ids each row is a run of
+            its own, and the least loss of a bin is used.
+        bins: Number of bins of ln C. Default: by the number of rows.
+        bootstrap: Number of resamples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The trends of N_opt and D_opt with their points.
+
+    Raises:
+        FitError: If fewer than two bins are usable.
+        ValueError: If a row is not usable.
     """
-    n, d, y, c = logs(N, D, loss, C)
-    grid, values, at_n, at_d, size = _candidates(n, d, y, c, run_ids, bins)
+    n, d, y, c = take_logs(N, D, loss, C)
+    grid, values, at_n, at_d, size = _arrange_candidates(n, d, y, c, run_ids, bins)
     runs = len(size)
-    (first, points), rng = (
-        _winners(grid, values, at_n, at_d, size, np.ones(len(values), bool)),
-        np.random.default_rng(seed),
-    )
+    first, points = _fit_winners(grid, values, at_n, at_d, size, np.ones(len(values), bool))
+    rng = np.random.default_rng(seed)
     if first is None:
         raise FitError(
-            f"the envelope needs 2 or more computes at which a size between others is best, got fewer from {runs} runs: "
-            "add sizes at each compute"
+            "the envelope needs 2 or more compute budgets at which a size between others is best, got fewer from "
+            f"{runs} runs: add sizes at each budget"
         )
     samples = []
     for _ in range(bootstrap):
-        again = _winners(grid, values, at_n, at_d, size, rng.multinomial(runs, np.full(runs, 1 / runs)) > 0)[0]
-        if again is not None:
-            samples.append(again)
+        drawn = rng.multinomial(runs, np.full(runs, 1 / runs)) > 0
+        resampled, _ = _fit_winners(grid, values, at_n, at_d, size, drawn)
+        if resampled is not None:
+            samples.append(resampled)
     sizes = len({p.N for p in points if p.status == "ok"})
     doubts = []
     if sizes < 4:
-        doubts.append(f"Only {sizes} size(s) ever win: the envelope is coarse.")
+        doubts.append(f"Only {sizes} size(s) are ever the best: the envelope is coarse.")
     if len(samples) < max(20, bootstrap / 2):
-        doubts.append(f"Only {len(samples)} of {bootstrap} resamples have an envelope: intervals are unreliable.")
+        doubts.append(f"Only {len(samples)} of {bootstrap} resamples have an envelope: the intervals are unreliable.")
     good = np.log([p.C for p in points if p.status == "ok"])
     trends = []
     for i in (0, 1):
@@ -65,13 +81,21 @@ def fit_envelope(
         middle = float(grid.mean())
         law = PowerLaw(float(np.exp(level - exponent * middle)), float(exponent))
         trends.append(Trend(law, middle, spread, max(sizes - 2.0, 1.0)))
-    return Frontier("envelope", trends[0], trends[1], points, span(good), " ".join(doubts) or "ok")
+    return Frontier("envelope", trends[0], trends[1], points, find_range(good), " ".join(doubts) or "ok")
 
 
-def law_frontier(fit: Fit, C: ArrayLike) -> Frontier:
-    """Approach 3: the optimum of the fitted law (which has C = 6 N D), its intervals by the fit's bootstrap samples.
+def make_law_frontier(fit: Fit, C: ArrayLike) -> Frontier:
+    """Return compute-optimal N and D by approach 3: the optimum of a fitted loss law with C = 6 N D.
 
-    C: FLOPs at which intervals are centred. ValueError when the law has no optimum, or without samples.
+    Args:
+        fit: A fit of the loss law with bootstrap samples, from which the intervals come.
+        C: Compute in FLOPs at which the intervals are centred, a number or shape (m,).
+
+    Returns:
+        The trends of N_opt and D_opt, without points.
+
+    Raises:
+        ValueError: If the law has no optimum, or fewer than 20 samples have one.
     """
     at = np.log(np.atleast_1d(np.asarray(C, float)))
     middle = float(at.mean())
@@ -97,7 +121,7 @@ def law_frontier(fit: Fit, C: ArrayLike) -> Frontier:
         trend([p[:2] for p in pairs], laws[0]),
         trend([p[2:] for p in pairs], laws[1]),
         (),
-        span(at),
+        find_range(at),
         fit.status,
     )
 
@@ -113,48 +137,61 @@ def compare_approaches(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> dict[str, Frontier | str]:
-    """The three approaches by name; a sentence in place of one that these runs do not allow.
+    """Fit compute-optimal N and D by the three approaches of Hoffmann et al. (arXiv 2203.15556).
 
-    With `run_ids` that repeat (curves), approaches 2 and 3 use each run's last row.
+    Args:
+        N: Parameters of each row, shape (m,).
+        D: Tokens of each row, shape (m,).
+        loss: Loss of each row, in nats per token, shape (m,).
+        C: Compute of each row in FLOPs, shape (m,). Default: 6 N D.
+        budgets: Nominal compute budgets, see `fit_isoflop`.
+        run_ids: Ids of runs, see `fit_envelope`. Where they repeat, approaches 2 and 3 use the last row of each run.
+        bootstrap: Number of resamples for approaches 1 and 3.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The result under "envelope", "isoflop" and "law"; the reason as a sentence in place of a result that these runs
+        do not allow.
     """
-    n, d, y, c = logs(N, D, loss, C)
+    n, d, y, c = take_logs(N, D, loss, C)
     last = np.arange(n.size)
     if run_ids is not None:
-        _check_ids(run_ids, n.size)
+        _check_run_ids(run_ids, n.size)
         ends: dict[Hashable, int] = {}
         for i, name in enumerate(run_ids):
             if name not in ends or d[i] > d[ends[name]]:
                 ends[name] = i
         last = np.array(sorted(ends.values()))
     size, tokens, losses, compute = (np.exp(v) for v in (n, d, y, c))
-    found: dict[str, Frontier | str] = {}
+    results: dict[str, Frontier | str] = {}
     try:
-        found["envelope"] = fit_envelope(
+        results["envelope"] = fit_envelope(
             size, tokens, losses, C=compute, run_ids=run_ids, bootstrap=bootstrap, seed=seed
         )
     except FitError as error:
-        found["envelope"] = str(error)
+        results["envelope"] = str(error)
     try:
-        found["isoflop"] = fit_isoflop(size[last], tokens[last], losses[last], C=compute[last], budgets=budgets)
+        results["isoflop"] = fit_isoflop(size[last], tokens[last], losses[last], C=compute[last], budgets=budgets)
     except FitError as error:
-        found["isoflop"] = str(error)
+        results["isoflop"] = str(error)
     try:
         fit = fit_loss_law(size[last], tokens[last], losses[last], bootstrap=bootstrap, seed=seed)
-        found["law"] = law_frontier(fit, compute[last])
-    except ValueError as error:  # FitError is one
-        found["law"] = str(error)
-    return found
+        results["law"] = make_law_frontier(fit, compute[last])
+    # FitError is a ValueError.
+    except ValueError as error:
+        results["law"] = str(error)
+    return results
 
 
-def approaches_table(approaches: dict[str, Frontier | str], C: float, mass: float = 0.8) -> pd.DataFrame:
-    """One row per approach: exponents and N_opt, D_opt at C FLOPs, each with its interval; status."""
+def make_approaches_table(approaches: dict[str, Frontier | str], C: float, mass: float = 0.8) -> pd.DataFrame:
+    """Tabulate the approaches, one row each: exponents, N_opt and D_opt at C FLOPs with intervals, and the status."""
     import pandas as pd
 
     rows = []
-    for name, found in approaches.items():
+    for name, result in approaches.items():
         row: dict[str, object] = {"approach": name}
-        if isinstance(found, Frontier):
-            for symbol, trend in (("N", found.N), ("D", found.D)):
+        if isinstance(result, Frontier):
+            for symbol, trend in (("N", result.N), ("D", result.D)):
                 low, high = trend.interval(C, mass)
                 row |= {f"{symbol}_exponent": trend.law.exponent}
                 row |= dict(
@@ -169,23 +206,23 @@ def approaches_table(approaches: dict[str, Frontier | str], C: float, mass: floa
                     f"{symbol}_opt_low": float(low),
                     f"{symbol}_opt_high": float(high),
                 }
-        rows.append(row | {"status": found.status if isinstance(found, Frontier) else found})
+        rows.append(row | {"status": result.status if isinstance(result, Frontier) else result})
     return pd.DataFrame(rows)
 
 
-def _check_ids(run_ids: Sequence[Hashable], rows: int) -> None:
+def _check_run_ids(run_ids: Sequence[Hashable], rows: int) -> None:
     if len(run_ids) != rows:
         raise ValueError(f"run_ids needs one entry per row, got {len(run_ids)} for {rows} rows")
 
 
-def _candidates(
+def _arrange_candidates(
     n: Array, d: Array, y: Array, c: Array, run_ids: Sequence[Hashable] | None, bins: int | None
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """Grid of ln C (j,), ln loss, ln N, ln D of every run there (runs, j), inf where a run says nothing; ln N."""
+    """Return a grid of ln C (j,); ln loss (inf where there is none), ln N, ln D on it (runs, j); and ln N (runs,)."""
     if bins is not None and bins < 2:
         raise ValueError(f"bins must be 2 or more, got {bins}")
     if run_ids is not None:
-        _check_ids(run_ids, n.size)
+        _check_run_ids(run_ids, n.size)
         names: dict[Hashable, list[int]] = {}
         for i, name in enumerate(run_ids):
             names.setdefault(name, []).append(i)
@@ -204,21 +241,21 @@ def _candidates(
     grid = (edges[1:] + edges[:-1]) / 2
     number = np.clip(np.searchsorted(edges, c, side="right") - 1, 0, grid.size - 1)
     values = np.full((n.size, grid.size), np.inf)
-    # a bin's runs differ in compute: they are moved to its middle along the trend of the least losses
+    # The runs of a bin differ in compute: they are moved to its middle along the trend of the least losses.
     least = np.array([[c[number == j][np.argmin(y[number == j])], y[number == j].min()] for j in np.unique(number)])
     slope = float(np.polyfit(least[:, 0], least[:, 1], 1)[0]) if len(least) > 1 else 0.0
-    move = grid[number] - c
+    shift = grid[number] - c
     rows = np.arange(n.size)
-    values[rows, number] = y + slope * move
+    values[rows, number] = y + slope * shift
     at_n, at_d = np.tile(n[:, None], grid.size), np.tile(d[:, None], grid.size)
-    at_n[rows, number], at_d[rows, number] = n + 0.5 * move, d + 0.5 * move
+    at_n[rows, number], at_d[rows, number] = n + 0.5 * shift, d + 0.5 * shift
     return grid, values, at_n, at_d, n
 
 
-def _winners(
+def _fit_winners(
     grid: Array, values: Array, n: Array, d: Array, size: Array, taken: NDArray[np.bool_]
-) -> tuple[tuple[Array, Array] | None, tuple[Optimum, ...]]:
-    """Lines (level at the middle of the grid, exponent) through the winners' ln N and ln D; None below two bins."""
+) -> tuple[tuple[Array, Array] | None, tuple[ComputeOptimum, ...]]:
+    """Fit lines (level at the middle of the grid, exponent) to the best runs' ln N and ln D; None below two bins."""
     points, at = [], []
     for j in range(grid.size):
         rows = np.flatnonzero(np.isfinite(values[:, j]) & taken)
@@ -226,9 +263,9 @@ def _winners(
             continue
         best = rows[np.argmin(values[rows, j])]
         edge = not size[rows].min() + 0.05 < size[best] < size[rows].max() - 0.05
-        status = "the smallest or largest size wins" if edge else "ok"
+        status = "the smallest or largest size is the best" if edge else "ok"
         C, N, D, loss = (float(np.exp(v)) for v in (grid[j], n[best, j], d[best, j], values[best, j]))
-        points.append(Optimum(C, N, D, loss, np.nan, rows.size, status))
+        points.append(ComputeOptimum(C, N, D, loss, np.nan, rows.size, status))
         if not edge:
             at.append((grid[j] - grid.mean(), n[best, j], d[best, j]))
     if len(at) < 2:

@@ -1,5 +1,7 @@
-"""Further forms of the loss law, each fitted as Hoffmann's is (Huber on log loss, all starts in one batch), and the
-choice among them by rolling hold-out: fit the smaller compute, predict the next block. Never by in-sample error.
+"""Other forms of the loss law, and the choice among them.
+
+Each is fitted as Hoffmann's form is: Huber loss on log loss, all starts in one batch. The choice is made by a rolling
+hold-out (fit the runs with less compute, predict the next block), never by the in-sample error.
 """
 
 from __future__ import annotations
@@ -13,88 +15,115 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scaling.common.arrays import Array
-from scaling.fitting.averaging import softmax
-from scaling.fitting.loss_law import (
-    FitError,
-    check_rows,
-    coverage_doubts,
-    fit_loss_law,
-    huber_optimum,
-    law_starts,
-    loss_law,
-)
-from scaling.fitting.newton import Local, Objective, minimise
+from scaling.fitting.averaging import compute_shares
+from scaling.fitting.huber import find_huber_optimum, make_loss_law, make_starts
+from scaling.fitting.loss_law import FitError, check_rows, find_coverage_doubts, fit_loss_law
+from scaling.fitting.newton import LocalModel, Objective, minimise
 from scaling.laws.formulas import DataConstrainedLaw, KaplanLaw, LogLinearLaw, LossLaw
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Law: TypeAlias = LossLaw | KaplanLaw | DataConstrainedLaw | LogLinearLaw
-Model: TypeAlias = Callable[[Array], tuple[Array, Array]]  # theta (k, p) -> ln L (k, m), Jacobian (k, m, p)
+FormLaw: TypeAlias = LossLaw | KaplanLaw | DataConstrainedLaw | LogLinearLaw
+# theta (k, p) -> ln L (k, m), Jacobian (k, m, p)
+ModelFunction: TypeAlias = Callable[[Array], tuple[Array, Array]]
 
-PARAMETERS = {"log-linear": 3, "kaplan": 4, "chinchilla": 5, "data-constrained": 7}
-AVERAGE = "average"  # not a form: what Fit.predict answers, shown beside them
-SHARES = (0.5, 0.7, 0.85)  # of runs by compute, each predicting the runs up to the next
-FARTHEST = 30.0  # in ln N: an optimum so far below the run's N gives it no excess worth counting
-R_LOW, R_HIGH = 0.1, 1e4  # of the data-constrained decay constants; 15.4 and 5.3 in the paper
+PARAMETER_COUNTS = {"log-linear": 3, "kaplan": 4, "chinchilla": 5, "data-constrained": 7}
+# Not a form: what `Fit.predict` returns, shown beside the forms.
+AVERAGE = "average"
+# Shares of the runs by compute; the runs below each one predict those up to the next.
+HOLDOUT_SHARES = (0.5, 0.7, 0.85)
+# In ln N. An optimum this far below a run's N leaves the run no excess worth counting.
+FARTHEST = 30.0
+# Bounds of the decay constants of the data-constrained form. The paper found 15.4 and 5.3.
+R_LOW, R_HIGH = 0.1, 1e4
 
 
 @dataclass(frozen=True)
 class FormFit:
-    """One form, fitted."""
+    """One fitted form.
+
+    Attributes:
+        form: Its name, a key of `PARAMETERS`.
+        law: The formula.
+        objective: The sum of Huber terms.
+        error: Mean |L / law - 1| on the fitted runs.
+        status: "ok", or the doubts, in sentences.
+    """
 
     form: str
-    law: Law
-    objective: float  # sum of Huber terms
-    error: float  # mean |L / law - 1| on the runs that were fitted
-    status: str  # "ok", or what is doubtful, in sentences
+    law: FormLaw
+    objective: float
+    error: float
+    status: str
 
     @property
     def parameters(self) -> dict[str, float]:
-        """By the names of the formula."""
+        """The parameters by the names of the formula."""
         return {k: float(v) for k, v in asdict(self.law).items()}
 
     def predict(self, N: ArrayLike, D: ArrayLike, unique: ArrayLike | None = None) -> Array:
-        """Loss by the law. Only the data-constrained form heeds unique tokens."""
+        """Predict the loss in nats per token.
+
+        Args:
+            N: Parameters.
+            D: Tokens.
+            unique: Distinct tokens. Only the data-constrained form uses them.
+
+        Returns:
+            The loss, with the broadcast shape of the arguments.
+        """
         return self.law(N, D, unique) if isinstance(self.law, DataConstrainedLaw) else self.law(N, D)
 
 
 def fit_form(
     form: str, N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, unique: ArrayLike | None = None, delta: float = 1e-3
 ) -> FormFit:
-    """Fit one of PARAMETERS to runs (1-d arrays of one length, loss in nats per token).
+    """Fit one form of the loss law to runs.
 
-    unique: distinct tokens of each run, one number or one per run; only the data-constrained form uses it. ValueError
-    on unusable rows, FitError when the form cannot be fitted to so few.
+    Args:
+        form: "log-linear", "kaplan" (arXiv 2001.08361), "chinchilla" (2203.15556) or "data-constrained" (2305.16264).
+        N: Parameters of each run, shape (m,).
+        D: Tokens of each run, shape (m,).
+        loss: Final loss of each run, in nats per token, shape (m,).
+        unique: Distinct tokens, one number or one per run. Only the data-constrained form uses them.
+        delta: Where the Huber loss on ln L turns from quadratic to linear.
+
+    Returns:
+        The fitted form.
+
+    Raises:
+        ValueError: If the form is unknown or a row is not usable.
+        FitError: If there are too few runs for the form.
     """
-    if form not in PARAMETERS:
-        raise ValueError(f"form must be one of {', '.join(PARAMETERS)}, got {form!r}")
+    if form not in PARAMETER_COUNTS:
+        raise ValueError(f"form must be one of {', '.join(PARAMETER_COUNTS)}, got {form!r}")
     size, tokens, losses = (np.asarray(v, float) for v in (N, D, loss))
     check_rows(size, tokens, losses, delta, 0)
-    distinct = _distinct(tokens, unique)
-    if form != "chinchilla" and losses.size <= PARAMETERS[form]:
+    distinct = _count_distinct(tokens, unique)
+    if form != "chinchilla" and losses.size <= PARAMETER_COUNTS[form]:
         raise FitError(
-            f"the {form} form has {PARAMETERS[form]} parameters and needs more runs than that, got {losses.size}: "
-            "add runs, or fit log-linear"
+            f"the {form} form has {PARAMETER_COUNTS[form]} parameters and needs more runs than that, "
+            f"got {losses.size}: add runs, or fit log-linear"
         )
     log_n, log_d, y = np.log(size), np.log(tokens), np.log(losses)
     centre = (float(log_n.mean()), float(log_d.mean()))
     n, d = log_n - centre[0], log_d - centre[1]
     if form == "chinchilla":
-        theta, value, doubts = huber_optimum(n, d, y, delta)
-        law: Law = loss_law(theta, centre)
+        theta, value, doubts = find_huber_optimum(n, d, y, delta)
+        law: FormLaw = make_loss_law(theta, centre)
     elif form == "log-linear":
-        law, value, doubts = _log_linear(n, d, y, delta, centre)
+        law, value, doubts = _fit_log_linear(n, d, y, delta, centre)
     elif form == "kaplan":
-        law, value, doubts = _kaplan(n, d, y, delta, centre)
+        law, value, doubts = _fit_kaplan(n, d, y, delta, centre)
     else:
-        law, value, doubts = _data_constrained(n, d, np.log(distinct) - centre[1], y, delta, centre)
-    fit = FormFit(form, law, value, 0.0, " ".join(doubts + coverage_doubts(log_n, log_d)) or "ok")
+        law, value, doubts = _fit_data_constrained(n, d, np.log(distinct) - centre[1], y, delta, centre)
+    fit = FormFit(form, law, value, 0.0, " ".join(doubts + find_coverage_doubts(log_n, log_d)) or "ok")
     error = float(np.mean(np.abs(losses / fit.predict(size, tokens, distinct) - 1)))
     return FormFit(form, law, value, error, fit.status)
 
 
-def _distinct(tokens: Array, unique: ArrayLike | None) -> Array:
+def _count_distinct(tokens: Array, unique: ArrayLike | None) -> Array:
     distinct = tokens if unique is None else np.broadcast_to(np.asarray(unique, float), tokens.shape)
     bad = np.flatnonzero(~(np.isfinite(distinct) & (distinct > 0)))
     if bad.size:
@@ -107,10 +136,10 @@ def _distinct(tokens: Array, unique: ArrayLike | None) -> Array:
 # --- the fits ---------------------------------------------------------------------------------------------------------
 
 
-def _huber(model: Model, y: Array, delta: float) -> Objective:
-    """Sum of Huber terms of ln L. Gauss-Newton Hessian; the metric is that of Huber's quadratic majoriser."""
+def _make_huber(model: ModelFunction, y: Array, delta: float) -> Objective:
+    """Make the sum of Huber terms of ln L: Gauss-Newton Hessian, metric of Huber's quadratic majoriser."""
 
-    def local(theta: Array, _: NDArray[np.intp]) -> Local:
+    def local(theta: Array, _: NDArray[np.intp]) -> LocalModel:
         f, jacobian = model(theta)
         r = y - f
         size = np.abs(r)
@@ -121,16 +150,19 @@ def _huber(model: Model, y: Array, delta: float) -> Objective:
             return np.asarray(np.swapaxes(jacobian * weight[:, :, None], 1, 2) @ jacobian)
 
         metric = gram(np.minimum(1.0, delta / np.maximum(size, 1e-300)))
-        return Local(value, gradient, gram((size <= delta) + 0.0), metric)
+        return LocalModel(value, gradient, gram((size <= delta) + 0.0), metric)
 
     return local
 
 
-def _optimum(
-    model: Model, starts: Array, y: Array, delta: float, low: Array, high: Array, names: tuple[str, ...]
+def _find_optimum(
+    model: ModelFunction, starts: Array, y: Array, delta: float, low: Array, high: Array, names: tuple[str, ...]
 ) -> tuple[Array, float, list[str]]:
-    """The best end of all starts. names: of each parameter that is an exponent or a decay, "" for amplitudes."""
-    ends = minimise(_huber(model, y, delta), starts, lower=low, upper=high, tolerance=1e-10)
+    """Return the best end of all starts, its value, and doubts.
+
+    names: The name of each parameter that is an exponent or a decay constant, "" for amplitudes.
+    """
+    ends = minimise(_make_huber(model, y, delta), starts, lower=low, upper=high, tolerance=1e-10)
     best = int(np.argmin(ends.value))
     theta, value = ends.theta[best], float(ends.value[best])
     margin = 0.01 * (high - low)
@@ -144,7 +176,7 @@ def _optimum(
     return theta, value, doubts
 
 
-def _log_linear(
+def _fit_log_linear(
     n: Array, d: Array, y: Array, delta: float, centre: tuple[float, float]
 ) -> tuple[LogLinearLaw, float, list[str]]:
     design = np.stack([np.ones_like(n), -n, -d], 1)
@@ -154,7 +186,7 @@ def _log_linear(
 
     start = np.asarray(np.linalg.lstsq(design, y, rcond=None)[0], float)
     wide = np.array([50.0, 50.0, 50.0])
-    theta, value, doubts = _optimum(model, start[None], y, delta, -wide, wide, ("", "", ""))
+    theta, value, doubts = _find_optimum(model, start[None], y, delta, -wide, wide, ("", "", ""))
     for i, name in ((1, "N"), (2, "D")):
         if theta[i] <= 0:
             doubts.append(f"The loss does not fall with {name}.")
@@ -162,10 +194,10 @@ def _log_linear(
     return LogLinearLaw(float(np.exp(c + alpha * centre[0] + beta * centre[1])), alpha, beta), value, doubts
 
 
-def _kaplan(
+def _fit_kaplan(
     n: Array, d: Array, y: Array, delta: float, centre: tuple[float, float]
 ) -> tuple[KaplanLaw, float, list[str]]:
-    """theta = (a, p, b, k): ln L = e^k ln(e^(a - p n) + e^(b - d)), p = alpha_N / alpha_D, k = ln alpha_D."""
+    """Fit theta = (a, p, b, k): ln L = e^k ln(e^(a - p n) + e^(b - d)), p = alpha_N / alpha_D, k = ln alpha_D."""
 
     def model(theta: Array) -> tuple[Array, Array]:
         a, p, b, k = theta.T[:, :, None]
@@ -176,14 +208,15 @@ def _kaplan(
 
     starts = []
     for p in (0.2, 0.5, 0.8, 1.2):
-        for alpha in (0.04, 0.08, 0.15, 0.3, 0.6):  # given both, L^(1/alpha) is linear in the two amplitudes
+        # Given both exponents, L^(1/alpha) is linear in the two amplitudes.
+        for alpha in (0.04, 0.08, 0.15, 0.3, 0.6):
             design = np.exp(np.stack([-p * n, -d], 1) - y[:, None] / alpha)
             amplitude = np.linalg.lstsq(design, np.ones_like(y), rcond=None)[0]
             least = 1e-3 / np.maximum(design.mean(0), 1e-300)
             a, b = np.log(np.maximum(amplitude, least))
             starts.append([a, p, b, np.log(alpha)])
     low, high = np.array([-400.0, 0.0, -400.0, np.log(0.005)]), np.array([400.0, 5.0, 400.0, np.log(3.0)])
-    theta, value, doubts = _optimum(
+    theta, value, doubts = _find_optimum(
         model, np.clip(starts, low, high), y, delta, low, high, ("", "alpha_N / alpha_D", "", "ln alpha_D")
     )
     a, p, b, k = (float(v) for v in theta)
@@ -195,18 +228,19 @@ def _kaplan(
     return law, value, doubts
 
 
-def _data_constrained(
+def _fit_data_constrained(
     n: Array, d: Array, u: Array, y: Array, delta: float, centre: tuple[float, float]
 ) -> tuple[DataConstrainedLaw, float, list[str]]:
-    """theta = (a, alpha, b, beta, e, ln R_D, ln R_N); u is ln of the distinct tokens, centred as d."""
+    """Fit theta = (a, alpha, b, beta, e, ln R_D, ln R_N). u is ln of the distinct tokens, centred as d is."""
 
     def model(theta: Array) -> tuple[Array, Array]:
         a, alpha, b, beta, _, r_d, r_n = theta.T[:, :, None]
         best = (np.log(alpha) + a - np.log(beta) - b + beta * u) / alpha
-        log_d, _, by_rd = _log_worth(d, np.broadcast_to(u, (len(theta), u.size)), np.exp(r_d))
-        log_n, by_best, by_rn = _log_worth(n, np.clip(best, n - FARTHEST, n), np.exp(r_n))
-        h = np.where((best < n) & (best > n - FARTHEST), by_best, 0.0)  # where N exceeds the optimum, N' moves with it
-        p, f = softmax(theta[:, :5], log_n, log_d)
+        log_d, _, by_rd = compute_log_worth(d, np.broadcast_to(u, (len(theta), u.size)), np.exp(r_d))
+        log_n, by_best, by_rn = compute_log_worth(n, np.clip(best, n - FARTHEST, n), np.exp(r_n))
+        # Where N exceeds the optimum, the effective N moves with the optimum.
+        h = np.where((best < n) & (best > n - FARTHEST), by_best, 0.0)
+        p, f = compute_shares(theta[:, :5], log_n, log_d)
         p1, p2, p3 = p
         by_alpha = -p1 * (log_n + h * (1 / alpha - best))
         by_beta = -p2 * log_d - p1 * h * (u - 1 / beta)
@@ -215,16 +249,16 @@ def _data_constrained(
 
     starts = []
     for r_d in (4.0, 15.0, 60.0):
-        worth = _log_worth(d, u, np.array(r_d))[0]
-        first = law_starts(n, worth, y, delta)
-        r = np.abs(y - softmax(first, n, worth)[1])
+        worth = compute_log_worth(d, u, np.array(r_d))[0]
+        first = make_starts(n, worth, y, delta)
+        r = np.abs(y - compute_shares(first, n, worth)[1])
         value = np.sum(np.where(r <= delta, 0.5 * r * r, delta * (r - 0.5 * delta)), 1)
         for theta5 in first[np.argsort(value)[:4]]:
             starts += [[*theta5, np.log(r_d), np.log(r_n)] for r_n in (5.0, 500.0)]
     low = np.array([y.min() - 12, 0.02, y.min() - 12, 0.02, y.min() - 12, np.log(R_LOW), np.log(R_LOW)])
     high = np.array([y.max() + 5, 3.0, y.max() + 5, 3.0, y.min() + 0.1, np.log(R_HIGH), np.log(R_HIGH)])
     names = ("", "alpha", "", "beta", "", "R_D", "R_N")
-    theta, objective, doubts = _optimum(model, np.clip(starts, low, high), y, delta, low, high, names)
+    theta, objective, doubts = _find_optimum(model, np.clip(starts, low, high), y, delta, low, high, names)
     if theta[4] < y.min() + np.log(0.01):
         doubts.append("The floor E is about 0.")
     epochs = float(np.exp(np.max(d - u)))
@@ -232,13 +266,16 @@ def _data_constrained(
         doubts.append("No run repeats its data: R_D is not measured.")
     elif epochs < 3:
         doubts.append(f"No run sees its data more than {epochs:.2g} times: R_D is hardly measured.")
-    law5 = loss_law(theta[:5], centre)
+    law5 = make_loss_law(theta[:5], centre)
     r_d, r_n = (float(v) for v in np.exp(theta[5:]))
     return DataConstrainedLaw(law5.E, law5.A, law5.B, law5.alpha, law5.beta, r_d, r_n), objective, doubts
 
 
-def _log_worth(amount: Array, distinct: Array, decay: Array) -> tuple[Array, Array, Array]:
-    """ln of U + U R (1 - exp(-(e^(amount - distinct) - 1) / R)), and its derivatives by `distinct` = ln U and by ln R."""
+def compute_log_worth(amount: Array, distinct: Array, decay: Array) -> tuple[Array, Array, Array]:
+    """Return ln(U + U R (1 - exp(-(e^(amount - distinct) - 1) / R))) and its derivatives by ln U and by ln R.
+
+    distinct: ln U. decay: R.
+    """
     repeats = np.expm1(amount - distinct)
     left = np.exp(-repeats / decay)
     gain = 1 + decay * (1 - left)
@@ -249,41 +286,55 @@ def _log_worth(amount: Array, distinct: Array, decay: Array) -> tuple[Array, Arr
 
 
 @dataclass(frozen=True)
-class Score:
-    """How one form fares: mean |ln L - ln prediction|, so relative errors."""
+class FormScore:
+    """The errors of one form: mean |ln L - ln prediction|, so relative errors.
+
+    Attributes:
+        form: Its name, or "average".
+        in_sample: The error on all runs of the fit to all runs.
+        held_out: The error on each held-out block; NaN where the form could not be fitted.
+        fit: The fit to all runs; None for the average and where the form cannot be fitted.
+        status: "ok", or the doubts, in sentences.
+    """
 
     form: str
     in_sample: float
-    held_out: tuple[float, ...]  # by block; NaN where the form could not be fitted
-    fit: FormFit | None  # to all runs; None for the average and where it cannot be fitted
+    held_out: tuple[float, ...]
+    fit: FormFit | None
     status: str
 
     @property
     def mean(self) -> float:
-        """Over the blocks."""
+        """The mean error over the held-out blocks."""
         return float(np.mean(self.held_out)) if self.held_out else float("nan")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Forms side by side. `chosen` predicts the held-out blocks best, but the data-constrained form only if it beats
-    Chinchilla's, its own special case, by a standard error. The average is shown, not chosen among.
+    """Forms compared by how well they predict held-out runs.
+
+    Attributes:
+        scores: One for each form, and one for the average, which is shown but cannot be chosen.
+        blocks: For each block (number of runs fitted, number of runs predicted).
+        chosen: The form with the least held-out error. The data-constrained form is chosen only if it beats
+            Chinchilla's, its special case, by a standard error.
+        status: "ok", or why the choice is doubtful.
     """
 
-    scores: tuple[Score, ...]
-    blocks: tuple[tuple[int, int], ...]  # runs fitted, runs predicted
+    scores: tuple[FormScore, ...]
+    blocks: tuple[tuple[int, int], ...]
     chosen: str
-    status: str  # "ok", or why the choice is doubtful
+    status: str
 
     def table(self) -> pd.DataFrame:
-        """One row per form: parameters, errors in % (in sample, each block, their mean), chosen, status."""
+        """Tabulate the forms, one row each: parameters, errors in % (in sample, each block, mean), chosen, status."""
         import pandas as pd
 
         rows = []
         for s in self.scores:
             row: dict[str, object] = {
                 "form": s.form,
-                "parameters": PARAMETERS.get(s.form),
+                "parameters": PARAMETER_COUNTS.get(s.form),
                 "in_sample": 100 * s.in_sample,
             }
             row |= {f"block_{i + 1}": 100 * e for i, e in enumerate(s.held_out)}
@@ -301,61 +352,82 @@ def compare_forms(
     unique: ArrayLike | None = None,
     delta: float = 1e-3,
 ) -> Comparison:
-    """Fit every form to the 50, 70, 85 % of runs with the least compute and predict the next block; then fit all runs.
+    """Compare the forms of the loss law by a rolling hold-out.
 
-    C: FLOPs of each run, 6 N D when not given; runs of equal compute stay together. The data-constrained form takes
-    part when `unique` is given and some run repeats its data. ValueError and FitError as in `fit_form`.
+    Every form is fitted to the 50, 70 and 85 % of the runs with the least compute and predicts the next block. Then it
+    is fitted to all runs.
+
+    Args:
+        N: Parameters of each run, shape (m,).
+        D: Tokens of each run, shape (m,).
+        loss: Final loss of each run, in nats per token, shape (m,).
+        C: Compute of each run in FLOPs, shape (m,). Default: 6 N D. Runs of equal compute stay in one block.
+        unique: Distinct tokens, one number or one per run. The data-constrained form is included if they are given and
+            some run repeats its data.
+        delta: Where the Huber loss on ln L turns from quadratic to linear.
+
+    Returns:
+        The forms with their errors, and the chosen one.
+
+    Raises:
+        ValueError: If a row is not usable.
+        FitError: If there are too few runs.
     """
     size, tokens, losses = (np.asarray(v, float) for v in (N, D, loss))
     check_rows(size, tokens, losses, delta, 0)
-    distinct = _distinct(tokens, unique)
+    distinct = _count_distinct(tokens, unique)
     compute = np.log(size) + np.log(tokens) if C is None else np.log(np.asarray(C, float))
     if compute.shape != losses.shape or not np.all(np.isfinite(compute)):
         raise ValueError(f"C needs one positive number per run, got shape {compute.shape} for {losses.size} runs")
-    forms = [f for f in PARAMETERS if f != "data-constrained" or np.any(tokens > 1.01 * distinct)]
-    edges = [*(float(np.quantile(compute, s, method="inverted_cdf")) for s in SHARES), float(compute.max())]
+    forms = [f for f in PARAMETER_COUNTS if f != "data-constrained" or np.any(tokens > 1.01 * distinct)]
+    edges = [*(float(np.quantile(compute, s, method="inverted_cdf")) for s in HOLDOUT_SHARES), float(compute.max())]
     blocks = [(compute <= a + 1e-9, (compute > a + 1e-9) & (compute <= b + 1e-9)) for a, b in pairwise(edges)]
-    blocks = [(few, rest) for few, rest in blocks if rest.any() and few.sum() > PARAMETERS["chinchilla"]]
+    blocks = [(fitted, held) for fitted, held in blocks if held.any() and fitted.sum() > PARAMETER_COUNTS["chinchilla"]]
 
-    def errors(form: str, few: NDArray[np.bool_], rest: NDArray[np.bool_]) -> tuple[Array, FormFit | None, str]:
-        """|ln L - ln prediction| of each run of `rest`."""
+    def measure_errors(
+        form: str, fitted: NDArray[np.bool_], held: NDArray[np.bool_]
+    ) -> tuple[Array, FormFit | None, str]:
+        """Return |ln L - ln prediction| of each run of `held`, the fit to `fitted`, and its status."""
         try:
             if form == AVERAGE:
-                average = fit_loss_law(size[few], tokens[few], losses[few], delta=delta)
-                fit, predicted, status = None, average.predict(size[rest], tokens[rest]), average.status
+                average = fit_loss_law(size[fitted], tokens[fitted], losses[fitted], delta=delta)
+                fit, predicted, status = None, average.predict(size[held], tokens[held]), average.status
             else:
-                fit = fit_form(form, size[few], tokens[few], losses[few], unique=distinct[few], delta=delta)
-                predicted, status = fit.predict(size[rest], tokens[rest], distinct[rest]), fit.status
+                fit = fit_form(form, size[fitted], tokens[fitted], losses[fitted], unique=distinct[fitted], delta=delta)
+                predicted, status = fit.predict(size[held], tokens[held], distinct[held]), fit.status
         except FitError as error:
-            return np.full(int(rest.sum()), np.nan), None, f"Cannot be fitted: {error}."
-        return np.abs(np.log(losses[rest] / predicted)), fit, status
+            return np.full(int(held.sum()), np.nan), None, f"Cannot be fitted: {error}."
+        return np.abs(np.log(losses[held] / predicted)), fit, status
 
     everything = np.ones(losses.size, bool)
     scores, misses = [], {}
     for form in [*forms, AVERAGE]:
-        inside, fit, status = errors(form, everything, everything)
-        misses[form] = [errors(form, few, rest)[0] for few, rest in blocks]
-        scores.append(Score(form, float(inside.mean()), tuple(float(m.mean()) for m in misses[form]), fit, status))
-    fitted = [s for s in scores if s.form != AVERAGE and np.isfinite(s.mean)]
-    counts = tuple((int(few.sum()), int(rest.sum())) for few, rest in blocks)
-    if not fitted:
+        inside, fit, status = measure_errors(form, everything, everything)
+        misses[form] = [measure_errors(form, fitted, held)[0] for fitted, held in blocks]
+        scores.append(FormScore(form, float(inside.mean()), tuple(float(m.mean()) for m in misses[form]), fit, status))
+    candidates = [s for s in scores if s.form != AVERAGE and np.isfinite(s.mean)]
+    counts = tuple((int(fitted.sum()), int(held.sum())) for fitted, held in blocks)
+    if not candidates:
         doubt = f"{losses.size} runs leave nothing to hold out: the form is Chinchilla's by default, not by test."
         return Comparison(tuple(scores), counts, "chinchilla", doubt)
-    chosen = min(fitted, key=lambda s: s.mean).form
-    as_good = [s.form for s in fitted if _behind(misses[s.form], misses[chosen]) <= 0]
+    chosen = min(candidates, key=lambda s: s.mean).form
+    as_good = [s.form for s in candidates if _measure_lag(misses[s.form], misses[chosen]) <= 0]
     if chosen == "data-constrained" and "chinchilla" in as_good:
         chosen = "chinchilla"
     doubts = []
-    if len(blocks) < len(SHARES) or min(c[1] for c in counts) < 3:
-        doubts.append("Few runs were held out: the choice may be chance.")
+    if len(blocks) < len(HOLDOUT_SHARES) or min(c[1] for c in counts) < 3:
+        doubts.append("Few runs were held out: the choice may be due to chance.")
     if len(as_good) > 1:
         others = " and ".join(form for form in as_good if form != chosen)
         doubts.append(f"As good within a standard error: {others}.")
     return Comparison(tuple(scores), counts, chosen, " ".join(doubts) or "ok")
 
 
-def _behind(misses: list[Array], best: list[Array]) -> float:
-    """By how much more than a standard error the mean of block means is larger; runs of a block as if independent."""
+def _measure_lag(misses: list[Array], best: list[Array]) -> float:
+    """Return by how much more than a standard error the mean of block means is larger than that of the best form.
+
+    Runs of a block are treated as independent.
+    """
     differences = [a - b for a, b in zip(misses, best, strict=True)]
     error = np.sqrt(sum(float(np.var(d, ddof=1)) / d.size for d in differences if d.size > 1)) / len(differences)
     return float(np.mean([d.mean() for d in differences]) - error - 1e-12)

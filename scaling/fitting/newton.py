@@ -1,7 +1,8 @@
 """A damped Newton method for many small smooth problems at once: all starts, or all bootstraps, in one batch.
 
-Every fit of this package (the Huber fit of the loss law, its two averaged members, the learning-rate bowls) is one
-objective handed to `minimise`; a batch of a thousand five-parameter problems costs a few matrix products per step.
+Every fit of this package (the Huber fit of the loss law, its two averaged members, the bowls of learning rate and
+batch) is one objective passed to `minimise`. A batch of a thousand five-parameter problems costs a few matrix products
+per step.
 """
 
 from __future__ import annotations
@@ -16,25 +17,36 @@ from scaling.common.arrays import Array
 
 # k problems, p parameters, m data
 
-TINY = 1e-22  # values this small are nil: residuals of 1e-11 and less, rounding
+# Values this small are zero up to rounding: residuals of 1e-11 and less.
+NEGLIGIBLE = 1e-22
 
 
-class Local(NamedTuple):
-    """An objective near a point: what a Newton step needs."""
+class LocalModel(NamedTuple):
+    """An objective near a point: what a Newton step needs.
 
-    value: Array  # (k,)
-    gradient: Array  # (k, p)
-    hessian: Array  # (k, p, p), may be indefinite
-    metric: Array  # (k, p, p), positive semidefinite: steps are damped in this metric
+    Attributes:
+        value: Shape (k,).
+        gradient: Shape (k, p).
+        hessian: Shape (k, p, p); it may be indefinite.
+        metric: Shape (k, p, p), positive semidefinite. Steps are damped in this metric.
+    """
+
+    value: Array
+    gradient: Array
+    hessian: Array
+    metric: Array
 
 
-Objective: TypeAlias = Callable[[Array, NDArray[np.intp]], Local]  # (theta (k, p), which problems (k,)) -> Local
+# (theta (k, p), indices of the problems (k,)) -> Local
+Objective: TypeAlias = Callable[[Array, NDArray[np.intp]], LocalModel]
 
 
 class Minimum(NamedTuple):
-    theta: Array  # (k, p)
-    value: Array  # (k,)
-    converged: NDArray[np.bool_]  # (k,)
+    """Where each problem ended: theta (k, p), its value (k,), and whether it converged (k,)."""
+
+    theta: Array
+    value: Array
+    converged: NDArray[np.bool_]
 
 
 def minimise(
@@ -46,30 +58,41 @@ def minimise(
     iterations: int = 150,
     tolerance: float = 1e-13,
 ) -> Minimum:
-    """Local minima reached from `start` (k, p) by Newton steps with Levenberg's damping, each problem with its own.
+    """Find local minima by Newton steps with Levenberg's damping, adapted for each problem separately.
 
-    A step is kept only when it lowers the value, so the value never rises. `lower` and `upper` (p,) are a box: a
-    parameter at a bound that the gradient pushes outward is held there. Done when a little-damped step gains less than
-    `tolerance` of the value, or when no step of any length gains.
+    A step is kept only if it lowers the value, so the value never rises. A problem has converged when a lightly damped
+    step gains less than `tolerance` of the value, or when no step of any length gains.
+
+    Args:
+        objective: The objective and its derivatives.
+        start: Where to start, shape (k, p).
+        lower: Lower bounds, shape (p,). A parameter at a bound toward which the gradient points is held there.
+        upper: Upper bounds, shape (p,).
+        iterations: The largest number of steps.
+        tolerance: The relative gain below which a problem has converged.
+
+    Returns:
+        The minima; their values are never above those at the start.
     """
     k, p = start.shape
     low = np.full(p, -np.inf) if lower is None else lower
     high = np.full(p, np.inf) if upper is None else upper
     theta = np.clip(start, low, high)
-    at = objective(theta, np.arange(k))
+    local = objective(theta, np.arange(k))
     damping = np.full(k, 1e-2)
-    value, converged = at.value.copy(), np.zeros(k, bool)
+    value, converged = local.value.copy(), np.zeros(k, bool)
     active = np.arange(k)
     for _ in range(iterations):
-        here = theta[active]
-        step = _step(at, here, damping[active], low, high)
-        trial = np.clip(here + step, low, high)
+        current = theta[active]
+        step = _compute_step(local, current, damping[active], low, high)
+        trial = np.clip(current + step, low, high)
         new = objective(trial, active)
-        gain = at.value - new.value
-        better = gain > 0  # NaN is not better
+        gain = local.value - new.value
+        # NaN is not better.
+        better = gain > 0
         theta[active[better]] = trial[better]
-        value[active] = np.where(better, new.value, at.value)
-        small = np.where(np.isfinite(gain), np.abs(gain), np.inf) <= tolerance * np.abs(at.value) + TINY
+        value[active] = np.where(better, new.value, local.value)
+        small = np.where(np.isfinite(gain), np.abs(gain), np.inf) <= tolerance * np.abs(local.value) + NEGLIGIBLE
         done = (small & (damping[active] <= 1.0)) | (damping[active] > 1e9)
         damping[active] *= np.where(better, 0.15, 6.0)
         converged[active[done]] = True
@@ -77,38 +100,49 @@ def minimise(
         if not active.size:
             break
         keep = better[~done]
-        at = Local(*(_where(keep, after[~done], before[~done]) for before, after in zip(at, new, strict=True)))
+        local = LocalModel(
+            *(_select(keep, after[~done], before[~done]) for before, after in zip(local, new, strict=True))
+        )
     return Minimum(theta, value, converged)
 
 
-def _step(at: Local, theta: Array, damping: Array, low: Array, high: Array) -> Array:
-    held = ((theta <= low) & (at.gradient > 0)) | ((theta >= high) & (at.gradient < 0))
+def _compute_step(local: LocalModel, theta: Array, damping: Array, low: Array, high: Array) -> Array:
+    held = ((theta <= low) & (local.gradient > 0)) | ((theta >= high) & (local.gradient < 0))
     diagonal = np.arange(theta.shape[1])
-    scale = np.sqrt(at.metric[:, diagonal, diagonal])
-    # a parameter that no data see has no curvature at all: a sliver of the largest keeps it where it is
+    scale = np.sqrt(local.metric[:, diagonal, diagonal])
+    # A parameter that no data inform has no curvature: a small share of the largest one keeps it where it is.
     scale = np.maximum(scale, 1e-6 * scale.max(1, keepdims=True) + 1e-100)
-    matrix = (at.hessian + damping[:, None, None] * at.metric) / scale[:, :, None] / scale[:, None, :]
+    matrix = (local.hessian + damping[:, None, None] * local.metric) / scale[:, :, None] / scale[:, None, :]
     matrix = np.where(held[:, :, None] | held[:, None, :], 0.0, matrix)
     matrix[:, diagonal, diagonal] += np.where(held, 1.0, 1e-12)
-    pull = (np.where(held, 0.0, at.gradient) / scale)[:, :, None]
+    pull = (np.where(held, 0.0, local.gradient) / scale)[:, :, None]
     try:
         step = np.linalg.solve(matrix, pull)
-    except np.linalg.LinAlgError:  # some problem of the batch has a direction of no curvature: bend it up a little
+    # Some problem of the batch has a direction without curvature: it gets a little.
+    except np.linalg.LinAlgError:
         curvature, directions = np.linalg.eigh(matrix)
         curvature = np.maximum(np.abs(curvature), 1e-10)
         step = directions @ (np.swapaxes(directions, 1, 2) @ pull / curvature[:, :, None])
     return np.asarray(-step[:, :, 0] / scale)
 
 
-def _where(mask: NDArray[np.bool_], yes: Array, no: Array) -> Array:
+def _select(mask: NDArray[np.bool_], yes: Array, no: Array) -> Array:
     return np.asarray(np.where(mask.reshape(-1, *[1] * (yes.ndim - 1)), yes, no))
 
 
-def penalised_squares(residual: Array, jacobian: Array, weight: Array, away: Array, precision: Array) -> Local:
-    """Half of sum(weight residual²) + away' diag(precision) away, by Gauss-Newton.
+def evaluate_penalised_squares(
+    residual: Array, jacobian: Array, weight: Array, away: Array, precision: Array
+) -> LocalModel:
+    """Return half of sum(weight residual²) + away' diag(precision) away, with its Gauss-Newton Hessian.
 
-    residual, weight (k, m); jacobian (k, m, p) of the model, not of the residual; away (k, p) from the prior's centre;
-    precision (p,). Marquardt's scaling: the metric is the diagonal.
+    The metric is the diagonal of the Hessian (Marquardt's scaling).
+
+    Args:
+        residual: Shape (k, m).
+        jacobian: Of the model, not of the residual, shape (k, m, p).
+        weight: Shape (k, m).
+        away: Distance from the prior's centre, shape (k, p).
+        precision: Of the prior, shape (p,).
     """
     weighted = jacobian * weight[:, :, None]
     hessian = np.swapaxes(weighted, 1, 2) @ jacobian
@@ -118,4 +152,4 @@ def penalised_squares(residual: Array, jacobian: Array, weight: Array, away: Arr
     value = 0.5 * (np.sum(weight * residual**2, 1) + np.sum(precision * away**2, 1))
     metric = np.zeros_like(hessian)
     metric[:, np.arange(p), np.arange(p)] = hessian[:, np.arange(p), np.arange(p)]
-    return Local(value, gradient, hessian, metric)
+    return LocalModel(value, gradient, hessian, metric)

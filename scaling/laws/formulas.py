@@ -114,12 +114,12 @@ class DataConstrainedLaw:
         # the optimum for U tokens: alpha A N^-alpha = beta B U^-beta
         ratio = np.log(self.alpha * self.A) - np.log(self.beta * self.B)
         best = (ratio + self.beta * np.log(distinct)) / self.alpha - np.log(size)
-        size = _worth(size, size * np.exp(np.clip(best, -30.0, 0.0)), self.R_N)
-        tokens = _worth(tokens, distinct, self.R_D)
+        size = _discount_repeats(size, size * np.exp(np.clip(best, -30.0, 0.0)), self.R_N)
+        tokens = _discount_repeats(tokens, distinct, self.R_D)
         return np.asarray(self.E + self.A * size**-self.alpha + self.B * tokens**-self.beta)
 
 
-def _worth(amount: Array, distinct: Array, decay: float) -> Array:
+def _discount_repeats(amount: Array, distinct: Array, decay: float) -> Array:
     return np.asarray(distinct * (1 - decay * np.expm1(-(amount / distinct - 1) / decay)))
 
 

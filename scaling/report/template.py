@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PAGE = """<!doctype html>
+PAGE_TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ study }}: scaling report</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>

@@ -1,2 +1,4 @@
-"""The run table: its columns, cell checks, file readers, the importer, units, and runs read from MLflow. Imports the rooms
-`common` to `fitting`."""
+"""The run table: its columns, checks of cells, file readers, the importer, units, and runs read from MLflow.
+
+May import the rooms `common` to `fitting`.
+"""

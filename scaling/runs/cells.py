@@ -1,4 +1,4 @@
-"""Checks of single cells of a run table: numbers, flags, what is refused."""
+"""Parse single cells of a run table as numbers and flags, and describe what is wrong with them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,45 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-SHOWN = 5  # mistakes of one kind that are named one by one
-PLAIN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
-TRUTHS = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False, "0.0": False, "no": False}
+# Mistakes of one kind that are listed one by one.
+MAX_LISTED = 5
+NUMBER_PATTERN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
+TRUTH_VALUES = {
+    "true": True,
+    "1": True,
+    "1.0": True,
+    "yes": True,
+    "false": False,
+    "0": False,
+    "0.0": False,
+    "no": False,
+}
 
 
-def refuse(problems: Sequence[str], origin: str) -> None:
-    """One ValueError with all that is wrong, when anything is."""
+def raise_problems(problems: Sequence[str], origin: str) -> None:
+    """Raise one ValueError that lists all problems, if there are any.
+
+    Args:
+        problems: One line each.
+        origin: The file, experiment or table that they are in.
+
+    Raises:
+        ValueError: If `problems` is not empty.
+    """
     if problems:
         raise ValueError(f"{origin} cannot be used (rows count from 0):\n  " + "\n  ".join(problems))
 
 
-def as_numbers(column: pd.Series) -> tuple[pd.Series, dict[Any, Any]]:
-    """The column as float64, NaN where it is empty, and the cells, by row, that are no numbers (NaN in the column, too).
+def parse_numbers(column: pd.Series) -> tuple[pd.Series, dict[Any, Any]]:
+    """Convert a column to float64.
 
-    A text is a number only in the form 1234.5e6: with separators of thousands it could be another one elsewhere.
+    Text is a number only in the form 1234.5e6, because thousands separators mean different things in different places.
+
+    Args:
+        column: Cells of any type.
+
+    Returns:
+        The numbers, NaN where a cell is empty or not a number, and the cells that are not numbers, by row.
     """
     import pandas as pd
 
@@ -35,45 +59,62 @@ def as_numbers(column: pd.Series) -> tuple[pd.Series, dict[Any, Any]]:
     wrong: dict[Any, Any] = {}
     values = []
     for row, cell in zip(column.index, column.tolist(), strict=True):
-        value = _number(cell)
+        value = _parse_number(cell)
         if value is None:
             wrong[row] = cell
         values.append(math.nan if value is None else value)
     return pd.Series(values, column.index, dtype=float), wrong
 
 
-def as_flags(column: pd.Series, default: pd.Series) -> tuple[pd.Series, dict[Any, Any]]:
-    """The column as bool, the default where it is empty, and the cells, by row, that are neither true nor false."""
+def parse_flags(column: pd.Series, default: pd.Series) -> tuple[pd.Series, dict[Any, Any]]:
+    """Convert a column to bool.
+
+    Args:
+        column: Cells of any type.
+        default: The value of each row whose cell is empty.
+
+    Returns:
+        The flags, and the cells that are neither true nor false, by row.
+    """
     import pandas as pd
 
     if column.dtype == bool:
         return column, {}
     wrong: dict[Any, Any] = {}
     values = []
-    for row, cell, other in zip(column.index, column.tolist(), default.tolist(), strict=True):
-        value = bool(other) if empty(cell) else TRUTHS.get(str(cell).strip().lower())
+    for row, cell, fallback in zip(column.index, column.tolist(), default.tolist(), strict=True):
+        value = bool(fallback) if is_empty(cell) else TRUTH_VALUES.get(str(cell).strip().lower())
         if value is None:
             wrong[row] = cell
         values.append(bool(value))
     return pd.Series(values, column.index, dtype=bool), wrong
 
 
-def mistakes(column: str, wrong: dict[Any, Any], needed: str) -> list[str]:
-    """One line for each of the first few cells (by row) and one for the rest."""
+def describe_mistakes(column: str, wrong: dict[Any, Any], needed: str) -> list[str]:
+    """Return one line for each of the first few wrong cells, and one line for the rest.
+
+    Args:
+        column: The name of the column.
+        wrong: The wrong cells, by row.
+        needed: What a cell should hold, such as "a positive number".
+
+    Returns:
+        At most `MAX_LISTED` + 1 lines.
+    """
     lines = []
-    for row, cell in list(wrong.items())[:SHOWN]:
-        got = "an empty cell" if empty(cell) else str(cell) if isinstance(cell, float) else repr(cell)[:80]
+    for row, cell in list(wrong.items())[:MAX_LISTED]:
+        got = "an empty cell" if is_empty(cell) else str(cell) if isinstance(cell, float) else repr(cell)[:80]
         text = f"row {row}, column {column}: needed {needed}, got {got}"
         if isinstance(cell, str) and re.fullmatch(r"\s*[+-]?\d{1,3}([,_ '\u00a0\u2009\u202f]\d{3})+(\.\d*)?\s*", cell):
-            text += ": write it without separators of thousands"
+            text += ": write it without thousands separators"
         lines.append(text)
-    if len(wrong) > SHOWN:
-        lines.append(f"column {column}: {len(wrong) - SHOWN} more rows like these")
+    if len(wrong) > MAX_LISTED:
+        lines.append(f"column {column}: {len(wrong) - MAX_LISTED} more rows like these")
     return lines
 
 
-def empty(cell: Any) -> bool:
-    """No value: None, NaN, pandas' NA and NaT, or blank text."""
+def is_empty(cell: Any) -> bool:
+    """Return whether a cell has no value: None, NaN, pandas' NA or NaT, or blank text."""
     import pandas as pd
 
     if isinstance(cell, str):
@@ -81,15 +122,16 @@ def empty(cell: Any) -> bool:
     return cell is None or cell is pd.NA or cell is pd.NaT or (isinstance(cell, float) and math.isnan(cell))
 
 
-def _number(cell: Any) -> float | None:
-    """A cell as a float, NaN when it is empty, None when it is no number."""
-    if empty(cell):
+def _parse_number(cell: Any) -> float | None:
+    """Return a cell as a float: NaN if it is empty, None if it is not a number."""
+    if is_empty(cell):
         return math.nan
     if isinstance(cell, str):
-        return float(cell.strip()) if PLAIN.fullmatch(cell.strip()) else None
+        return float(cell.strip()) if NUMBER_PATTERN.fullmatch(cell.strip()) else None
     if isinstance(cell, bool) or not isinstance(cell, Real | Decimal):
         return None
     try:
         return float(cell)
-    except OverflowError:  # an integer of more than 308 digits
+    # An integer may have more than 308 digits.
+    except OverflowError:
         return None

@@ -1,4 +1,4 @@
-"""The run table of an MLflow experiment."""
+"""Read the run table of a study from its MLflow experiment."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-NUMBERS = ("N", "D", "lr", "batch_tokens", "seq_len", "d_model", "N_total", "N_nonembedding")
-WORDS = ("parametrization", "data_sha256", "arm")
+# Parameters of a run that become columns, as numbers and as text.
+NUMERIC_PARAMS = ("N", "D", "lr", "batch_tokens", "seq_len", "d_model", "N_total", "N_nonembedding")
+TEXT_PARAMS = ("parametrization", "data_sha256", "arm")
 
 
 def read_runs(study: str, *, uri: str | None = None) -> pd.DataFrame:
-    """The run table of a study: one row per (configuration or target, rung) that has finished, unchecked.
+    """Read the run table of a study, without checking it.
 
-    A rung that was given up has the tokens and the loss of its last point, excluded as "stopped".
+    Args:
+        study: The study's name.
+        uri: The store's tracking URI; by default `scaling.tracking.client.default_uri()`.
+
+    Returns:
+        One row per finished rung of each configuration or target. A rung that was stopped early has the tokens and the
+        loss of its last point, and is excluded as "stopped".
+
+    Raises:
+        ValueError: If there is no such study, or if no rung has finished.
     """
     import pandas as pd
 
@@ -26,13 +36,13 @@ def read_runs(study: str, *, uri: str | None = None) -> pd.DataFrame:
     rows = []
     for run in read_records(study, uri=uri, kind="run"):
         params, metrics, tags = run.params, run.metrics, run.tags
-        fixed: dict[str, Any] = {k: float(params[k]) for k in NUMBERS if params.get(k) not in (None, "None")}
-        fixed |= {k: params[k] for k in WORDS if k in params}
-        fixed |= {"run_id": run.run_id, "name": tags.get("muscale.name"), "role": tags.get("muscale.role", "proxy")}
+        shared: dict[str, Any] = {k: float(params[k]) for k in NUMERIC_PARAMS if params.get(k) not in (None, "None")}
+        shared |= {k: params[k] for k in TEXT_PARAMS if k in params}
+        shared |= {"run_id": run.run_id, "name": tags.get("muscale.name"), "role": tags.get("muscale.role", "proxy")}
         for rung in sorted(int(m[1]) for k in metrics if (m := re.fullmatch(r"rung_(\d+)/tokens", k))):
             loss = metrics.get(f"rung_{rung}/loss", math.nan)
             rows.append(
-                fixed
+                shared
                 | {
                     "rung": rung,
                     "D": metrics[f"rung_{rung}/tokens"],
@@ -43,9 +53,10 @@ def read_runs(study: str, *, uri: str | None = None) -> pd.DataFrame:
                 }
             )
         for rung in sorted(int(m[1]) for k in tags if (m := re.fullmatch(r"rung_(\d+)/stopped", k))):
-            at = json.loads(tags[f"rung_{rung}/stopped"])  # its forecast is no measurement and stays there
-            given_up = {"D": float(at["tokens"]), "loss": float(at["loss"]), "seconds": float(at["seconds"])}
-            rows.append(fixed | given_up | {"rung": rung, "diverged": False, "final": False, "excluded": "stopped"})
+            # The tag also holds the forecast of the final loss, which is no measurement and is left out here.
+            stopped = json.loads(tags[f"rung_{rung}/stopped"])
+            last = {"D": float(stopped["tokens"]), "loss": float(stopped["loss"]), "seconds": float(stopped["seconds"])}
+            rows.append(shared | last | {"rung": rung, "diverged": False, "final": False, "excluded": "stopped"})
     if not rows:
         raise ValueError(f"study {study!r} has no finished run yet: `hpo resume {study}` trains some")
     return pd.DataFrame(rows)

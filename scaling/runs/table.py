@@ -1,25 +1,24 @@
-"""The run table: what a trainer yields, and one row per (trial, fidelity) whatever the source.
+"""The run table: one row per (trial, fidelity), whatever the source.
 
-Columns (only the first three are required; the laws say which others they need):
+Only the first three columns are required; each law names the others that it needs.
 
-| column | is |
+| column | meaning |
 |---|---|
 | N, D | parameters that multiply tokens; training tokens |
 | loss | validation loss of the finished (annealed) run, nats per token; NaN where diverged |
 | lr, batch_tokens | peak learning rate at base width; tokens per optimizer step |
-| run_id, name, config, rung | which run, its name, which configuration of the study, which rung of its ladder |
-| role | "proxy", "confirm" or "target" (scored against the prediction made before it; then laws learn from it as `arm` says) |
-| arm | of a target: "scratch", which laws are fitted to, or "warm", whose D is not comparable; otherwise they leave it out |
+| run_id, name, config, rung | the run, its name, its configuration in the study, its rung of the ladder |
+| role | "proxy", "confirm" or "target"; a target is compared with the prediction made before it |
+| arm | of a target: "scratch" (laws are fitted to it) or "warm" (its D is not comparable); others are left out |
 | diverged | NaN loss, or no better than guessing at the end: a recorded outcome |
-| final | False where the loss is not that of a run of D tokens: unfinished, or on the way under a decaying schedule |
-| excluded | why the row is kept out of laws; empty where it is used |
-| N_convention | how N was counted, see scaling.runs.importer |
+| final | False if the loss is not that of a run of D tokens: unfinished, or before the end of a decaying schedule |
+| excluded | why laws do not use the row; empty if they do |
+| N_convention | how N was counted, see `scaling.runs.units` |
 | parametrization, seq_len, d_model, vocab, N_total, N_nonembedding, N_embedding, seconds, checkpoint | as logged |
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Collection
 from typing import Any
@@ -27,14 +26,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scaling.runs.cells import as_flags, as_numbers, empty, mistakes, refuse
+from scaling.common.suggest import find_similar
+from scaling.runs.cells import describe_mistakes, is_empty, parse_flags, parse_numbers, raise_problems
 
-REQUIRED = ("N", "D", "loss")
-COUNTS = ("N", "D", "batch_tokens", "seq_len", "d_model", "vocab", "N_total", "N_nonembedding", "N_embedding")
-POSITIVE = (*COUNTS, "lr", "loss")
-NUMBERS = (*POSITIVE, "rung", "seconds")
-FLAGS = ("diverged", "final")
-WORDS = (
+REQUIRED_COLUMNS = ("N", "D", "loss")
+COUNT_COLUMNS = ("N", "D", "batch_tokens", "seq_len", "d_model", "vocab", "N_total", "N_nonembedding", "N_embedding")
+POSITIVE_COLUMNS = (*COUNT_COLUMNS, "lr", "loss")
+NUMBER_COLUMNS = (*POSITIVE_COLUMNS, "rung", "seconds")
+FLAG_COLUMNS = ("diverged", "final")
+TEXT_COLUMNS = (
     "run_id",
     "name",
     "config",
@@ -46,15 +46,21 @@ WORDS = (
     "data_sha256",
     "checkpoint",
 )
-COLUMNS = (*NUMBERS, *FLAGS, *WORDS)
+COLUMNS = (*NUMBER_COLUMNS, *FLAG_COLUMNS, *TEXT_COLUMNS)
 
 
 def usable(runs: pd.DataFrame) -> pd.DataFrame:
-    """The rows that laws are fitted to: not excluded for any reason, and of targets those trained from scratch.
+    """Return the rows that laws are fitted to: those not excluded and, of targets, those trained from scratch.
 
-    Also of a table that was never checked, whose diverged and unfinished rows are left out when it has such columns.
+    A table that was never checked works, too: its diverged and unfinished rows are left out if it has such columns.
+
+    Args:
+        runs: A run table.
+
+    Returns:
+        Some of its rows, with their index.
     """
-    keep = not_comparable(runs).eq("")
+    keep = explain_not_comparable(runs).eq("")
     if "excluded" in runs:
         return runs[keep & runs["excluded"].fillna("").eq("")]
     if "diverged" in runs:
@@ -64,9 +70,11 @@ def usable(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[keep]
 
 
-def not_comparable(runs: pd.DataFrame) -> pd.Series[Any]:
-    """Why a target's row tells laws nothing, empty where it does: its D leaves out what a warm start began with."""
+def explain_not_comparable(runs: pd.DataFrame) -> pd.Series[Any]:
+    """Return why laws cannot use the row of a target, for each row; empty where they can.
 
+    The D of a warm start leaves out the tokens that its initial weights were trained on.
+    """
     role, arm = (runs[c] if c in runs else pd.Series(None, runs.index, dtype=object) for c in ("role", "arm"))
     reasons = pd.Series("", runs.index, dtype=object)
     reasons = reasons.mask(role.eq("target") & ~arm.eq("scratch"), "target whose start is not recorded")
@@ -74,43 +82,57 @@ def not_comparable(runs: pd.DataFrame) -> pd.Series[Any]:
 
 
 def check_runs(runs: pd.DataFrame, *, origin: str = "the run table") -> pd.DataFrame:
-    """The same table with `role`, `diverged`, `final` and `excluded` filled in and numbers as float64.
+    """Check a run table and fill in `role`, `diverged`, `final` and `excluded`.
 
-    Raises one ValueError with all mistakes, each with its row (its index) and column.
+    Args:
+        runs: A run table.
+        origin: Where it comes from, for error messages.
+
+    Returns:
+        A copy whose numbers are float64.
+
+    Raises:
+        ValueError: If anything is wrong. The message lists all mistakes, each with its row (of the index) and column.
     """
-    clean, problems = examine(runs)
-    refuse(problems, origin)
+    clean, problems = clean_runs(runs)
+    raise_problems(problems, origin)
     return clean
 
 
-def examine(runs: pd.DataFrame, known: Collection[tuple[str, Any]] = ()) -> tuple[pd.DataFrame, list[str]]:
-    """The table as `check_runs` returns it, and what is wrong with it.
+def clean_runs(runs: pd.DataFrame, known: Collection[tuple[str, Any]] = ()) -> tuple[pd.DataFrame, list[str]]:
+    """Return the table as `check_runs` does, and what is wrong with it.
 
-    known: (column, row) cells of which the mistake has been named already.
+    Args:
+        runs: A run table.
+        known: The (column, row) of cells whose mistakes have been reported already.
+
+    Returns:
+        The table, and one line per mistake.
     """
-
     known = set(known)
     problems = [] if len(runs) else ["no rows"]
-    for name in REQUIRED:
+    for name in REQUIRED_COLUMNS:
         if name not in runs.columns:
-            near = difflib.get_close_matches(name, [str(c) for c in runs.columns], n=1, cutoff=0.4)
-            problems.append(f"no column {name}" + (f" (is it {near[0]}? rename it)" if near else ""))
+            similar = find_similar(name, (str(c) for c in runs.columns))
+            problems.append(f"no column {name}" + (f" (is it {similar[0]}? rename it)" if similar else ""))
     runs = runs.copy()
-    for name in NUMBERS:
+    for name in NUMBER_COLUMNS:
         if name in runs.columns:
-            runs[name], wrong = as_numbers(runs[name])
-            problems += mistakes(name, wrong, "a positive number" if name in POSITIVE else "a number")
+            runs[name], wrong = parse_numbers(runs[name])
+            needed = "a positive number" if name in POSITIVE_COLUMNS else "a number"
+            problems += describe_mistakes(name, wrong, needed)
             known |= {(name, row) for row in wrong}
-    for name in WORDS:
+    for name in TEXT_COLUMNS:
         if name in runs.columns:
-            words = [None if empty(v) else str(v) for v in runs[name]]
-            runs[name] = pd.Series(words, runs.index, dtype=object)  # alike whatever the file and the version of pandas
+            # The same type whatever the file and the version of pandas.
+            texts = [None if is_empty(v) else str(v) for v in runs[name]]
+            runs[name] = pd.Series(texts, runs.index, dtype=object)
     loss = runs["loss"] if "loss" in runs.columns else pd.Series(np.nan, runs.index)
     for name, default in (("diverged", ~np.isfinite(loss)), ("final", pd.Series(True, runs.index))):
         if name not in runs.columns:
             runs[name] = default
-        runs[name], wrong = as_flags(runs[name], default)
-        problems += mistakes(name, wrong, "true or false")
+        runs[name], wrong = parse_flags(runs[name], default)
+        problems += describe_mistakes(name, wrong, "true or false")
     if "role" not in runs.columns:
         runs["role"] = pd.Series("proxy", runs.index, dtype=object)
     runs["role"] = runs["role"].where(runs["role"].notna(), "proxy")
@@ -118,27 +140,34 @@ def examine(runs: pd.DataFrame, known: Collection[tuple[str, Any]] = ()) -> tupl
     reasons = reasons.where(reasons.notna(), "").astype(object)
     reasons = reasons.mask(reasons.eq("") & runs["diverged"], "diverged")
     reasons = reasons.mask(reasons.eq("") & ~runs["final"], "not final")
-    runs["excluded"] = reasons.where(reasons.ne(""), not_comparable(runs))
-    for name in POSITIVE:
+    runs["excluded"] = reasons.where(reasons.ne(""), explain_not_comparable(runs))
+    for name in POSITIVE_COLUMNS:
         if name in runs.columns:
             value = runs[name]
-            bad = (value <= 0) | np.isinf(value)
+            is_wrong = (value <= 0) | np.isinf(value)
             if name == "loss":
-                bad &= runs["excluded"].eq("")  # an excluded run has the loss it has
-            if name in REQUIRED:
-                bad |= value.isna() & runs["excluded"].eq("")
-            said = {row: value.iat[i] for i, row in enumerate(runs.index) if bad.iat[i] and (name, row) not in known}
-            problems += mistakes(name, said, "a positive number")
+                # An excluded run may have any loss.
+                is_wrong &= runs["excluded"].eq("")
+            if name in REQUIRED_COLUMNS:
+                is_wrong |= value.isna() & runs["excluded"].eq("")
+            new = {
+                row: value.iat[i] for i, row in enumerate(runs.index) if is_wrong.iat[i] and (name, row) not in known
+            }
+            problems += describe_mistakes(name, new, "a positive number")
     return runs, problems
 
 
-def table_sha256(runs: pd.DataFrame) -> str:
-    """The hash of what proxies have to say: N, D, lr, batch_tokens, loss of usable rows, in whatever order. Not of targets, so
-    that launching one does not make its own recommendation an old one."""
+def hash_table(runs: pd.DataFrame) -> str:
+    """Return the SHA-256 of the proxies that laws can use, in whatever order.
+
+    It covers N, D, lr, batch_tokens and loss. Targets are left out, so that launching one does not make the
+    recommendation that it was launched with outdated.
+    """
     used = usable(runs)
-    return _sha256(used[used["role"] != "target"] if "role" in used else used)
+    return hash_rows(used[used["role"] != "target"] if "role" in used else used)
 
 
-def _sha256(runs: pd.DataFrame) -> str:
+def hash_rows(runs: pd.DataFrame) -> str:
+    """Return the SHA-256 of N, D, lr, batch_tokens and loss of all rows, in whatever order."""
     numbers = runs[["N", "D", "lr", "batch_tokens", "loss"]].to_numpy(float)
     return hashlib.sha256(np.ascontiguousarray(numbers[np.lexsort(numbers.T)], dtype="<f8").tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Write to one MLflow run and read from it: metrics, parameters, tags, files, notes."""
+"""Write to one MLflow run and read from it: metrics, parameters, tags, files and notes."""
 
 from __future__ import annotations
 
@@ -16,25 +16,47 @@ from scaling.common.measurement import Measurement
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-MAX_PARAM = 6000  # MLflow's limit on a parameter's length
-MAX_PARAMS = 100  # per request, likewise
-MAX_TAG = 8000
-NAMES = "letters, digits, spaces and _ - : . / will do, at most 250, if it would not lead elsewhere as a path"
+# MLflow's limits: characters in a parameter, parameters in a request, characters in a tag.
+MAX_PARAM_LENGTH = 6000
+MAX_PARAMS_PER_REQUEST = 100
+MAX_TAG_LENGTH = 8000
+PARAMETER_NAME_RULE = (
+    "names may have letters, digits, spaces and _ - : . /, at most 250 characters, "
+    "and must not lead elsewhere as a path"
+)
 
 
-def metrics_of(point: Measurement) -> dict[str, float]:
-    """What MLflow is told of a point, with its tokens as the step; nothing of one that the trainer logged itself."""
+def point_to_metrics(point: Measurement) -> dict[str, float]:
+    """Return the finite metrics of a point for MLflow; none for a point that the trainer has logged itself.
+
+    Args:
+        point: A point of a run. Its tokens become the step of the metrics.
+
+    Returns:
+        `loss` (or `final_loss` for a final point) and `train_loss` in nats per token, and `lr`.
+    """
     values = {("final_loss" if point.final else "loss"): point.loss, "train_loss": point.train_loss, "lr": point.lr}
     return {} if point.recorded else {k: v for k, v in values.items() if math.isfinite(v)}
 
 
-def result_of(
+def result_to_metrics(
     *, rung: int, tokens: int, loss: float, seconds: float, checkpoint: Path | None
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """What MLflow is told of the outcome of one rung, metrics and tags; NaN loss means diverged."""
-    outcome = {"loss": loss if math.isfinite(loss) else math.nan, "tokens": float(tokens), "seconds": seconds}
+    """Return the metrics and tags that record the result of one rung.
+
+    Args:
+        rung: The number of the rung.
+        tokens: Training tokens.
+        loss: Final loss, nats per token; NaN or infinite if the run diverged.
+        seconds: Training time.
+        checkpoint: Where the model was saved, if it was.
+
+    Returns:
+        (metrics, tags), named `rung_<rung>/...`.
+    """
+    result = {"loss": loss if math.isfinite(loss) else math.nan, "tokens": float(tokens), "seconds": seconds}
     tags = {f"rung_{rung}/checkpoint": str(checkpoint)} if checkpoint else {}
-    return {f"rung_{rung}/{k}": v for k, v in outcome.items()}, tags
+    return {f"rung_{rung}/{k}": v for k, v in result.items()}, tags
 
 
 def log_records(
@@ -44,82 +66,124 @@ def log_records(
     tags: Mapping[str, str],
     params: Mapping[str, str] = {},
 ) -> None:
-    """Metrics, each record's with its step and time (ms), tags and parameters, in one call. Written again, they change nothing."""
+    """Log metrics, tags and parameters in one request (more, if there are over 100 parameters).
+
+    Logging the same again changes nothing.
+
+    Args:
+        client: The MLflow client.
+        run_id: MLflow's run id.
+        records: (metrics, step, time in milliseconds since the epoch) of each record.
+        tags: Tags by name.
+        params: Parameters, as `serialize_params` returns them.
+    """
     from mlflow.entities import Param, RunTag
 
-    metrics = [m for values, step, at in records for m in _metrics(values, step, at)]
-    flat = [Param(k, v) for k, v in params.items()]
-    while len(flat) > MAX_PARAMS:
-        client.log_batch(run_id, params=flat[:MAX_PARAMS])
-        del flat[:MAX_PARAMS]
-    if metrics or tags or flat:
-        client.log_batch(run_id, metrics=metrics, tags=[RunTag(k, v) for k, v in tags.items()], params=flat)
+    metrics = [m for values, step, at in records for m in _build_metrics(values, step, at)]
+    remaining = [Param(k, v) for k, v in params.items()]
+    while len(remaining) > MAX_PARAMS_PER_REQUEST:
+        client.log_batch(run_id, params=remaining[:MAX_PARAMS_PER_REQUEST])
+        del remaining[:MAX_PARAMS_PER_REQUEST]
+    if metrics or tags or remaining:
+        client.log_batch(run_id, metrics=metrics, tags=[RunTag(k, v) for k, v in tags.items()], params=remaining)
 
 
 def now_ms() -> int:
+    """Return the time in milliseconds since the epoch."""
     return int(time.time() * 1000)
 
 
-def _metrics(values: Mapping[str, float], step: int, at: int) -> list[Any]:
+def _build_metrics(values: Mapping[str, float], step: int, at: int) -> list[Any]:
     from mlflow.entities import Metric
 
     return [Metric(k, v, at, step) for k, v in values.items()]
 
 
 def log_summary(client: MlflowClient, run_id: str, metrics: Mapping[str, float]) -> None:
-    """Figures of the whole study on its parent run: best loss, number of trials, ..."""
-    from mlflow.entities import Metric
-
-    now = now_ms()
-    client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items() if math.isfinite(v)])
+    """Log figures of a whole study on its parent run, leaving out those that are not finite."""
+    finite = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
+    client.log_batch(run_id, metrics=_build_metrics(finite, 0, now_ms()))
 
 
 def write_note(client: MlflowClient, run_id: str, name: str, value: Mapping[str, Any]) -> None:
-    """A JSON value on a run as the tag `muscale.<name>`, replaced when written again."""
+    """Keep a JSON value on a run as the tag `muscale.<name>`, replacing an earlier one.
+
+    Args:
+        client: The MLflow client.
+        run_id: MLflow's run id.
+        name: The note's name.
+        value: Anything that JSON can hold.
+
+    Raises:
+        ValueError: If the text is longer than MLflow's 8000 characters.
+    """
     text = json.dumps(value)
-    if len(text) > MAX_TAG:
-        raise ValueError(f"note {name} has {len(text)} characters, MLflow takes {MAX_TAG}: log it as an artifact")
+    if len(text) > MAX_TAG_LENGTH:
+        raise ValueError(
+            f"note {name} has {len(text)} characters, MLflow takes {MAX_TAG_LENGTH}: log it as an artifact"
+        )
     client.set_tag(run_id, f"muscale.{name}", text)
 
 
 def read_note(client: MlflowClient, run_id: str, name: str) -> dict[str, Any] | None:
-    """What `write_note` wrote, or None."""
+    """Return what `write_note` wrote under this name, or None."""
     text = client.get_run(run_id).data.tags.get(f"muscale.{name}")
     return None if text is None else cast(dict[str, Any], json.loads(text))
 
 
 def log_file(client: MlflowClient, run_id: str, path: Path) -> None:
-    """Keep a file (a report, the resolved study) with a run."""
+    """Keep a file with a run, such as a report or the resolved study."""
     client.log_artifact(run_id, str(path))
 
 
 def read_curve(
     client: MlflowClient, run_id: str, metric: str = "loss", *, since: int = 0
 ) -> tuple[list[float], list[float]]:
-    """(tokens, values) of one metric of one run, in order of tokens; only what was logged at `since` (ms) or later."""
+    """Return the history of one metric of a run.
+
+    Args:
+        client: The MLflow client.
+        run_id: MLflow's run id.
+        metric: The metric's name.
+        since: Leave out what was logged before this time, in milliseconds since the epoch.
+
+    Returns:
+        (tokens, values), in ascending order of tokens.
+    """
     points = [p for p in client.get_metric_history(run_id, metric) if p.timestamp >= since]
     points.sort(key=lambda p: (p.step, p.timestamp))
     return [float(p.step) for p in points], [float(p.value) for p in points]
 
 
-def unusable_names(names: Iterable[str]) -> list[str]:
-    """Those that MLflow refuses for a parameter, by its own rule."""
+def find_unusable_names(names: Iterable[str]) -> list[str]:
+    """Return the names that MLflow rejects for a parameter, by its own rule."""
 
-    def usable(name: str) -> bool:
-        plain = re.fullmatch(r"[/\w.\- :]{1,250}", name) is not None
-        return plain and posixpath.normpath(name) == name and name != "." and not name.startswith(("..", "/"))
+    def is_usable(name: str) -> bool:
+        is_plain = re.fullmatch(r"[/\w.\- :]{1,250}", name) is not None
+        return is_plain and posixpath.normpath(name) == name and name != "." and not name.startswith(("..", "/"))
 
-    return [name for name in names if not usable(name)]
+    return [name for name in names if not is_usable(name)]
 
 
-def flat_params(params: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters as MLflow keeps them, without those that are None. ValueError when it takes no such name, or one is too long."""
-    if wrong := unusable_names(params):
-        raise ValueError(f"MLflow takes no parameters of these names: {wrong}; {NAMES}")
-    flat = {k: v if isinstance(v, str) else json.dumps(v) for k, v in params.items() if v is not None}
-    too_long = [k for k, v in flat.items() if len(v) > MAX_PARAM]
+def serialize_params(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return parameters as MLflow stores them: text stays, other values become JSON, and None is left out.
+
+    Args:
+        params: Parameters by name.
+
+    Returns:
+        Texts by name.
+
+    Raises:
+        ValueError: If MLflow rejects a name, or a value is too long.
+    """
+    if unusable := find_unusable_names(params):
+        raise ValueError(f"MLflow takes no parameters of these names: {unusable}; {PARAMETER_NAME_RULE}")
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in params.items() if v is not None}
+    too_long = [k for k, v in texts.items() if len(v) > MAX_PARAM_LENGTH]
     if too_long:
         raise ValueError(
-            f"parameters {too_long} are longer than MLflow's {MAX_PARAM} characters: log a hash or a file instead"
+            f"parameters {too_long} are longer than MLflow's {MAX_PARAM_LENGTH} characters: "
+            "log a hash or a file instead"
         )
-    return flat
+    return texts

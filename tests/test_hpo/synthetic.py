@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hpo.surrogate.gp import join
-from hpo.surrogate.kernel import prior
+from hpo.surrogate.gp import join_inputs
+from hpo.surrogate.kernel import make_priors
 
 Array = NDArray[np.float64]
 
@@ -21,7 +21,7 @@ class PlainCube:
     def snap(self, cube: Array) -> Array:
         return cube
 
-    def features(self, cube: Array) -> Array:
+    def encode(self, cube: Array) -> Array:
         return cube
 
 
@@ -29,7 +29,7 @@ def hyperparameters(rng: np.random.Generator, d: int) -> dict[str, torch.Tensor]
     """A draw from the prior, by name."""
     return {
         name: mean + sd * torch.from_numpy(rng.standard_normal(tuple(mean.shape)))
-        for name, (mean, sd) in prior(d).items()
+        for name, (mean, sd) in make_priors(d).items()
     }
 
 
@@ -42,7 +42,7 @@ def flat(p: dict[str, torch.Tensor]) -> Array:
 def points(rng: np.random.Generator, n: int, d: int) -> torch.Tensor:
     """Random settings and fidelities; some beyond the target, some exactly at it."""
     fidelity = np.where(rng.random((n, 2)) < 0.3, 0.0, rng.uniform(-0.5, 1.0, (n, 2)))
-    return join(rng.random((n, d)), fidelity)
+    return join_inputs(rng.random((n, d)), fidelity)
 
 
 def drifting(U: Array, T: Array) -> Array:

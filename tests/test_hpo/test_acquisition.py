@@ -18,17 +18,17 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from scipy.special import ndtri
 
 from hpo.samplers.unit_cube import Cube
-from hpo.surrogate.acquisition import QUANTILES, USEFUL, Offer, knowledge_gradient, recommend, suggest, usefulness
-from hpo.surrogate.kernel import FidelityKernel, prior
+from hpo.surrogate.acquisition import QUANTILES, MIN_USEFULNESS, AvailableRuns, make_knowledge_gradient, recommend, suggest, compute_usefulness
+from hpo.surrogate.kernel import FidelityKernel, make_priors
 from tests.test_hpo.synthetic import PlainCube, drifting_runs
 
 Array = NDArray[np.float64]
 
 
-def offer(U: Array, slots: Array, cost: Array, *, top: int | None, spent: tuple[float, float], **change: Any) -> Offer:
+def offer(U: Array, slots: Array, cost: Array, *, top: int | None, spent: tuple[float, float], **change: Any) -> AvailableRuns:
     """Slots of one size, where nothing was run yet; for what U [n, p] are, see `change`."""
     n = len(U)
-    return Offer(
+    return AvailableRuns(
         **{
             "slots": slots,
             "cost": cost,
@@ -53,15 +53,15 @@ def test_knowledge_gradient_is_what_simulated_runs_gain() -> None:
     U, T, level, y = drifting_runs(5, 8)
     fit = s.fit_surrogate(U, T, level, y).best
     rng = np.random.default_rng(0)
-    anchors = s.join(rng.random((40, 2)), np.zeros(2))
-    x = s.join(np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([[0.0, 0.0], [1.0, 0.5]]))
-    closed = knowledge_gradient(fit, anchors)(x)
+    anchors = s.join_inputs(rng.random((40, 2)), np.zeros(2))
+    x = s.join_inputs(np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([[0.0, 0.0], [1.0, 0.5]]))
+    closed = make_knowledge_gradient(fit, anchors)(x)
     before, _, _ = fit.posterior(anchors)
     mean, variance, _ = fit.posterior(x)
 
     def gain(i: int, draw: float) -> float:
         outcome = mean[i] + math.sqrt(float(variance[i]) + fit.noise) * draw
-        told = s.condition(
+        told = s.condition_on_runs(
             fit.kernel, fit.noise, torch.cat([fit.x, x[i : i + 1]]), torch.cat([fit.z, outcome.reshape(1)])
         )
         return float(before.min() - told.posterior(anchors)[0].min())
@@ -75,10 +75,10 @@ def test_knowledge_gradient_is_what_simulated_runs_gain() -> None:
 
 def believed(fit: s.Surrogate, **logs: float) -> s.Surrogate:
     """The same runs under given hyperparameters, all elements alike; the others at the prior's medians."""
-    p = {name: mean.clone() for name, (mean, _) in prior(2).items()}
+    p = {name: mean.clone() for name, (mean, _) in make_priors(2).items()}
     p |= {name: torch.full_like(p[name], value) for name, value in logs.items()}
     first = fit.best
-    member = s.condition(FidelityKernel(2, p), math.exp(2 * float(p["log_noise"])), first.x, first.z)
+    member = s.condition_on_runs(FidelityKernel(2, p), math.exp(2 * float(p["log_noise"])), first.x, first.z)
     return s.Surrogate(member, fit.offset, fit.scale)
 
 
@@ -106,11 +106,11 @@ def test_usefulness_is_that_of_losses_drawn_from_the_posterior() -> None:
     U, T, level, y = drifting_runs(3, 12)
     member = s.fit_surrogate(U, T, level, y).best
     slots = np.array([[1.0, 1.0], [0.5, 0.0], [0.0, 0.0]])
-    found = usefulness(member, PlainCube(2), slots, [4])
+    found = compute_usefulness(member, PlainCube(2), slots, [4])
     assert found[2] == pytest.approx(1.0)
     points = np.random.default_rng([4]).random((64, 2))
     for slot, value in zip(slots[:2], found[:2], strict=True):
-        x = torch.cat([s.join(points, slot), s.join(points, np.zeros(2))])
+        x = torch.cat([s.join_inputs(points, slot), s.join_inputs(points, np.zeros(2))])
         mean, _, v = member.posterior(x)
         joint = member.covariance(x, v, x, v) + 1e-9 * torch.eye(128, dtype=x.dtype)
         drawn = np.random.default_rng(0).standard_normal((4000, 128)) @ torch.linalg.cholesky(joint).mT.numpy()
@@ -122,9 +122,9 @@ def test_usefulness_is_that_of_losses_drawn_from_the_posterior() -> None:
 
 def test_a_fidelity_that_misleads_is_found_useless_and_one_that_agrees_useful() -> None:
     slots = np.array([[1.0, 0.0], [0.0, 0.0]])
-    useful = [usefulness(two_level_runs(sign, 24)[1].best, PlainCube(2), slots, [0])[0] for sign in (1.0, -1.0)]
+    useful = [compute_usefulness(two_level_runs(sign, 24)[1].best, PlainCube(2), slots, [0])[0] for sign in (1.0, -1.0)]
     assert useful[0] > 0.9
-    assert useful[1] < USEFUL
+    assert useful[1] < MIN_USEFULNESS
     U, fit = two_level_runs(-1.0, 24)
     on_offer = offer(U, slots, np.array([0.01, 1.0]), top=1, spent=(0.0, 0.0))
     assert {suggest(fit, PlainCube(2), U, on_offer, seed=[i])[1] for i in range(3)} == {1}
@@ -213,8 +213,8 @@ def test_nothing_known_or_running_is_suggested_while_there_is_anything_else(cont
             break
         y = np.array([loss(u, int(k)) for u, k in zip(cube, at, strict=True)])
         done = ~running
-        model = s.fit_surrogate(TINY.features(cube[done]), slots[at[done]], at[done], y[done])
-        model = model.with_pending(TINY.features(cube[running]), slots[at[running]])
+        model = s.fit_surrogate(TINY.encode(cube[done]), slots[at[done]], at[done], y[done])
+        model = model.with_pending(TINY.encode(cube[running]), slots[at[running]])
         point, slot = suggest(model, TINY, cube, on_offer, seed=[0, turn])
         price = float(on_offer.price(point[None], slot)[0])
         assert math.isfinite(price), (turn, point, slot, prices)
@@ -237,12 +237,12 @@ def test_the_recommendation_is_nearly_the_best_of_a_grid_for_the_mixture(n: int,
     grid = np.stack(np.meshgrid(np.linspace(0, 1, 81), np.linspace(0, 1, 81)), -1).reshape(-1, 2)
 
     def score(points: Array) -> Array:
-        mean, variance = fit.posterior(s.join(points, np.zeros(2)))
+        mean, variance = fit.posterior(s.join_inputs(points, np.zeros(2)))
         return np.asarray(mean + 0.5 * variance.sqrt())
 
     answer = recommend(fit, PlainCube(2), U, [0])
     assert score(answer[None])[0] <= score(grid).min() + tolerance
-    lowest = grid[fit.best.posterior(s.join(grid, np.zeros(2)))[0].argmin()]
+    lowest = grid[fit.best.posterior(s.join_inputs(grid, np.zeros(2)))[0].argmin()]
     assert score(answer[None])[0] <= score(lowest[None])[0] + 1e-2
     np.testing.assert_array_equal(answer, recommend(fit, PlainCube(2), U, [0]))
 
@@ -253,8 +253,8 @@ def test_among_few_cells_the_recommendation_is_the_one_with_the_least_mean_and_h
     for seed in range(12):
         rng = np.random.default_rng(seed)
         seen = CELLS[rng.integers(0, 6, 5)]
-        fit = s.fit_surrogate(TINY.features(seen), np.zeros((5, 2)), np.zeros(5, np.int64), rng.standard_normal(5))
-        mean, variance = fit.posterior(s.join(TINY.features(CELLS), np.zeros(2)))
+        fit = s.fit_surrogate(TINY.encode(seen), np.zeros((5, 2)), np.zeros(5, np.int64), rng.standard_normal(5))
+        mean, variance = fit.posterior(s.join_inputs(TINY.encode(CELLS), np.zeros(2)))
         best = int((mean + 0.5 * variance.sqrt()).argmin())
         np.testing.assert_array_equal(recommend(fit, TINY, seen, [seed]), CELLS[best])
         others += best != int(mean.argmin())
@@ -293,7 +293,7 @@ def test_a_lower_fidelity_gets_the_more_before_the_highest_the_more_it_tells(
     """And once the highest has had its half, as much as that, whatever it tells."""
     U, T, level, y = drifting_runs(6, 20)
     fit, slots = s.fit_surrogate(U, T, level, y), np.array([[1.0, 1.0], [0.0, 0.0]])
-    monkeypatch.setattr(acquisition, "usefulness", lambda *_: np.array([useful, 1.0]))
+    monkeypatch.setattr(acquisition, "compute_usefulness", lambda *_: np.array([useful, 1.0]))
 
     def slot(low: float, high: float = 0.0, limit: float = INF) -> int:
         on_offer = offer(U, slots, np.array([1e-3, 1.0]), top=1, spent=(low, low + high), limit=limit)

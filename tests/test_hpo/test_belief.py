@@ -11,9 +11,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hpo import MultiFidelitySampler, Search
-from hpo.samplers.belief import Law, belief_of, centre_of, check_belief, in_cube
+from hpo.samplers.belief import OptimumLaw, make_belief, make_bowl_prior, check_belief, locate_in_cube
 from hpo.samplers.unit_cube import Cube
-from hpo.surrogate.gp import BelievedBowl, fidelity_coordinates, fit_surrogate, join
+from hpo.surrogate.gp import BowlMean, compute_fidelity_coordinates, fit_surrogate, join_inputs
 from scaling.fitting.lr_batch_law import fit_hp_law
 from scaling.laws.compute import Fidelity
 
@@ -23,24 +23,24 @@ SPACE = {
     "batch": IntDistribution(1, 64, log=True),
     "momentum": FloatDistribution(0.0, 1.0),
 }
-LR = Law(0.01, Fidelity(1e6, 1e8), exponent_N=-0.5, exponent_D=0.25)
+LR = OptimumLaw(0.01, Fidelity(1e6, 1e8), exponent_N=-0.5, exponent_D=0.25)
 
 
 def test_a_law_is_its_power_law() -> None:
     assert LR(Fidelity(1e6, 1e8)) == pytest.approx(0.01)
     assert LR(Fidelity(4e6, 16e8)) == pytest.approx(0.01 / 2 * 2)
-    assert in_cube({"lr": LR}, Cube(SPACE), Fidelity(1e6, 1e8)) == {"lr": pytest.approx(0.5)}
+    assert locate_in_cube({"lr": LR}, Cube(SPACE), Fidelity(1e6, 1e8)) == {"lr": pytest.approx(0.5)}
 
 
 def test_the_bowl_has_its_bottom_where_the_law_says_at_every_fidelity() -> None:
     cube, target = Cube(SPACE), Fidelity(8e6, 1e9)
     levels = [Fidelity(n, d) for n in (1e6, 8e6) for d in (1e7, 1e8, 1e9)]
-    belief: dict[str, Law] = {"lr": LR, "batch": Law(8.0, Fidelity(1e6, 1e8), 0.0, 0.5)}
-    mean = BelievedBowl(centre_of(belief, cube, levels, target))
-    for level, coordinates in zip(levels, fidelity_coordinates(levels, target), strict=True):
+    belief: dict[str, OptimumLaw] = {"lr": LR, "batch": OptimumLaw(8.0, Fidelity(1e6, 1e8), 0.0, 0.5)}
+    mean = BowlMean(make_bowl_prior(belief, cube, levels, target))
+    for level, coordinates in zip(levels, compute_fidelity_coordinates(levels, target), strict=True):
         best: dict[str, Any] = {name: law(level) for name, law in belief.items()} | {"kind": "b", "momentum": 0.3}
         points = [best | {"lr": best["lr"] * factor} for factor in (1.0, 0.9, 1.1)]
-        here = join(cube.features(np.stack([cube.unit(p) for p in points])), coordinates)
+        here = join_inputs(cube.encode(np.stack([cube.to_unit(p) for p in points])), coordinates)
         bottom, *others = mean(here).tolist()
         assert bottom == pytest.approx(0.0, abs=1e-12)
         assert min(others) > 1e-4
@@ -52,13 +52,13 @@ def test_the_surrogate_goes_back_to_the_belief_where_nothing_was_run_and_to_the_
     rng = np.random.default_rng(0)
     u = rng.random((30, 2))
     level = rng.integers(0, 2, 30)
-    coordinates = fidelity_coordinates([levels[i] for i in level], levels[1])
+    coordinates = compute_fidelity_coordinates([levels[i] for i in level], levels[1])
     losses = 3.0 + 0.2 * (1 - level) + ((u - [0.8, 0.3]) ** 2).sum(1)
-    wrong = centre_of({"lr": Law(1e-3, levels[1])}, cube, levels, levels[1])
+    wrong = make_bowl_prior({"lr": OptimumLaw(1e-3, levels[1])}, cube, levels, levels[1])
     grid = np.stack([np.linspace(0, 1, 101), np.full(101, 0.3)], axis=1)
 
     def optimum(n: int) -> float:
-        fitted = fit_surrogate(u[:n], coordinates[:n], level[:n], losses[:n], centre=wrong)
+        fitted = fit_surrogate(u[:n], coordinates[:n], level[:n], losses[:n], bowl=wrong)
         return float(grid[np.argmin(fitted.predict(grid, np.zeros(2))[0]), 0])
 
     assert optimum(2) < 0.45, "two runs leave the belief, 0.25, in place"
@@ -69,10 +69,10 @@ def test_botorch_sees_the_same_mean() -> None:
     cube = Cube({"lr": SPACE["lr"]})
     levels = [Fidelity(1e6, 1e7), Fidelity(1e6, 1e8)]
     u, level = np.linspace(0, 1, 8)[:, None], np.arange(8) % 2
-    coordinates = fidelity_coordinates([levels[i] for i in level], levels[1])
-    centre = centre_of({"lr": Law(1e-3, levels[1])}, cube, levels, levels[1])
+    coordinates = compute_fidelity_coordinates([levels[i] for i in level], levels[1])
+    centre = make_bowl_prior({"lr": OptimumLaw(1e-3, levels[1])}, cube, levels, levels[1])
     fitted = fit_surrogate(u, coordinates, level, (u[:, 0] - 0.5) ** 2, centre=centre)
-    x = join(np.linspace(0, 1, 5)[:, None], np.zeros(2))
+    x = join_inputs(np.linspace(0, 1, 5)[:, None], np.zeros(2))
     mean = fitted.model.posterior(x).mean[:, 0].detach()
     assert mean.tolist() == pytest.approx(fitted.best.posterior(x)[0].tolist(), abs=1e-9)
 
@@ -102,7 +102,7 @@ def test_a_fitted_law_is_a_belief() -> None:
     loss = (2 + 100 * n**-0.35 + 300 * d**-0.35) * np.exp(0.01 * off_lr**2 + 0.005 * off_batch**2)
     fit = fit_hp_law(pd.DataFrame({"N": n, "D": d, "lr": lr, "batch_tokens": batch, "loss": loss}))
     at = Fidelity(4e6, 4e8)
-    belief = belief_of(fit, at, lr="lr", batch="batch_tokens")
+    belief = make_belief(fit, at, lr="lr", batch="batch_tokens")
     for name, i in (("lr", 0), ("batch_tokens", 1)):
         for f in (at, Fidelity(16e6, 16e8)):
             assert belief[name](f) == pytest.approx(float(fit.law(f.N, f.D)[i]), rel=1e-6)
@@ -114,9 +114,9 @@ def test_mistakes_are_refused_with_all_their_names() -> None:
     with pytest.raises(ValueError, match="width is not searched; momentum is not searched on a log scale"):
         check_belief({"width": LR, "momentum": LR, "lr": LR}, cube)
     with pytest.raises(ValueError, match="positive"):
-        Law(-1.0, Fidelity(1e6, 1e8))
+        OptimumLaw(-1.0, Fidelity(1e6, 1e8))
     with pytest.raises(ValueError, match="exponents"):
-        Law(1.0, Fidelity(1e6, 1e8), exponent_D=math.nan)
+        OptimumLaw(1.0, Fidelity(1e6, 1e8), exponent_D=math.nan)
     with pytest.raises(ValueError, match="lr is not searched"):
         Search({"momentum": SPACE["momentum"]}, tokens=(10**7, 9 * 10**7), belief={"lr": LR})
     with pytest.raises(ValueError, match="needs a model"):

@@ -25,11 +25,11 @@ from scipy.stats import multivariate_normal, norm
 
 from hpo import Search
 from hpo.samplers.multi_fidelity import MultiFidelitySampler
-from hpo.samplers.names import MODELS, SAMPLERS
+from hpo.samplers.names import MODEL_SAMPLERS, SAMPLERS
 from hpo.samplers.registry import make_sampler
 from hpo.samplers.unit_cube import Cube
 from hpo.surrogate import deep_kernels
-from hpo.surrogate.kernel import FidelityKernel, prior
+from hpo.surrogate.kernel import FidelityKernel, make_priors
 from scaling.laws.compute import Fidelity
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -37,7 +37,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 Array = NDArray[np.float64]
 Make = Callable[[int], Any]
 
-FITTERS = {"bowl": s.fit_bowl, "deep": deep_kernels.fit_deep, "nngp": deep_kernels.fit_nngp}
+FITTERS = {"bowl": s.fit_bowl_kernel, "deep": deep_kernels.fit_deep_kernels, "nngp": deep_kernels.fit_nngp_kernel}
 KERNELS: dict[str, Make] = {"deep": lambda d: deep_kernels.DeepKernel(d, 0), "nngp": deep_kernels.InfiniteWidthKernel}
 
 every_kernel = pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
@@ -47,7 +47,7 @@ every_surrogate = pytest.mark.parametrize("surrogate", FITTERS)
 def inputs(rng: np.random.Generator, n: int, d: int) -> torch.Tensor:
     """Random settings and fidelities; some beyond the target, some exactly at it."""
     fidelity = np.where(rng.random((n, 2)) < 0.3, 0.0, rng.uniform(-0.5, 1.0, (n, 2)))
-    return s.join(rng.random((n, d)), fidelity)
+    return s.join_inputs(rng.random((n, d)), fidelity)
 
 
 def shaken(kernel: Any, rng: np.random.Generator) -> Any:
@@ -83,7 +83,7 @@ def test_level_offset_is_that_of_the_default() -> None:
     with torch.no_grad():
         default.log_fine.fill_(-40.0)
         default.log_bowl.fill_(-40.0)
-        torch.testing.assert_close(deep_kernels.level_offset(a, b), default.forward(a, b), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(deep_kernels.compute_level_offset(a, b), default.forward(a, b), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -112,7 +112,7 @@ def test_infinite_width_kernel_is_the_expectation_over_random_units(depth: int) 
     for one in range(depth):
         k = weight[one] ** 2 * layer(k + bias[one] ** 2)
     with torch.no_grad():
-        got = kernel.forward(x, x) - deep_kernels.level_offset(x, x)
+        got = kernel.forward(x, x) - deep_kernels.compute_level_offset(x, x)
     np.testing.assert_allclose(got.numpy(), k, rtol=1e-6)
 
 
@@ -125,7 +125,7 @@ def test_a_deep_kernel_whose_network_is_zero_is_an_ordinary_matern_kernel() -> N
         kernel.V.zero_()
         plain.lengthscale = torch.exp(kernel.log_length)
         expected = torch.exp(2 * kernel.log_scale) * plain(a, b).to_dense()
-        got = kernel.forward(a, b) - deep_kernels.level_offset(a, b)
+        got = kernel.forward(a, b) - deep_kernels.compute_level_offset(a, b)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_a_deep_kernel_compares_points_where_its_network_puts_them() -> None:
     x = inputs(rng, 4, 2)
     p = {name: value.detach().numpy() for name, value in kernel.named_parameters()}
     with torch.no_grad():
-        got = (kernel.forward(x, x) - deep_kernels.level_offset(x, x)).numpy()
+        got = (kernel.forward(x, x) - deep_kernels.compute_level_offset(x, x)).numpy()
 
     def place(row: Array) -> Array:
         c = row - np.array([0.5, 0.5, 0.0, 0.0])
@@ -206,7 +206,7 @@ def test_gradients_are_slopes_where_runs_coincide_too(make: Make) -> None:
 
 def noise_prior() -> Any:
     """Of the logarithm of the noise's standard deviation, the default's."""
-    mean, sd = prior(1)["log_noise"]
+    mean, sd = make_priors(1)["log_noise"]
     return norm(float(mean), sd)
 
 
@@ -214,8 +214,8 @@ def noise_prior() -> Any:
 def test_what_is_maximised_is_the_log_posterior(make: Make) -> None:
     """Against SciPy's densities; the prior of the noise is on the logarithm of its standard deviation."""
     U, T, level, y = bowl_runs(0, 14)
-    x, z = s.join(U, T), torch.from_numpy(s.standardise(y, level)[0])
-    value, kernel, noise = deep_kernels._fitted(make(2), x, z)
+    x, z = s.join_inputs(U, T), torch.from_numpy(s.standardise(y, level)[0])
+    value, kernel, noise = deep_kernels._fit_kernel(make(2), x, z)
     with torch.no_grad():
         k = kernel.forward(x, x).numpy() + noise * np.eye(len(z))
     expected = multivariate_normal(np.zeros(len(z)), k).logpdf(z.numpy())
@@ -243,17 +243,17 @@ def test_the_fit_is_more_probable_than_the_network_that_made_the_data(seed: int)
             total += norm(float(own.loc), float(own.scale)).logpdf(parameter.detach().numpy()).sum()
         return float(total)
 
-    [(kernel, fitted_noise)] = deep_kernels.fit_nngp(x, torch.from_numpy(z))
+    [(kernel, fitted_noise)] = deep_kernels.fit_nngp_kernel(x, torch.from_numpy(z))
     assert posterior(kernel, fitted_noise) > posterior(truth, noise)
 
 
 @pytest.mark.slow
 def test_networks_are_given_the_most_probable_first() -> None:
     U, T, level, y = bowl_runs(1, 25)
-    x, z = s.join(U, T), torch.from_numpy(s.standardise(y, level)[0])
-    values = [deep_kernels._fitted(deep_kernels.DeepKernel(2, seed), x, z)[0] for seed in range(deep_kernels.NETWORKS)]
-    best = deep_kernels._fitted(deep_kernels.DeepKernel(2, int(np.argmax(values))), x, z)[1]
-    kernels = deep_kernels.fit_deep(x, z)
+    x, z = s.join_inputs(U, T), torch.from_numpy(s.standardise(y, level)[0])
+    values = [deep_kernels._fit_kernel(deep_kernels.DeepKernel(2, seed), x, z)[0] for seed in range(deep_kernels.NETWORKS)]
+    best = deep_kernels._fit_kernel(deep_kernels.DeepKernel(2, int(np.argmax(values))), x, z)[1]
+    kernels = deep_kernels.fit_deep_kernels(x, z)
     assert len(kernels) == deep_kernels.NETWORKS
     for name, parameter in kernels[0][0].named_parameters():
         torch.testing.assert_close(parameter, dict(best.named_parameters())[name])
@@ -263,13 +263,13 @@ def test_networks_are_given_the_most_probable_first() -> None:
 def test_fits_from_other_beginnings_arrive_at_the_same_posterior(seed: int) -> None:
     """A badly scaled parameter stops the optimizer early, each time somewhere else."""
     U, T, level, y = bowl_runs(seed, 20)
-    x, z = s.join(U, T), torch.from_numpy(s.standardise(y, level)[0])
+    x, z = s.join_inputs(U, T), torch.from_numpy(s.standardise(y, level)[0])
     rng = np.random.default_rng(seed)
     starts = [
         deep_kernels.InfiniteWidthKernel(2),
         *(shaken(deep_kernels.InfiniteWidthKernel(2), rng) for _ in range(3)),
     ]
-    values = [len(z) * deep_kernels._fitted(kernel, x, z)[0] for kernel in starts]
+    values = [len(z) * deep_kernels._fit_kernel(kernel, x, z)[0] for kernel in starts]
     assert max(values) - min(values) < 0.1
 
 
@@ -284,15 +284,15 @@ def test_a_fit_that_begins_at_a_singular_covariance_begins_again_at_a_draw_of_it
             return super().covariance(a, b)
 
     U, T, level, y = bowl_runs(2, 15)
-    x, z = s.join(U, T), torch.from_numpy(s.standardise(y, level)[0])
+    x, z = s.join_inputs(U, T), torch.from_numpy(s.standardise(y, level)[0])
     before = torch.get_rng_state().clone()
-    smooth, _, _ = deep_kernels._fitted(deep_kernels.InfiniteWidthKernel(2), x, z)
+    smooth, _, _ = deep_kernels._fit_kernel(deep_kernels.InfiniteWidthKernel(2), x, z)
     values = []
     for seed in (3, 4):
         torch.default_generator.manual_seed(seed)
         started = torch.get_rng_state().clone()
         kernel = Singular(2)
-        values.append(deep_kernels._fitted(kernel, x, z)[0])
+        values.append(deep_kernels._fit_kernel(kernel, x, z)[0])
         assert kernel.calls > 10
         assert torch.equal(torch.get_rng_state(), started)
     torch.set_rng_state(before)
@@ -319,8 +319,8 @@ def test_the_optimum_at_the_target_is_found_and_its_loss_within_the_interval(sur
 def test_one_level_beyond_the_target_categories_and_equal_losses_give_finite_predictions(surrogate: str) -> None:
     rng = np.random.default_rng(0)
     cube = Cube({"c": CategoricalDistribution(["a", "b", "d"]), "x": FloatDistribution(0, 1)})
-    U = cube.features(cube.snap(rng.random((9, 2))))
-    held = cube.features(cube.snap(rng.random((20, 2))))
+    U = cube.encode(cube.snap(rng.random((9, 2))))
+    held = cube.encode(cube.snap(rng.random((20, 2))))
     wild = np.array([1e12, 1.0, 2.0, math.inf, 3.0, -5.0, math.nan, 2.0, 2.0])
     for y, at in ((np.full(9, 3.0), [0.0, 0.0]), (wild, [-0.5, 1.0]), (U @ [0.1, 0.2, 0.3, 1.0], [1.0, 0.0])):
         fit = s.fit_surrogate(U, np.tile(at, (9, 1)), np.zeros(9, np.int64), y, fitter=FITTERS[surrogate])
@@ -347,7 +347,7 @@ def test_pending_runs_keep_the_mean_and_lower_the_doubt(surrogate: str) -> None:
     np.testing.assert_allclose(told.predict(V, np.zeros(2))[0], fit.predict(V, np.zeros(2))[0], atol=1e-5)
     assert (told.predict(V, np.zeros(2))[1] <= fit.predict(V, np.zeros(2))[1] + 1e-9).all()
     for one, other in zip(fit.members, told.members, strict=True):
-        x = s.join(there, at)
+        x = s.join_inputs(there, at)
         before, after = float(one.posterior(x)[1][0]), float(other.posterior(x)[1][0])
         assert after == pytest.approx(before * one.noise / (before + one.noise), rel=1e-3)
 
@@ -358,7 +358,7 @@ def test_predictions_are_those_of_botorch(surrogate: str) -> None:
     fit = s.fit_surrogate(U, T, level, y, fitter=FITTERS[surrogate])
     first = s.Surrogate(fit.best, fit.offset, fit.scale)
     V = np.random.default_rng(5).random((8, 2))
-    posterior = fit.model.posterior(s.join(V, np.full(2, 0.3)))
+    posterior = fit.model.posterior(s.join_inputs(V, np.full(2, 0.3)))
     mean, sd = first.predict(V, np.full(2, 0.3))
     with torch.no_grad():
         np.testing.assert_allclose(mean, fit.offset + fit.scale * posterior.mean.squeeze(-1).numpy(), atol=1e-6)
@@ -410,19 +410,19 @@ def test_equal_diverged_and_pending_runs_are_searched_on_from(surrogate: str, lo
     study, rng = optuna.create_study(), np.random.default_rng(0)
     cube = Cube(SPACE)
     for i, (point, loss) in enumerate(zip(rng.random((len(losses), 3)), losses, strict=True)):
-        run(study, cube.params(point), SLOTS[i % 2], loss)
+        run(study, cube.to_params(point), SLOTS[i % 2], loss)
     sampler = MultiFidelitySampler(seed=0, surrogate=surrogate)
     params, slot = sampler.propose(study, SPACE, SLOTS, lambda f: f.C, TARGET)
     assert slot in (0, 1)
-    assert cube.holds(optuna.create_trial(params=params, distributions=SPACE, value=0.0))
-    assert all(np.abs(cube.unit(params) - cube.unit(t.params)).max() > 1e-9 for t in study.trials if t.value is None)
+    assert cube.contains(optuna.create_trial(params=params, distributions=SPACE, value=0.0))
+    assert all(np.abs(cube.to_unit(params) - cube.to_unit(t.params)).max() > 1e-9 for t in study.trials if t.value is None)
     assert set(sampler.best(study, SPACE, TARGET)) == set(SPACE)
     again = MultiFidelitySampler(seed=0, surrogate=surrogate).propose(study, SPACE, SLOTS, lambda f: f.C, TARGET)
     assert again == (params, slot)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", MODELS)
+@pytest.mark.parametrize("sampler", MODEL_SAMPLERS)
 def test_a_search_with_it_ends_nearer_the_optimum_than_its_start(sampler: str) -> None:
     def loss(params: dict[str, Any], tokens: float) -> float:
         drift = 0.1 * math.log(tokens / 27_000)
@@ -439,8 +439,8 @@ def test_a_search_with_it_ends_nearer_the_optimum_than_its_start(sampler: str) -
 
 
 def test_samplers_with_other_surrogates_are_made_by_name() -> None:
-    assert set(MODELS) <= set(SAMPLERS)
-    for name in MODELS:
+    assert set(MODEL_SAMPLERS) <= set(SAMPLERS)
+    for name in MODEL_SAMPLERS:
         assert isinstance(make_sampler(name, seed=0), MultiFidelitySampler)
     with pytest.raises(ValueError, match="one of bowl, deep, nngp, got 'depe'"):
         MultiFidelitySampler(surrogate="depe")

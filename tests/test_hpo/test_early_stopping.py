@@ -19,29 +19,30 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from hpo.__main__ import app
-from hpo.launch.progress import spent_in_words
+from hpo.launch.progress import format_spending
 from hpo.samplers import observations
 from hpo.samplers.protocols import Predictor
 from hpo.samplers.unit_cube import Cube
 from hpo.search.hyperband import VARIANTS, Variant
 from hpo.search.search import Search
 from hpo.search.view import Job
-from hpo.storage.trial_attributes import Stopped, stopped_of
+from hpo.storage.trial_attributes import Stopped, read_stopped
 from hpo.study.config import load_study
 from hpo.study.files import StudyFiles
-from hpo.study.lifecycle import create
+from hpo.study.lifecycle import create_study
 from hpo.study.schema import SearchTable
 from hpo.worker import early_stopping, loop
-from hpo.worker.early_stopping import judge, watch_of
+from hpo.worker.early_stopping import judge, make_early_stopper
 from hpo.worker.job import run_job
 from hpo.worker.signals import StopSignals
 from scaling.common.measurement import Measurement
-from scaling.curves.in_progress import CurvePrior, Finished, cooldown
+from scaling.curves.in_progress import CurvePrior, FinishedRun
+from scaling.curves.schedules import make_cooldown_schedule
 from scaling.laws.compute import Fidelity
 from scaling.runs.from_mlflow import read_runs
 from scaling.runs.table import check_runs, usable
-from scaling.tracking.client import connect, experiment_id
-from scaling.tracking.experiment import study_run
+from scaling.tracking.client import connect, find_experiment_id
+from scaling.tracking.experiment import find_or_create_study_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # of MLflow's, by SQLAlchemy
 
@@ -123,7 +124,7 @@ class PlantedStudy:
         self.trainer = Planted()
         self.name = f"{folder.name}-{chance}"
         self.files = StudyFiles(folder / f"{self.name}.toml")
-        self.parent = study_run(client, self.name)
+        self.parent = find_or_create_study_run(client, self.name)
         self.search = self.open()
 
     def open(self) -> Search:
@@ -131,7 +132,7 @@ class PlantedStudy:
         return Search(SPACE, storage=self.folder / f"{self.chance}.journal", worker="w", **self.settings)
 
     def run(self, job: Job) -> None:
-        watch = watch_of(self.search, job, self.trainer, self.chance)
+        watch = make_early_stopper(self.search, job, self.trainer, self.chance)
         outcome = run_job(job, self.trainer, self.files, self.client.tracking_uri, StopSignals(), watch)
         if isinstance(outcome, Stopped):
             self.search.stop(job, outcome)
@@ -147,7 +148,7 @@ class PlantedStudy:
 
     @property
     def stopped(self) -> dict[int, Stopped]:
-        found = {t.number: stopped_of(t) for t in self.search.study.get_trials(deepcopy=False)}
+        found = {t.number: read_stopped(t) for t in self.search.study.get_trials(deepcopy=False)}
         return {number: x for number, x in found.items() if x is not None}
 
 
@@ -177,8 +178,8 @@ def family(rng: np.random.Generator, level: float, D: float = 1e6) -> tuple[dict
     return {int(a): float(b) for a, b in zip(t, trunk, strict=True)}, float(end)
 
 
-def ended(curve: dict[int, float], end: float, D: float = 1e6) -> Finished:
-    return Finished([*curve, D], [*curve.values(), end], cooldown(D))
+def ended(curve: dict[int, float], end: float, D: float = 1e6) -> FinishedRun:
+    return FinishedRun([*curve, D], [*curve.values(), end], make_cooldown_schedule(D))
 
 
 def decide(
@@ -193,7 +194,7 @@ def decide(
     best = min(end for _, end in others)
     for i in range(max(every, 3), len(curve) + 1, every):
         known = dict(list(curve.items())[:i])
-        stopped = judge(known, 10**6, cooldown(1e6), finished, best, 0.01, {} if priors is None else priors)
+        stopped = judge(known, 10**6, make_cooldown_schedule(1e6), finished, best, 0.01, {} if priors is None else priors)
         if stopped is not None:
             return stopped
     return None
@@ -268,8 +269,8 @@ def test_hopeless_runs_end_early_and_the_best_is_found_all_the_same(study: Calla
     assert now.tokens_stopped == sum(
         saving.search.study.trials[i].user_attrs["tokens"] - at.tokens for i, at in saving.stopped.items()
     )
-    assert f"stopping {now.stopped} hopeless runs saved {now.tokens_stopped:,}" in spent_in_words(now)
-    assert "stopping" not in spent_in_words(plain.search.progress)
+    assert f"stopping {now.stopped} hopeless runs saved {now.tokens_stopped:,}" in format_spending(now)
+    assert "stopping" not in format_spending(plain.search.progress)
     ends = {i: at.tokens for i, at in saving.stopped.items()}
     assert now.tokens_spent == sum(
         ends.get(t.number, t.user_attrs["tokens"]) - t.user_attrs["resumed_tokens"] for t in saving.search.study.trials
@@ -292,7 +293,7 @@ def test_the_run_table_says_stopped_and_no_law_takes_it(
     assert set(laws["D"]) <= set(map(float, saving.search.ladder.levels))
     done = [t.value for t in saving.search.study.trials if t.value is not None]
     assert sorted(laws["loss"]) == pytest.approx(sorted(done))
-    states = {run.info.run_id: run.info.status for run in client.search_runs([experiment_id(client, saving.name)])}
+    states = {run.info.run_id: run.info.status for run in client.search_runs([find_experiment_id(client, saving.name)])}
     assert {states[run] for run in rows["run_id"]} == {"KILLED"}
     assert "KILLED" not in {states[run] for run in set(table["run_id"]) - set(rows["run_id"])}
 
@@ -362,7 +363,7 @@ def test_the_model_takes_a_stopped_run_at_its_forecast_but_no_answer_is_taken_fr
     assert predicted[0] is not None
     assert predicted[1] is not None
     np.testing.assert_allclose(predicted[0], predicted[1])
-    seen = [observations._look(s.study, Cube(SPACE), s.target) for s in searches]
+    seen = [observations.read_observations(s.study, Cube(SPACE), s.target) for s in searches]
     assert [int((~x.finite).sum()) for x in seen] == [0, 1], "what was not measured is neither continued nor an answer"
     assert gave_up.progress.stopped == 1
 
@@ -418,8 +419,8 @@ def test_a_worker_stops_runs_when_the_study_file_says_so_and_status_counts_them(
         """
     )
     config, trainer = load_study(files.toml)
-    search = create(files, config, trainer, uri=client.tracking_uri)
-    assert loop.work(files, uri=client.tracking_uri, apart=False) == 0
+    search = create_study(files, config, trainer, uri=client.tracking_uri)
+    assert loop.run_worker(files, uri=client.tracking_uri, apart=False) == 0
     now = search.progress
     assert search.finished
     assert now.stopped
@@ -458,7 +459,7 @@ def test_a_run_that_was_killed_is_judged_as_it_was(
     job = broken.search.ask()
     assert job is not None
     assert job.number == hanging
-    write = broken.search._opened.storage.set_trial_state_values
+    write = broken.search._writer.storage.set_trial_state_values
 
     def die(trial_id: int, state: TrialState, *rest: Any) -> bool:
         if state == TrialState.PRUNED:
@@ -466,7 +467,7 @@ def test_a_run_that_was_killed_is_judged_as_it_was(
         return write(trial_id, state, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(broken.search._opened.storage, "set_trial_state_values", die)
+        patch.setattr(broken.search._writer.storage, "set_trial_state_values", die)
         with pytest.raises(Killed):
             broken.run(job)
     assert broken.trainer.trained == trained, "what was known sufficed"
@@ -485,7 +486,7 @@ def test_only_runs_of_one_seed_are_watched(study: Callable[..., PlantedStudy]) -
     assert many.stopped
     assert {many.search.study.trials[i].user_attrs["seeds"] for i in many.stopped} == {1}
     job = next(job for job in jobs if job.seeds == 2)
-    assert watch_of(many.search, job, many.trainer, 0.01) is None
+    assert make_early_stopper(many.search, job, many.trainer, 0.01) is None
     other = Search(SPACE, tokens=TOKENS, sampler="random", seeds=2)
     asked = other.ask()
     assert asked is not None
@@ -498,10 +499,10 @@ def test_a_budget_pays_a_stopped_run_up_to_where_it_stopped() -> None:
     search = Search(SPACE, tokens=TOKENS, budget=100.0, cost=lambda f: f.D / 1000, seed=1)
     job = search.ask()
     assert job is not None
-    before = search._left(search._read())
+    before = search._decider.compute_budget_left(search._read())
     search.stop(job, GIVEN_UP)
     assert before == pytest.approx(100 - job.fidelity.D / 1000)
-    assert search._left(search._read()) == pytest.approx(100 - 9)
+    assert search._decider.compute_budget_left(search._read()) == pytest.approx(100 - 9)
     with pytest.raises(ValueError, match="told once"):
         search.stop(job, GIVEN_UP)
 
@@ -542,4 +543,4 @@ def test_a_run_is_judged_by_those_that_had_ended_before_it_began_whatever_ended_
     others = [before, earlier, run(2, 10), run(3, 30), run(4, 5, tokens=3000), run(5, None)]
     for number, trial in enumerate([*others, one]):
         trial.number = number
-    assert early_stopping.rivals([*others, one], one) == [earlier, before]
+    assert early_stopping.find_rivals([*others, one], one) == [earlier, before]

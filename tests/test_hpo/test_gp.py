@@ -17,8 +17,8 @@ from botorch.sampling import SobolQMCNormalSampler
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from hpo.surrogate.kernel import box, covariance
-from hpo.surrogate.marginal_likelihood import Marginal
+from hpo.surrogate.kernel import flatten_priors, compute_covariance
+from hpo.surrogate.marginal_likelihood import NegativeLogPosterior
 from scaling.laws.compute import Fidelity
 from tests.test_hpo.synthetic import drifting_runs, flat, hyperparameters
 
@@ -28,7 +28,7 @@ Array = NDArray[np.float64]
 
 
 def test_standardise_compresses_only_the_tail() -> None:
-    c = s.TAIL * 2.0  # upper quartile of c / 4, c / 2, c / 2, 2 and 20 c
+    c = s.TAIL_START * 2.0  # upper quartile of c / 4, c / 2, c / 2, 2 and 20 c
     assert np.quantile([c / 4, c / 2, c / 2, 2.0, 20 * c], 0.75) == 2.0
     y, level = 1 + np.array([0, c / 4, 2.0, c / 2, 20 * c, 4.0, 4.0 + c / 2]), np.array([0, 0, 0, 0, 0, 7, 7])
     z, offset, scale = s.standardise(y, level)
@@ -65,11 +65,11 @@ def test_fidelity_coordinates_of_a_hand_written_table() -> None:
     target = Fidelity(8e6, 1.6e8)
     levels = [Fidelity(8e6, 1.6e8), Fidelity(1e6, 1e7), Fidelity(2e6, 4e7), Fidelity(1.6e7, 3.2e8)]
     expected = np.array([[0, 0], [1, 1], [0.5, 2 / 3], [-0.25, -1 / 3]])
-    np.testing.assert_allclose(s.fidelity_coordinates(levels, target), expected, atol=1e-12)
+    np.testing.assert_allclose(s.compute_fidelity_coordinates(levels, target), expected, atol=1e-12)
     one_size = [Fidelity(5.0, 10.0), Fidelity(5.0, 1000.0)]
-    np.testing.assert_allclose(s.fidelity_coordinates(one_size, one_size[1]), [[1, 0], [0, 0]], atol=1e-12)
+    np.testing.assert_allclose(s.compute_fidelity_coordinates(one_size, one_size[1]), [[1, 0], [0, 0]], atol=1e-12)
     with pytest.raises(ValueError, match="positive"):
-        s.fidelity_coordinates([Fidelity(0.0, 1.0)], target)
+        s.compute_fidelity_coordinates([Fidelity(0.0, 1.0)], target)
 
 
 def test_shapes_that_do_not_match_are_refused() -> None:
@@ -86,7 +86,7 @@ def test_predictions_are_those_of_the_botorch_model() -> None:
     fit = s.Surrogate(whole.best, whole.offset, whole.scale)
     rng = np.random.default_rng(5)
     V, W = rng.random((8, 2)), rng.random((8, 2))
-    posterior = fit.model.posterior(s.join(V, W))
+    posterior = fit.model.posterior(s.join_inputs(V, W))
     mean, sd = fit.predict(V, W)
     with torch.no_grad():
         np.testing.assert_allclose(mean, fit.offset + fit.scale * posterior.mean.squeeze(-1).numpy(), atol=1e-7)
@@ -98,7 +98,7 @@ def test_predictions_are_those_of_the_botorch_model() -> None:
 def test_botorch_acquisitions_work_with_the_model() -> None:
     U, T, level, y = drifting_runs(2, 20)
     fit = s.fit_surrogate(U, T, level, y)
-    x = s.join(np.array([[0.6, 0.4], [0.0, 1.0]]), np.zeros(2)).unsqueeze(1).requires_grad_()
+    x = s.join_inputs(np.array([[0.6, 0.4], [0.0, 1.0]]), np.zeros(2)).unsqueeze(1).requires_grad_()
     best = float(fit.best.z.min())
     analytic = LogExpectedImprovement(fit.model, best_f=best, maximize=False)(x)
     assert analytic[0] > analytic[1]
@@ -145,7 +145,7 @@ def test_more_runs_than_the_fit_looks_at_are_still_conditioned_on() -> None:
 
     def fitter(x: torch.Tensor, z: torch.Tensor) -> list[tuple[Any, float]]:
         looked_at.append(len(x))
-        return list(s.fit_bowl(x[:30], z[:30]))
+        return list(s.fit_bowl_kernel(x[:30], z[:30]))
 
     fit = s.fit_surrogate(U, T, level, y, fitter=fitter)
     assert looked_at == [s.FIT_ROWS]
@@ -163,7 +163,7 @@ def test_pending_runs_keep_the_mean_and_lower_the_doubt() -> None:
     np.testing.assert_allclose(told.predict(V, np.zeros(2))[0], fit.predict(V, np.zeros(2))[0], atol=1e-6)
     assert (told.predict(V, np.zeros(2))[1] <= fit.predict(V, np.zeros(2))[1] + 1e-9).all()
     for before, after in zip(fit.members, told.members, strict=True):
-        v, w = (float(member.posterior(s.join(there, at))[1]) for member in (before, after))
+        v, w = (float(member.posterior(s.join_inputs(there, at))[1]) for member in (before, after))
         assert w == pytest.approx(v * before.noise / (v + before.noise), rel=1e-3, abs=1e-7)
     assert fit.with_pending(np.empty((0, 2)), np.empty((0, 2))) is fit
 
@@ -175,12 +175,12 @@ def test_the_ensemble_is_the_mixture_of_its_members() -> None:
     """Mean, variance and covariance against draws: pick a member, then draw from it."""
     U, T, level, y = drifting_runs(1, 7)
     fit = s.fit_surrogate(U, T, level, y)
-    assert len(fit.members) == 1 + s.DRAWS
+    assert len(fit.members) == 1 + s.LAPLACE_DRAWS
     V = np.array([[0.2, 0.9], [0.6, 0.4], [0.61, 0.42], [0.9, 0.1]])
     rng = np.random.default_rng(0)
     drawn = []
     for member in fit.members:
-        x = s.join(V, np.zeros(2))
+        x = s.join_inputs(V, np.zeros(2))
         middle, _, v = member.posterior(x)
         root = np.linalg.cholesky(member.covariance(x, v, x, v).numpy() + 1e-10 * np.eye(len(V)))
         drawn.append(middle.numpy() + rng.standard_normal((40_000, len(V))) @ root.T)
@@ -196,7 +196,7 @@ def test_the_ensemble_is_the_mixture_of_its_members() -> None:
 def test_draws_of_hyperparameters_stay_in_the_box_and_are_the_same_every_time() -> None:
     U, T, level, y = drifting_runs(2, 10)
     fits = [s.fit_surrogate(U, T, level, y) for _ in range(2)]
-    mean, sd = box(2)
+    mean, sd = flatten_priors(2)
     distinct = set()
     for one, other in zip(fits[0].members, fits[1].members, strict=True):
         log_noise = torch.tensor([0.5 * math.log(one.noise - s.JITTER)], dtype=torch.float64)
@@ -205,7 +205,7 @@ def test_draws_of_hyperparameters_stay_in_the_box_and_are_the_same_every_time() 
         assert theta.tobytes() == flat({**other.kernel.values(), "log_noise": log_noise}).tobytes()
         assert torch.equal(one.alpha, other.alpha)
         distinct.add(theta.tobytes())
-    assert len(distinct) == 1 + s.DRAWS
+    assert len(distinct) == 1 + s.LAPLACE_DRAWS
 
 
 class Normal:
@@ -213,7 +213,7 @@ class Normal:
 
     def __init__(self, best: Array, sd: Array, precision: Array) -> None:
         self.best, self.sd, self.precision = best, sd, precision
-        self.matters = np.append(np.ones(len(precision), bool), False)
+        self.is_free = np.append(np.ones(len(precision), bool), False)
 
     def __call__(self, theta: Array) -> tuple[float, Array]:
         off = (theta - self.best)[:-1] / self.sd[:-1]
@@ -226,7 +226,7 @@ def test_draws_have_the_spread_of_a_normal_posterior_but_never_more_than_the_pri
     curvature = np.array([100.0, 9.0, 1.0, 0.2])  # the last, below the prior's 1: the maximum was not reached
     best, sd = np.arange(5.0), np.array([1.0, 0.5, 2.0, 1.0, 0.3])
     posterior = Normal(best, sd, rotation @ np.diag(curvature) @ rotation.T)
-    drawn = np.array(s.laplace_draws(posterior, best, sd, 1024))  # type: ignore[arg-type]
+    drawn = np.array(s.draw_laplace_samples(posterior, best, sd, 1024))  # type: ignore[arg-type]
     assert (drawn[:, -1] == best[-1]).all()
     along = ((drawn - best) / sd)[:, :-1] @ rotation
     np.testing.assert_allclose(np.median(along, axis=0), 0.0, atol=0.03)
@@ -241,8 +241,8 @@ def from_the_prior(seed: int, n: int, d: int) -> tuple[torch.Tensor, torch.Tenso
     """A loss drawn from the model itself at the target: inputs [n + 30], its values there, n noisy ones."""
     rng = np.random.default_rng(seed)
     p = hyperparameters(rng, d)
-    x = s.join(rng.random((n + 30, d)), np.zeros(2))
-    root = torch.linalg.cholesky(covariance(p, x, x) + 1e-9 * torch.eye(len(x), dtype=x.dtype))
+    x = s.join_inputs(rng.random((n + 30, d)), np.zeros(2))
+    root = torch.linalg.cholesky(compute_covariance(p, x, x) + 1e-9 * torch.eye(len(x), dtype=x.dtype))
     f = root @ torch.from_numpy(rng.standard_normal(len(x)))
     return x, f, f[:n] + math.exp(float(p["log_noise"])) * torch.from_numpy(rng.standard_normal(n))
 
@@ -251,13 +251,13 @@ def from_the_prior(seed: int, n: int, d: int) -> tuple[torch.Tensor, torch.Tenso
 def test_draws_have_the_spread_of_the_posterior_itself(seed: int) -> None:
     """Moments by importance sampling from a wider distribution. Five hyperparameters, all of which matter."""
     x, _, z = from_the_prior(seed, 25, 1)
-    kernel, noise = next(s.fit_bowl(x[:25], z))
+    kernel, noise = next(s.fit_bowl_kernel(x[:25], z))
     log_noise = torch.tensor([0.5 * math.log(noise - s.JITTER)], dtype=torch.float64)
     best = flat({**kernel.values(), "log_noise": log_noise})
-    mean, sd = box(1)
-    posterior = Marginal(x[:25].numpy(), z.numpy(), mean, sd, s.JITTER)
-    free = np.flatnonzero(posterior.matters)
-    drawn: Array = np.array(s.laplace_draws(posterior, best, sd, 64))[:, free]
+    mean, sd = flatten_priors(1)
+    posterior = NegativeLogPosterior(x[:25].numpy(), z.numpy(), mean, sd, s.JITTER)
+    free = np.flatnonzero(posterior.is_free)
+    drawn: Array = np.array(s.draw_laplace_samples(posterior, best, sd, 64))[:, free]
 
     rng = np.random.default_rng(0)
     root = 1.3 * np.linalg.cholesky(np.cov(drawn.T))
@@ -283,7 +283,7 @@ def test_with_few_runs_the_ensemble_covers_better_than_its_best_member() -> None
     inside, score = np.zeros(2), np.zeros(2)
     for seed in range(50):
         x, f, z = from_the_prior(seed, 8, 2)
-        members = tuple(s.condition(kernel, noise, x[:8], z) for kernel, noise in s.fit_bowl(x[:8], z))
+        members = tuple(s.condition_on_runs(kernel, noise, x[:8], z) for kernel, noise in s.fit_bowl_kernel(x[:8], z))
         best, others = members[0], members[1:]
         for i, fit in enumerate((s.Surrogate(best, 0.0, 1.0), s.Surrogate(best, 0.0, 1.0, lambda kept=others: kept))):
             mean, variance = fit.posterior(x[8:])

@@ -12,14 +12,14 @@ from hpo.search.hyperband import (
     Bracket,
     Entry,
     FreeSlots,
-    Ladder,
     Promote,
     Variant,
-    moves,
-    remaining,
+    compute_rung_sizes,
+    count_remaining,
+    list_moves,
     replay,
-    rung_sizes,
 )
+from hpo.search.ladder import Ladder
 
 Loss = Callable[[int, int], float]
 Table = dict[int, Entry]
@@ -49,7 +49,7 @@ def run_to_the_end(
     while True:
         possible = []
         if len(running) < workers and (stop_after is None or len(ran) < stop_after):
-            possible = moves(table.values(), ladder, variant=variant, asynchronous=asynchronous, scores=given)
+            possible = list_moves(table.values(), ladder, variant=variant, asynchronous=asynchronous, scores=given)
         if possible:
             move = possible[0]
             if isinstance(move, Promote):
@@ -108,7 +108,7 @@ def test_a_ladder_of_one_rung_warns_and_is_plain_sampling() -> None:
     with pytest.warns(UserWarning, match="one rung only"):
         ladder = Ladder.make(50, 100, 3)
     assert ladder.levels == (100,)
-    assert moves([], ladder) == [FreeSlots(Bracket(0, 0, 0), 1)]
+    assert list_moves([], ladder) == [FreeSlots(Bracket(0, 0, 0), 1)]
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_a_ladder_is_raised_by_powers_of_eta_only(wanted: int, near: str) -> Non
 
 def test_bracket_sizes_are_those_of_the_formula_by_hand() -> None:
     # eta 3: ceil(5/5 81), ceil(5/4 27) = ceil(33.75), ceil(5/3 9), ceil(5/2 3), 5
-    assert [rung_sizes(k, 4, 3) for k in range(5)] == [(81, 27, 9, 3, 1), (34, 11, 3, 1), (15, 5, 1), (8, 2), (5,)]
-    assert [rung_sizes(k, 4, 2) for k in range(5)] == [(16, 8, 4, 2, 1), (10, 5, 2, 1), (7, 3, 1), (5, 2), (5,)]
-    assert rung_sizes(0, 40, 3)[0] == 3**40  # beyond what floats hold
+    assert [compute_rung_sizes(k, 4, 3) for k in range(5)] == [(81, 27, 9, 3, 1), (34, 11, 3, 1), (15, 5, 1), (8, 2), (5,)]
+    assert [compute_rung_sizes(k, 4, 2) for k in range(5)] == [(16, 8, 4, 2, 1), (10, 5, 2, 1), (7, 3, 1), (5, 2), (5,)]
+    assert compute_rung_sizes(0, 40, 3)[0] == 3**40  # beyond what floats hold
 
 
 def test_ties_go_to_the_one_that_was_started_first_and_diverged_ones_stay() -> None:
@@ -167,7 +167,7 @@ def test_promotions_come_first_highest_rung_first_then_the_better_one() -> None:
     ladder = ladder_of(3, 3)
     entries = [Entry(i, Bracket(0, 0, 0), {0: float(-i)}) for i in range(9)]
     entries += [Entry(9 + i, Bracket(0, 0, 1), {1: float(i)}) for i in range(5)]
-    assert moves(entries, ladder) == [
+    assert list_moves(entries, ladder) == [
         Promote(9, 2),
         Promote(8, 1),
         Promote(7, 1),
@@ -179,34 +179,34 @@ def test_promotions_come_first_highest_rung_first_then_the_better_one() -> None:
 def test_a_rung_waits_for_all_its_runs_and_a_lost_run_is_repeated() -> None:
     ladder, bracket = ladder_of(2, 3), Bracket(0, 0, 0)
     entries = [Entry(i, bracket, {0: float(i)}) for i in range(3)]
-    assert moves(entries, ladder)[0] == Promote(0, 1)
+    assert list_moves(entries, ladder)[0] == Promote(0, 1)
     entries[2] = Entry(2, bracket, {0: None})
-    assert moves(entries, ladder) == [FreeSlots(Bracket(0, 0, 1), 2)]
+    assert list_moves(entries, ladder) == [FreeSlots(Bracket(0, 0, 1), 2)]
     entries[2] = Entry(2, bracket, {})
-    assert moves(entries, ladder)[0] == Promote(2, 0)
+    assert list_moves(entries, ladder)[0] == Promote(2, 0)
 
 
 def test_sizes_never_compete_and_starts_go_from_cheap_to_dear() -> None:
     ladder = ladder_of(2, 3)
-    assert moves([], ladder, sizes=2) == [
+    assert list_moves([], ladder, sizes=2) == [
         FreeSlots(Bracket(0, 0, 0), 3),
         FreeSlots(Bracket(0, 1, 0), 3),
         FreeSlots(Bracket(0, 0, 1), 2),
         FreeSlots(Bracket(0, 1, 1), 2),
     ]
     entries = [Entry(i, Bracket(0, i // 3, 0), {0: float(i)}) for i in range(6)]
-    assert moves(entries, ladder, sizes=2)[:2] == [Promote(0, 1), Promote(3, 1)]
+    assert list_moves(entries, ladder, sizes=2)[:2] == [Promote(0, 1), Promote(3, 1)]
 
 
 def test_the_next_iteration_opens_when_the_one_before_is_done_or_waits() -> None:
     ladder = ladder_of(2, 3)
     table: Table = {}
     run_to_the_end(table, ladder, "discarding", lambda c, _: float(c))
-    assert moves(table.values(), ladder, iterations=1) == []
+    assert list_moves(table.values(), ladder, iterations=1) == []
     again = [FreeSlots(Bracket(1, 0, 0), 3), FreeSlots(Bracket(1, 0, 1), 2)]
-    assert moves(table.values(), ladder, iterations=2) == moves(table.values(), ladder, iterations=None) == again
+    assert list_moves(table.values(), ladder, iterations=2) == list_moves(table.values(), ladder, iterations=None) == again
     table[0].losses[0] = None  # type: ignore[index]  # the promotion is there already, but nothing else can be done either
-    assert moves(table.values(), ladder, iterations=None) == again
+    assert list_moves(table.values(), ladder, iterations=None) == again
 
 
 def test_results_may_arrive_in_any_order() -> None:
@@ -241,7 +241,7 @@ def test_discarding_equals_a_run_from_scratch_after_two_raises_at_any_moment(eta
         run_to_the_end(table, ladder, "discarding", loss, rng=rng, workers=rng.randrange(1, 6))
         for start in range(ladder.top + 1):
             inside = [e for e in table.values() if e.bracket.start == start]
-            assert len(inside) == rung_sizes(start, ladder.top, eta)[0]
+            assert len(inside) == compute_rung_sizes(start, ladder.top, eta)[0]
             expected = by_hand([e.config for e in inside], start, ladder.top, eta, loss)
             assert [{e.config for e in rung} for rung in replay(inside, start, ladder, "discarding")] == expected
             for i, rung in enumerate(expected):
@@ -262,7 +262,7 @@ def test_what_was_run_competes_or_keeps_its_place_after_a_raise(variant: Variant
             run_to_the_end(table, ladder, variant, loss, rng=rng, workers=3)
         for start in range(ladder.top + 1):
             inside = {c: e for c, e in table.items() if e.bracket.start == start}
-            sizes = rung_sizes(start, ladder.top, 2)
+            sizes = compute_rung_sizes(start, ladder.top, 2)
             rungs = [{e.config for e in rung} for rung in replay(list(inside.values()), start, ladder, variant)]
             for i in range(len(sizes) - 1):
                 below, here, k, rung = rungs[i], rungs[i + 1], sizes[i + 1], start + i
@@ -356,9 +356,9 @@ def test_what_remains_is_what_is_then_run() -> None:
 
         run_to_the_end(table, ladder, "efficient", loss, stop_after=rng.randrange(40))
         for _ in range(2):
-            expected = sum(missing for _, _, missing in remaining(table.values(), ladder, variant="efficient"))
+            expected = sum(missing for _, _, missing in count_remaining(table.values(), ladder, variant="efficient"))
             assert len(run_to_the_end(table, ladder, "efficient", loss)) == expected
-            assert remaining(table.values(), ladder, variant="efficient") == []
+            assert count_remaining(table.values(), ladder, variant="efficient") == []
             ladder = ladder.raised(ladder.levels[-1] * 3)
 
 
@@ -368,7 +368,7 @@ def test_what_remains_after_a_raise_is_a_lower_bound() -> None:
         loss = tied_and_diverging(1, 0.0)
         run_to_the_end(table, ladder, variant, loss)
         ladder = ladder.raised(16)
-        expected = sum(missing for _, _, missing in remaining(table.values(), ladder, variant=variant))
+        expected = sum(missing for _, _, missing in count_remaining(table.values(), ladder, variant=variant))
         ran = len(run_to_the_end(table, ladder, variant, loss))
         assert expected <= ran <= 1.15 * expected
 

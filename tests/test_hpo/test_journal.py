@@ -73,9 +73,9 @@ def test_optuna_alone_appends_to_such_a_line_and_then_reads_no_more(tmp_path: Pa
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        (b"\xff\xfe\x00", "no JSON"),
-        (b'{"op_code": 4, "worker', "no JSON"),
-        (b"[" * 100_000, "no JSON"),
+        (b"\xff\xfe\x00", "invalid JSON"),
+        (b'{"op_code": 4, "worker', "invalid JSON"),
+        (b"[" * 100_000, "invalid JSON"),
         (b"[1, 2]", "TypeError"),
         (b'{"op_code": 99}', "AssertionError"),
         (b'{"op_code": 4, "worker_id": "x", "study_id": 0}', "KeyError"),

@@ -61,7 +61,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_process_that_stands_still_with_the_lock_is_named_and_a_killed_one_has_it_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "lock"
     monkeypatch.setattr(locks, "LATE_SECONDS", 0.3)
@@ -82,12 +82,10 @@ def test_a_process_that_stands_still_with_the_lock_is_named_and_a_killed_one_has
     holder.send_signal(signal.SIGSTOP)
     thread.start()
     assert not got.wait(1.0)
-    said = capsys.readouterr().err
-    assert f"/{holder.pid}/" in said
-    assert (
-        f"(stopped); `kill -CONT {holder.pid}` lets it go on where it was stopped, `kill -9 {holder.pid}` frees the lock"
-        in said
-    )
+    message = caplog.messages[-1]
+    assert f"/{holder.pid}/" in message
+    remedy = f"`kill -CONT {holder.pid}` continues it if it was stopped, `kill -9 {holder.pid}` frees the lock"
+    assert f"(stopped); {remedy}" in message
     holder.kill()
     assert got.wait(5)
     thread.join()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpo.surrogate.kernel import NAMES, FidelityKernel, box, covariance, prior, unpack
+from hpo.surrogate.kernel import HYPERPARAMETERS, FidelityKernel, flatten_priors, compute_covariance, make_priors, unpack_hyperparameters
 from tests.test_hpo.synthetic import flat, hyperparameters, points
 
 
@@ -17,7 +17,7 @@ def test_covariance_is_the_written_formula() -> None:
     d = 3
     p = hyperparameters(rng, d)
     a, b = points(rng, 6, d), points(rng, 5, d)
-    got = covariance(p, a, b).numpy()
+    got = compute_covariance(p, a, b).numpy()
     q = {name: value.numpy() for name, value in p.items()}
     for i, x in enumerate(a.numpy()):
         for j, y in enumerate(b.numpy()):
@@ -46,8 +46,8 @@ def test_points_that_share_a_fidelity_take_a_shorter_way_to_the_same_numbers() -
     rng = np.random.default_rng(4)
     p, a, b = hyperparameters(rng, 2), points(rng, 7, 2), points(rng, 5, 2)
     b[:, -2:] = torch.tensor([0.3, 0.8], dtype=torch.float64)
-    one_by_one = torch.cat([covariance(p, a, torch.stack([y, points(rng, 1, 2)[0]]))[:, :1] for y in b], dim=1)
-    torch.testing.assert_close(covariance(p, a, b), one_by_one, rtol=0, atol=1e-12)
+    one_by_one = torch.cat([compute_covariance(p, a, torch.stack([y, points(rng, 1, 2)[0]]))[:, :1] for y in b], dim=1)
+    torch.testing.assert_close(compute_covariance(p, a, b), one_by_one, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -55,7 +55,7 @@ def test_covariance_is_positive_semi_definite(seed: int) -> None:
     rng = np.random.default_rng(seed)
     d = 1 + seed % 4
     x = points(rng, 60, d)
-    k = covariance(hyperparameters(rng, d), x, x).numpy()
+    k = compute_covariance(hyperparameters(rng, d), x, x).numpy()
     np.testing.assert_allclose(k, k.T, rtol=0, atol=1e-10)
     eigenvalues = np.linalg.eigvalsh(k)
     assert eigenvalues.min() > -1e-10 * eigenvalues.max()
@@ -74,12 +74,12 @@ def test_kernel_gives_the_diagonal_and_batches() -> None:
 
 def test_a_vector_of_hyperparameters_is_the_named_ones_in_order() -> None:
     p = hyperparameters(np.random.default_rng(5), 3)
-    assert tuple(p) == NAMES
-    back = unpack(torch.from_numpy(flat(p)), 3)
+    assert tuple(p) == HYPERPARAMETERS
+    back = unpack_hyperparameters(torch.from_numpy(flat(p)), 3)
     for name, value in p.items():
         assert torch.equal(back[name], value)
-    mean, sd = box(3)
+    mean, sd = flatten_priors(3)
     assert len(mean) == len(sd) == 1 + 1 + 2 + 2 + 3 + 6 + 1
-    for name, (middle, width) in prior(3).items():
-        assert torch.equal(unpack(torch.from_numpy(mean), 3)[name], middle)
-        assert set(unpack(torch.from_numpy(sd), 3)[name].flatten().tolist()) == {width}
+    for name, (middle, width) in make_priors(3).items():
+        assert torch.equal(unpack_hyperparameters(torch.from_numpy(mean), 3)[name], middle)
+        assert set(unpack_hyperparameters(torch.from_numpy(sd), 3)[name].flatten().tolist()) == {width}

@@ -19,11 +19,11 @@ import psutil
 import pytest
 from optuna.trial import FrozenTrial
 
-from hpo.study.lifecycle import differences
+from hpo.study.lifecycle import find_differences
 from hpo.worker.signals import StopSignals
 from scaling.common.measurement import Measurement
 from scaling.runs.io import load_runs
-from scaling.tracking.client import connect, experiment_id
+from scaling.tracking.client import connect, find_experiment_id
 from scaling.tracking.experiment import find_study_run
 from scaling.tracking.log import read_note
 
@@ -265,7 +265,7 @@ def test_a_confirmation_is_stopped_resumed_and_kept(slow_study: Study) -> None:
     note = read_note(client, find_study_run(client, "toy"), "confirmed")
     assert note is not None
     assert note["verdict"] == found["verdict"]
-    runs = client.search_runs([experiment_id(client, "toy")], "tags.`muscale.role` = 'confirm'")
+    runs = client.search_runs([find_experiment_id(client, "toy")], "tags.`muscale.role` = 'confirm'")
     assert sorted(r.data.metrics["confirm/loss"] for r in runs) == pytest.approx(
         sorted(found["answer"]["losses"] + found["rival"]["losses"])
     )
@@ -312,7 +312,7 @@ def test_a_study_stopped_from_the_keyboard_goes_on_where_it_was(slow_study: Stud
 
 def test_differences_are_named_by_their_path() -> None:
     then, now = {"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 1, "c": [2]}, "e": 3}
-    assert list(differences(then, now)) == [("a.c", [1], [2]), ("d", 2, None), ("e", None, 3)]
+    assert list(find_differences(then, now)) == [("a.c", [1], [2]), ("d", 2, None), ("e", None, 3)]
 
 
 def test_a_signal_interrupts_training_but_not_the_recording_of_its_result() -> None:

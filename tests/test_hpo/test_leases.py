@@ -13,9 +13,11 @@ import optuna
 import psutil
 import pytest
 from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial
 
 from hpo.search.search import Search
-from hpo.storage.leases import LeaseLost, LeaseMonitor, host, is_alive, process_name, process_of
+from hpo.search.trial_writer import TrialWriter
+from hpo.storage.leases import LeaseLost, LeaseMonitor, identify_host, identify_process, is_alive, parse_process_name
 
 SPACE = {"lr": FloatDistribution(1e-4, 1.0, log=True)}
 
@@ -55,21 +57,21 @@ def test_a_beat_that_stands_still_for_a_lease_has_expired_by_the_readers_own_clo
     trial.set_user_attr("worker", "elsewhere")
     for beat in range(3):
         trial.set_user_attr("beat", beat)
-        assert not sightings.expired(study.trials)
+        assert not sightings.find_expired(study.trials)
         clock.now += 60.0
-        assert not sightings.expired(study.trials)
+        assert not sightings.find_expired(study.trials)
     clock.now += 0.1
-    assert sightings.expired(study.trials) == {0}
+    assert sightings.find_expired(study.trials) == {0}
     trial.set_user_attr("worker", "another")  # who took it over begins at the same number
-    assert not sightings.expired(study.trials)
+    assert not sightings.find_expired(study.trials)
     clock.now += 61
-    assert sightings.expired(study.trials) == {0}
+    assert sightings.find_expired(study.trials) == {0}
     study.tell(trial, 1.0)
-    assert not sightings.expired(study.trials)
+    assert not sightings.find_expired(study.trials)
     silent = study.ask()
     clock.now += 1e6
     silent.set_user_attr("worker", "of a notebook")
-    assert not sightings.expired(study.trials), "who never beats has no lease"
+    assert not sightings.find_expired(study.trials), "who never beats has no lease"
 
 
 def test_a_run_from_another_host_is_taken_over_after_its_lease_and_the_late_result_is_refused(clock: Clock) -> None:
@@ -130,16 +132,14 @@ def test_a_lease_must_be_positive() -> None:
 
 
 def test_an_ask_that_broke_off_after_its_write_is_taken_up_by_the_same_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hpo.search import trial_writer
+    mine = search(None, identify_process())
+    create_trial = TrialWriter.create_trial
 
-    mine = search(None, process_name())
-    create = trial_writer.create
-
-    def broken(*args: Any) -> int:
-        create(*args)
+    def broken(*args: Any) -> FrozenTrial:
+        create_trial(*args)
         raise ConnectionError("the server has gone")
 
-    monkeypatch.setattr(trial_writer, "create", broken)
+    monkeypatch.setattr(TrialWriter, "create_trial", broken)
     with pytest.raises(ConnectionError):
         mine.ask()
     monkeypatch.undo()
@@ -165,24 +165,24 @@ def test_a_crash_is_tried_once_more_and_then_ranks_last() -> None:
 
 
 def test_processes_of_this_host_are_known_by_number_and_start_and_of_others_nothing_is_said() -> None:
-    mine = process_name()
-    assert process_of(mine) == (host(), os.getpid(), psutil.Process().create_time())
+    mine = identify_process()
+    assert parse_process_name(mine) == (identify_host(), os.getpid(), psutil.Process().create_time())
     assert is_alive(mine)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    name = f"{host()}/{child.pid}/{psutil.Process(child.pid).create_time()!r}"
+    name = f"{identify_host()}/{child.pid}/{psutil.Process(child.pid).create_time()!r}"
     assert is_alive(name)
-    assert not is_alive(f"{host()}/{child.pid}/{1.0!r}"), "the number was another's once"
+    assert not is_alive(f"{identify_host()}/{child.pid}/{1.0!r}"), "the number was another's once"
     child.kill()
     child.wait()
     assert not is_alive(name)
     assert is_alive(f"elsewhere/{child.pid}/1.0")
-    before = mine.replace(host(), host().split(":")[0])
+    before = mine.replace(identify_host(), identify_host().split(":")[0])
     assert is_alive(before), "as studies have it that began before there were namespaces in names"
     assert not is_alive(before.replace(f"/{os.getpid()}/", f"/{child.pid}/"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="Linux's namespaces")
 def test_a_container_of_the_same_host_name_is_another_host() -> None:
-    name, namespace = host().rsplit(":", 1)
+    name, namespace = identify_host().rsplit(":", 1)
     assert is_alive(f"{name}:{int(namespace) + 1}/99999999/1.0")
-    assert not is_alive(f"{host()}/99999999/1.0")
+    assert not is_alive(f"{identify_host()}/99999999/1.0")

@@ -19,10 +19,10 @@ from benchmarks.many_workers import crowd, faults, opened, search
 from benchmarks.servers import PostgreSQL, free_port, postgresql
 from hpo.storage import connect, locks
 from hpo.storage.leases import LeaseMonitor
-from hpo.storage.locks import TicketLock, lock_of
+from hpo.storage.locks import TicketLock, make_lock
 from hpo.study.config import StudyConfig, load_study
 from hpo.study.files import StudyFiles
-from hpo.study.lifecycle import create, forget, open_existing, studies_in
+from hpo.study.lifecycle import create_study, delete_study, list_studies, open_existing
 from hpo.study.trainer import Trainer
 from tests.test_hpo.test_launcher import STUDY, Study
 from tests.test_hpo.test_leases import Clock
@@ -127,19 +127,19 @@ def test_a_study_is_opened_only_where_it_was_launched_and_forgotten_there(
 ) -> None:
     files, uri, study, trainer = toy_study(tmp_path, monkeypatch)
     here, elsewhere = (f"sqlite:///{tmp_path}/{name}.db" for name in ("here", "elsewhere"))
-    create(files, study, trainer, uri=uri, storage=here)
+    create_study(files, study, trainer, uri=uri, storage=here)
     assert open_existing(files, study, trainer, storage=here).progress.done == 0
     with pytest.raises(ValueError, match=r"was launched in sqlite:.*here\.db: needed that as --storage"):
         open_existing(files, study, trainer)
     with pytest.raises(ValueError, match=r"elsewhere\.db has none of that name: needed the same storage"):
         open_existing(files, study, trainer, storage=elsewhere)
-    assert studies_in(elsewhere) == set(), "nothing was begun there"
+    assert list_studies(elsewhere) == set(), "nothing was begun there"
     with pytest.raises(ValueError, match="needed that as --storage"):
-        forget(files, uri=uri)
-    assert forget(files, uri=uri, storage=here)
-    assert studies_in(here) == set()
+        delete_study(files, uri=uri)
+    assert delete_study(files, uri=uri, storage=here)
+    assert list_studies(here) == set()
     assert not files.folder.exists()
-    create(files, study, trainer, uri=uri)
+    create_study(files, study, trainer, uri=uri)
     with pytest.raises(ValueError, match=r"study\.journal: leave --storage and \$MUSCALE_STORAGE out"):
         open_existing(files, study, trainer, storage=here)
 
@@ -161,22 +161,22 @@ def test_a_server_that_goes_while_a_study_is_opened_is_a_refusal_too(
 
     files, uri, study, trainer = toy_study(tmp_path, monkeypatch)
     here = f"sqlite:///{tmp_path}/here.db"
-    create(files, study, trainer, uri=uri, storage=here)
+    create_study(files, study, trainer, uri=uri, storage=here)
 
     def gone(*_: object, **__: object) -> None:
         raise StorageInternalError("the server closed the connection")
 
-    monkeypatch.setattr("hpo.search.trial_writer.open_study", gone)
+    monkeypatch.setattr("hpo.search.search.open_study", gone)
     with pytest.raises(
-        ValueError, match=r"here\.db does not answer any more \(StorageInternalError\): start it, and then"
+        ValueError, match=r"here\.db no longer answers \(StorageInternalError\): start it, then"
     ):
         open_existing(files, study, trainer, storage=here)
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hpo.search.trial_writer.open_study", full)
-    with pytest.raises(ValueError, match=r"cannot be read or written .*No space left.*make room"):
+    monkeypatch.setattr("hpo.search.search.open_study", full)
+    with pytest.raises(ValueError, match=r"cannot be read or written .*No space left.*free disk space"):
         open_existing(files, study, trainer, storage=here)
 
 
@@ -218,7 +218,7 @@ def test_a_ticket_of_the_dead_or_of_one_who_stands_still_is_taken(monkeypatch: p
     with pytest.raises(RuntimeError, match="was taken from this process"):
         dead.__exit__(None, None, None)
     clock = Clock()
-    mine._seen = LeaseMonitor(30.0, clock)
+    mine._monitor = LeaseMonitor(30.0, clock)
     monkeypatch.setattr(locks.time, "sleep", lambda _: setattr(clock, "now", clock.now + 16))
     still.__enter__()
     still._stop.set()  # no more beats
@@ -261,12 +261,12 @@ def test_who_is_next_lists_no_tickets_while_it_waits(monkeypatch: pytest.MonkeyP
 
 def test_locks_go_by_what_a_storage_is(tmp_path: Path) -> None:
     memory = optuna.storages.InMemoryStorage()
-    assert lock_of(memory, memory, "s") is lock_of(memory, memory, "t")
+    assert make_lock(memory, memory, "s") is make_lock(memory, memory, "t")
 
     class Foreign(optuna.storages.InMemoryStorage):
         pass
 
-    assert lock_of(Foreign(), memory, "s") is not None
+    assert make_lock(Foreign(), memory, "s") is not None
     with pytest.raises(ValueError, match=r"needed grpc://HOST:PORT, got 'grpc://nowhere'"):
         search("grpc://nowhere")
 

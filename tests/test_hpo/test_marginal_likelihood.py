@@ -14,14 +14,14 @@ import torch
 from botorch.fit import fit_gpytorch_mll
 from gpytorch.mlls import ExactMarginalLogLikelihood
 
-from hpo.surrogate.kernel import NAMES, FidelityKernel, box, prior, unpack
-from hpo.surrogate.marginal_likelihood import Marginal
+from hpo.surrogate.kernel import HYPERPARAMETERS, FidelityKernel, flatten_priors, make_priors, unpack_hyperparameters
+from hpo.surrogate.marginal_likelihood import NegativeLogPosterior
 from tests.test_hpo.synthetic import drifting_runs, flat, hyperparameters, points
 
 
-def planted(rng: np.random.Generator, n: int, d: int) -> tuple[torch.Tensor, torch.Tensor, Marginal]:
+def planted(rng: np.random.Generator, n: int, d: int) -> tuple[torch.Tensor, torch.Tensor, NegativeLogPosterior]:
     x, z = points(rng, n, d), torch.from_numpy(rng.standard_normal(n))
-    return x, z, Marginal(x.numpy(), z.numpy(), *box(d), s.JITTER)
+    return x, z, NegativeLogPosterior(x.numpy(), z.numpy(), *flatten_priors(d), s.JITTER)
 
 
 @pytest.mark.parametrize("flat_axes", [(), (0,), (1,), (0, 1)])
@@ -31,7 +31,7 @@ def test_gradient_of_the_log_posterior_is_its_slope(flat_axes: tuple[int, ...]) 
     x, z, _ = planted(rng, 12, 2)
     for axis in flat_axes:
         x[:, 2 + axis] = 0.0
-    posterior = Marginal(x.numpy(), z.numpy(), *box(2), s.JITTER)
+    posterior = NegativeLogPosterior(x.numpy(), z.numpy(), *flatten_priors(2), s.JITTER)
     p = hyperparameters(rng, 2)
     # Noise that keeps the covariance well conditioned: a difference of values is exact to about eps times the condition
     # number over the step, and without it each processor's BLAS gives another one.
@@ -57,14 +57,14 @@ def test_log_posterior_and_its_gradient_are_those_of_gpytorch(d: int) -> None:
         variance = math.exp(2 * float(p["log_noise"]))
         ours, gradient = posterior(flat(p))
         kernel = FidelityKernel(d, p)
-        model = s.botorch_model(kernel, variance + s.JITTER, x, z).train()
+        model = s.build_botorch_model(kernel, variance + s.JITTER, x, z).train()
         mll = ExactMarginalLogLikelihood(model.likelihood, model)
         theirs = mll(model(x), z) * len(x)
         theirs.backward()
         differences.append(ours + float(theirs.detach()) + math.log(2 * variance))
         raw = model.likelihood.noise_covar.raw_noise.grad
         noise = -2 * variance * raw.flatten() - 2  # the last term: of ln 2 v
-        slopes = torch.cat([*(getattr(kernel, n).grad.flatten() * -1 for n in NAMES[:-1]), noise])
+        slopes = torch.cat([*(getattr(kernel, n).grad.flatten() * -1 for n in HYPERPARAMETERS[:-1]), noise])
         np.testing.assert_allclose(gradient, slopes.numpy(), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(differences, differences[0], rtol=0, atol=2e-3)  # the constant of the priors
 
@@ -73,18 +73,18 @@ def test_what_does_not_matter_is_where_an_axis_does_not_vary() -> None:
     rng = np.random.default_rng(6)
     x, z, _ = planted(rng, 10, 2)
     x[:, 3] = 0.0  # one size
-    posterior = Marginal(x.numpy(), z.numpy(), *box(2), s.JITTER)
+    posterior = NegativeLogPosterior(x.numpy(), z.numpy(), *flatten_priors(2), s.JITTER)
     idle = {
         name: (~part.bool()).numpy().tolist()
-        for name, part in unpack(torch.from_numpy(posterior.matters.astype(float)), 2).items()
+        for name, part in unpack_hyperparameters(torch.from_numpy(posterior.is_free.astype(float)), 2).items()
     }
     assert idle["log_smooth"] == idle["log_rough"] == [False, True]
     assert idle["drift"] == [[False, False], [True, True]]
     assert not any(any(idle[name]) for name in ("log_fine", "log_bowl", "log_length", "log_noise"))
     theta = flat(hyperparameters(rng, 2))
     value, _ = posterior(theta)
-    away = theta + ~posterior.matters
-    mean, sd = box(2)
+    away = theta + ~posterior.is_free
+    mean, sd = flatten_priors(2)
     by_prior = 0.5 * (((away - mean) / sd) ** 2 - ((theta - mean) / sd) ** 2).sum()
     assert posterior(away)[0] - value == pytest.approx(by_prior, abs=1e-9)
 
@@ -94,9 +94,9 @@ def test_fit_is_at_least_as_good_as_that_of_botorch(n: int, bent: bool) -> None:
     U, T, level, y = drifting_runs(0, n)
     fit = s.fit_surrogate(U, T, level, y + 0.1 * np.sin(9 * U[:, 0] + 4 * T[:, 0]) * bent)
     best = fit.best
-    other = s.botorch_model(FidelityKernel(2), 1e-4, best.x, best.z)
+    other = s.build_botorch_model(FidelityKernel(2), 1e-4, best.x, best.z)
     fit_gpytorch_mll(ExactMarginalLogLikelihood(other.likelihood, other), optimizer_kwargs={"options": {"maxiter": 60}})
-    posterior = Marginal(best.x.numpy(), best.z.numpy(), *box(2), s.JITTER)
+    posterior = NegativeLogPosterior(best.x.numpy(), best.z.numpy(), *flatten_priors(2), s.JITTER)
 
     def value(kernel: FidelityKernel, noise: float) -> float:
         log_noise = torch.tensor([0.5 * math.log(noise - s.JITTER)], dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_fit_is_at_least_as_good_as_that_of_botorch(n: int, bent: bool) -> None:
     ours, theirs = value(best.kernel, best.noise), value(other.covar_module, float(other.likelihood.noise.detach()))
     assert ours <= theirs + 0.1
     if bent:
-        assert ours < posterior(flat({name: mean for name, (mean, _) in prior(2).items()}))[0] - 5.0  # much to fit
+        assert ours < posterior(flat({name: mean for name, (mean, _) in make_priors(2).items()}))[0] - 5.0  # much to fit
 
 
 def test_a_fit_that_goes_on_from_fewer_runs_is_on_average_as_good_as_one_from_the_beginning() -> None:
@@ -113,16 +113,16 @@ def test_a_fit_that_goes_on_from_fewer_runs_is_on_average_as_good_as_one_from_th
     worse, better = [], []
     for seed in range(8):
         U, T, _, y = drifting_runs(seed, 60)
-        x, z = s.join(U, T), torch.from_numpy((y - y.mean()) / y.std())
-        posterior = Marginal(x.numpy(), z.numpy(), *box(2), s.JITTER)
+        x, z = s.join_inputs(U, T), torch.from_numpy((y - y.mean()) / y.std())
+        posterior = NegativeLogPosterior(x.numpy(), z.numpy(), *flatten_priors(2), s.JITTER)
 
-        def value(kernel: Any, noise: float, posterior: Marginal = posterior) -> float:
+        def value(kernel: Any, noise: float, posterior: NegativeLogPosterior = posterior) -> float:
             log_noise = torch.tensor([0.5 * math.log(noise - s.JITTER)], dtype=torch.float64)
             return posterior(flat({**kernel.values(), "log_noise": log_noise}))[0]
 
-        fewer = next(s.fit_bowl(x[:50], z[:50]))
-        on = value(*next(s.fit_bowl(x, z, s.condition(*fewer, x[:50], z[:50]))))
-        worse.append(on - value(*next(s.fit_bowl(x, z))))
+        fewer = next(s.fit_bowl_kernel(x[:50], z[:50]))
+        on = value(*next(s.fit_bowl_kernel(x, z, s.condition_on_runs(*fewer, x[:50], z[:50]))))
+        worse.append(on - value(*next(s.fit_bowl_kernel(x, z))))
         better.append(value(*fewer) - on)
     assert np.mean(worse) < 0.5
     assert min(better) > 0.01

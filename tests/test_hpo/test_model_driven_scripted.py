@@ -165,7 +165,7 @@ def test_what_was_enqueued_between_is_run_next_and_a_climb_then_goes_on() -> Non
 @pytest.mark.parametrize("lr", [0.001, 0.003, 0.01, 0.03])
 def test_what_rounding_makes_of_enqueued_settings_is_the_same_configuration(lr: float) -> None:
     """The model thinks in the unit cube: what comes back from there differs in the last digit."""
-    back = Cube(LR).params(Cube(LR).unit({"lr": lr}))["lr"]
+    back = Cube(LR).to_params(Cube(LR).to_unit({"lr": lr}))["lr"]
     assert back == pytest.approx(lr, rel=1e-12)
     search = open_search(sampler=Scripted((back, 300)))
     search.study.enqueue_trial({"lr": lr})

@@ -11,7 +11,7 @@ import pytest
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState
 
-from hpo.samplers.multi_fidelity import SURE, MultiFidelitySampler
+from hpo.samplers.multi_fidelity import MIN_GAIN_PER_DOUBT, MultiFidelitySampler
 from hpo.samplers.registry import make_sampler
 from hpo.samplers.unit_cube import Cube
 from hpo.search.search import Search
@@ -26,27 +26,27 @@ def scattered(n: int, seed: int = 0) -> optuna.Study:
     """n random settings, each at one of the levels in turn; the last one is still running."""
     study, cube, rng = optuna.create_study(), Cube(SPACE), np.random.default_rng(seed)
     for i in range(n):
-        params, level = cube.params(rng.random(2)), CHEAP[i % len(CHEAP)]
+        params, level = cube.to_params(rng.random(2)), CHEAP[i % len(CHEAP)]
         add(study, params, level, None if i == n - 1 else bowl(params, level))
     return study
 
 
 def test_differences_are_those_of_losses_drawn_from_the_joint_posterior() -> None:
     """A member of the ensemble, then both losses together: pairs near and far."""
-    from hpo.surrogate.gp import fidelity_coordinates, fit_surrogate, join
+    from hpo.surrogate.gp import compute_fidelity_coordinates, fit_surrogate, join_inputs
 
     study, cube, sampler = scattered(16), Cube(SPACE), MultiFidelitySampler(seed=0)
     runs = study.get_trials(deepcopy=False)
     levels = [Fidelity(t.user_attrs["N"], t.user_attrs["tokens"]) for t in runs]
-    T = fidelity_coordinates(levels, TARGET)
-    U = np.stack([cube.unit(t.params) for t in runs])
+    T = compute_fidelity_coordinates(levels, TARGET)
+    U = np.stack([cube.to_unit(t.params) for t in runs])
     ids = np.array([CHEAP.index(f) for f in levels[:-1]])
     model = fit_surrogate(U[:-1], T[:-1], ids, np.array([t.value for t in runs[:-1]], float))
     model = model.with_pending(U[-1:], T[-1:])
     rng = np.random.default_rng(0)
     near, far = {"lr": 0.0011, "batch": 70}, {"lr": 0.08, "batch": 400}
     for a, b in (({"lr": 0.001, "batch": 64}, near), (near, far), (far, {"lr": 0.0002, "batch": 8})):
-        x = join(np.stack([cube.unit(a), cube.unit(b)]), np.zeros(2))
+        x = join_inputs(np.stack([cube.to_unit(a), cube.to_unit(b)]), np.zeros(2))
         drawn = []
         for member in model.members:
             mean, _, v = member.posterior(x)
@@ -68,7 +68,7 @@ def test_differences_are_those_of_losses_drawn_from_the_joint_posterior() -> Non
     a, b = {"lr": 0.004, "batch": 60}, {"lr": 0.005, "batch": 70}
     between = sampler.difference(study, SPACE, a, b, TARGET)
     assert between is not None
-    _, sd = model.predict(np.stack([cube.unit(p) for p in (a, b)]), np.zeros(2))
+    _, sd = model.predict(np.stack([cube.to_unit(p) for p in (a, b)]), np.zeros(2))
     assert between[1] < 0.3 * sd.min()
 
 
@@ -204,4 +204,4 @@ def test_the_answer_is_a_run_at_the_target_unless_the_model_is_sure_of_more(seed
     if answer != best:
         gain = sampler.difference(search.study, search.space, answer, best, search.target)
         assert gain is not None
-        assert gain[0] >= SURE * gain[1] - 1e-9
+        assert gain[0] >= MIN_GAIN_PER_DOUBT * gain[1] - 1e-9

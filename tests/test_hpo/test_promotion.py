@@ -16,11 +16,11 @@ from hpo.search.hyperband import (
     FreeSlots,
     Promote,
     Variant,
-    moves,
-    remaining,
+    list_moves,
+    count_remaining,
     replay,
-    rung_sizes,
-    standing,
+    compute_rung_sizes,
+    find_standing,
 )
 from tests.test_hpo.test_hyperband import Table, by_hand, ladder_of, run_to_the_end, tied_and_diverging
 
@@ -42,8 +42,8 @@ def test_the_best_third_of_what_has_finished_goes_on_before_the_rung_is_decided(
         entries += [Entry(9 + i, Bracket(0, 0, 1), {1: None}) for i in range(5)]
         entries += [Entry(14 + i, Bracket(0, 0, 2), {2: None}) for i in range(2)]
         expected = [*(Promote(c, 1) for c in guesses), FreeSlots(Bracket(0, 0, 2), 1)]  # guesses before starts
-        assert moves(entries, ladder, asynchronous=True) == expected
-        assert moves(entries, ladder) == expected[-1:]
+        assert list_moves(entries, ladder, asynchronous=True) == expected
+        assert list_moves(entries, ladder) == expected[-1:]
 
 
 def test_what_is_certain_comes_before_guesses() -> None:
@@ -51,7 +51,7 @@ def test_what_is_certain_comes_before_guesses() -> None:
     entries += [Entry(9 + i, Bracket(0, 1, 0), {0: float(i)}) for i in range(9)]  # decided
     entries[0].losses[1] = 1.0  # type: ignore[index]
     entries += [Entry(18 + i, Bracket(0, s, 1), {1: None}) for s in (0, 1) for i in range(5)]
-    promoted = [m for m in moves(entries, ladder_of(3, 3), sizes=2, asynchronous=True) if isinstance(m, Promote)]
+    promoted = [m for m in list_moves(entries, ladder_of(3, 3), sizes=2, asynchronous=True) if isinstance(m, Promote)]
     assert promoted == [Promote(9, 1), Promote(10, 1), Promote(11, 1), Promote(1, 1)]
 
 
@@ -61,8 +61,8 @@ def test_guesses_are_never_more_than_there_are_places() -> None:
     entries = [Entry(i, bracket, {0: float(i)}) for i in range(27)]
     for i in range(14):
         entries[i].losses[1] = float(i) if i < 13 else None  # type: ignore[index]
-    others = [Entry(27 + i, Bracket(0, 0, s), {s: None}) for s in (1, 2, 3) for i in range(rung_sizes(s, 3, 3)[0])]
-    guesses = moves([*entries, *others], ladder_of(4, 3), variant="preserving", asynchronous=True)
+    others = [Entry(27 + i, Bracket(0, 0, s), {s: None}) for s in (1, 2, 3) for i in range(compute_rung_sizes(s, 3, 3)[0])]
+    guesses = list_moves([*entries, *others], ladder_of(4, 3), variant="preserving", asynchronous=True)
     assert guesses == [Promote(c, 2) for c in range(3)]
 
 
@@ -93,7 +93,7 @@ def test_discarding_ends_asynchronously_where_it_ends_synchronously(eta: int) ->
             assert [{e.config for e in rung} for rung in replay(inside, start, ladder, "discarding")] == expected
             due |= {(c, start + i) for i, rung in enumerate(expected) for c in rung}
         assert due <= set(ran)
-        assert standing(table.values(), ladder) == due
+        assert find_standing(table.values(), ladder) == due
         wrong += len(ran) - len(due)
     assert wrong > 0
 
@@ -106,12 +106,12 @@ def test_asynchronously_every_variant_ends_and_the_efficient_one_costs_one_hyper
         ladder, table = ladder_of(3, 3), Table()
         ran = run_to_the_end(table, ladder, variant, loss, rng=rng, workers=5, asynchronous=True)
         ladder = ladder.raised(27)
-        left = sum(missing for _, _, missing in remaining(table.values(), ladder, variant=variant))
+        left = sum(missing for _, _, missing in count_remaining(table.values(), ladder, variant=variant))
         more = run_to_the_end(table, ladder, variant, loss, rng=rng, workers=5, asynchronous=True)
-        assert remaining(table.values(), ladder, variant=variant) == []
+        assert count_remaining(table.values(), ladder, variant=variant) == []
         for start in range(4):
             inside = {c for c, e in table.items() if e.bracket.start == start}
-            for i, k in enumerate(rung_sizes(start, 3, 3)):
+            for i, k in enumerate(compute_rung_sizes(start, 3, 3)):
                 at = sum(c in inside and r == start + i for c, r in ran + more)
                 assert at == k if variant == "efficient" else at >= k
         assert len(more) == left if variant == "efficient" else len(more) >= left
@@ -152,7 +152,7 @@ def simulate(
 
     while True:
         while len(running) < workers and now < until:
-            possible = moves(table.values(), ladder, variant=variant, iterations=iterations, asynchronous=asynchronous)
+            possible = list_moves(table.values(), ladder, variant=variant, iterations=iterations, asynchronous=asynchronous)
             if not possible:
                 break
             move = possible[0]
@@ -256,7 +256,7 @@ def test_scores_are_not_asked_for_when_there_is_room_for_all() -> None:
     def scores(_: Sequence[int]) -> list[float]:
         raise AssertionError("there are 2 for 3 places")
 
-    assert moves(entries, ladder_of(3, 3), variant="efficient", scores=scores)[:2] == [Promote(0, 1), Promote(1, 1)]
+    assert list_moves(entries, ladder_of(3, 3), variant="efficient", scores=scores)[:2] == [Promote(0, 1), Promote(1, 1)]
 
 
 def test_all_contested_places_are_one_question() -> None:
@@ -267,7 +267,7 @@ def test_all_contested_places_are_one_question() -> None:
         asked.append(configs)
         return [-float(c) for c in configs]
 
-    promoted = moves(entries, ladder_of(3, 3), variant="efficient", sizes=2, scores=scores)[:6]
+    promoted = list_moves(entries, ladder_of(3, 3), variant="efficient", sizes=2, scores=scores)[:6]
     assert promoted == [Promote(c, 1) for c in (8, 7, 6, 17, 16, 15)]
     assert asked == [list(range(18))]
 
@@ -296,17 +296,17 @@ def test_places_once_taken_are_kept_whatever_is_predicted_later() -> None:
                 )
                 ladder = ladder.raised(ladder.levels[-1] * 2)
             for start in range(4):
-                for i, k in enumerate(rung_sizes(start, 3, 2)):
+                for i, k in enumerate(compute_rung_sizes(start, 3, 2)):
                     assert sum(table[c].bracket.start == start and r == start + i for c, r in ran) <= k
-            assert remaining(table.values(), ladder_of(4, 2), variant="efficient") == []
+            assert count_remaining(table.values(), ladder_of(4, 2), variant="efficient") == []
 
 
 def test_scores_that_cannot_be_used_are_refused() -> None:
     entries = [Entry(i, Bracket(0, 0, 0), {0: float(i)}) for i in range(9)]
     with pytest.raises(ValueError, match="scores need the efficient variant"):
-        moves(entries, ladder_of(3, 3), scores=lambda _: None)
+        list_moves(entries, ladder_of(3, 3), scores=lambda _: None)
     with pytest.raises(ValueError, match="scores must be finite"):
-        moves(entries, ladder_of(3, 3), variant="efficient", scores=lambda configs: [math.nan for _ in configs])
-    assert moves(entries, ladder_of(3, 3), variant="efficient", scores=lambda _: None) == moves(
+        list_moves(entries, ladder_of(3, 3), variant="efficient", scores=lambda configs: [math.nan for _ in configs])
+    assert list_moves(entries, ladder_of(3, 3), variant="efficient", scores=lambda _: None) == list_moves(
         entries, ladder_of(3, 3)
     )

@@ -76,7 +76,7 @@ def searches() -> list[optuna.Study]:
 
 def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
     cube = Cube(SPACE)
-    return float(np.abs(cube.unit(a) - cube.unit(b)).max())
+    return float(np.abs(cube.to_unit(a) - cube.to_unit(b)).max())
 
 
 def test_start_up_is_a_spread_at_the_cheapest_slot_and_any_process_gives_the_same() -> None:
@@ -132,8 +132,8 @@ def test_a_fit_that_goes_on_from_the_first_runs_depends_on_nothing_but_the_trial
     when a run among the first ends late. And few fits begin anew: that is what it is for."""
     from hpo.surrogate import gp
 
-    anew, fit = [], gp.fit_bowl
-    monkeypatch.setattr(gp, "fit_bowl", lambda x, z, near=None: anew.append(near is None) or fit(x, z, near))
+    anew, fit = [], gp.fit_bowl_kernel
+    monkeypatch.setattr(gp, "fit_bowl_kernel", lambda x, z, near=None: anew.append(near is None) or fit(x, z, near))
     rng, old = np.random.default_rng(5), MultiFidelitySampler(seed=3)
     study = optuna.create_study()
     for number in range(52):
@@ -182,7 +182,7 @@ def test_workers_that_ask_at_once_get_different_points(searches: list[optuna.Stu
     sampler, asked = MultiFidelitySampler(seed=0), []
     for _ in range(4):
         params, slot = sampler.propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
-        asked.append((*Cube(SPACE).unit(params), CHEAP[slot].N, CHEAP[slot].D))
+        asked.append((*Cube(SPACE).to_unit(params), CHEAP[slot].N, CHEAP[slot].D))
         add(study, params, CHEAP[slot], None)
     for i, one in enumerate(asked):
         for other in asked[:i]:
@@ -197,7 +197,7 @@ def test_odd_losses_do_not_stop_the_search(losses: list[float]) -> None:
         params, slot = sampler.propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
         add(study, params, CHEAP[slot], loss)
     params, _ = sampler.propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
-    assert Cube(SPACE).holds(optuna.create_trial(params=params, distributions=SPACE, value=0.0))
+    assert Cube(SPACE).contains(optuna.create_trial(params=params, distributions=SPACE, value=0.0))
     if not any(map(math.isfinite, losses)):
         with pytest.raises(ValueError, match="finite loss"):
             sampler.best(study, SPACE, TARGET)

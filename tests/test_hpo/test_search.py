@@ -17,7 +17,7 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from hpo.search.hyperband import rung_sizes
+from hpo.search.hyperband import compute_rung_sizes
 from hpo.search.search import Search
 from hpo.search.view import Job
 from scaling.laws.compute import Fidelity
@@ -68,7 +68,7 @@ def dead_process() -> str:
 def test_one_iteration_runs_every_rung_of_every_bracket() -> None:
     search = open_search()
     jobs = run(search)
-    expected = Counter({(k, k + i): n for k in range(3) for i, n in enumerate(rung_sizes(k, 2, 3))})
+    expected = Counter({(k, k + i): n for k in range(3) for i, n in enumerate(compute_rung_sizes(k, 2, 3))})
     assert Counter((j.bracket.start, j.rung) for j in jobs) == expected
     assert search.finished
     assert search.ask() is None
@@ -195,7 +195,7 @@ def test_an_extended_search_promotes_what_one_from_scratch_would() -> None:
     assert not known & {(j.config, j.rung) for j in more}
     assert len({(j.config, j.rung) for j in more}) == len(more)
     for start in range(4):
-        for i, n in enumerate(rung_sizes(start, 3, 3)):
+        for i, n in enumerate(compute_rung_sizes(start, 3, 3)):
             at = {c for c, r in known if r == start + i} | {j.config for j in more if j.rung == start + i}
             assert len(at) >= n
     assert max(j.fidelity.D for j in more) == 2700
@@ -215,7 +215,7 @@ def test_every_variant_extends_and_ends(variant: Any) -> None:
     assert len(more) >= len(left.increments)
     if variant == "efficient":
         assert len(more) == len(left.increments)
-        total = sum(sum(rung_sizes(k, 3, 3)) for k in range(4))
+        total = sum(sum(compute_rung_sizes(k, 3, 3)) for k in range(4))
         assert search.progress.done == total
 
 
@@ -612,7 +612,7 @@ def test_processes_that_share_a_journal_and_one_that_is_killed_run_all_exactly_o
     assert search.finished
     trials = search.study.trials
     runs = [(t.user_attrs["config"], t.user_attrs["rung"]) for t in trials]
-    assert len(set(runs)) == len(runs) == sum(sum(rung_sizes(k, 3, 3)) for k in range(4))
+    assert len(set(runs)) == len(runs) == sum(sum(compute_rung_sizes(k, 3, 3)) for k in range(4))
     assert {t.state for t in trials} == {TrialState.COMPLETE}
 
 

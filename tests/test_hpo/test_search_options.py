@@ -18,9 +18,9 @@ from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState
 
-from hpo.search.hyperband import rung_sizes
+from hpo.search.hyperband import compute_rung_sizes
 from hpo.search.search import Search
-from hpo.search.trial_writer import SETTINGS
+from hpo.search.stored import SETTINGS_KEY
 from hpo.search.view import Job
 from scaling.laws.compute import Fidelity
 from tests.test_hpo.test_search import dead_process, loss_of, open_search, outline, run
@@ -139,8 +139,10 @@ def test_new_settings_are_compared_and_old_studies_have_the_defaults() -> None:
     storage = InMemoryStorage()
     search = open_search(storage=storage)
     jobs = train(search, most=18)
-    old = {k: v for k, v in search.study.user_attrs[SETTINGS].items() if k not in ("seeds", "promote", "asynchronous")}
-    search.study.set_user_attr(SETTINGS, old)
+    old = {
+        k: v for k, v in search.study.user_attrs[SETTINGS_KEY].items() if k not in ("seeds", "promote", "asynchronous")
+    }
+    search.study.set_user_attr(SETTINGS_KEY, old)
     study_id = storage.get_study_id_from_name("search")
     for trial in storage.get_all_trials(study_id, deepcopy=False):
         for name in ("seeds", "resumed_seeds"):
@@ -221,7 +223,7 @@ def test_the_sampler_says_who_is_promoted() -> None:
     assert len(up[1]) == 3
     assert min(up[1]) > max(up[0])
     assert Counter((j.bracket.start, j.rung) for j in by_prediction) == Counter(
-        {(k, k + i): n for k in range(3) for i, n in enumerate(rung_sizes(k, 2, 3))}
+        {(k, k + i): n for k in range(3) for i, n in enumerate(compute_rung_sizes(k, 2, 3))}
     )
     assert ranked._sampler.asked == []  # type: ignore[attr-defined]
 
@@ -276,7 +278,9 @@ def test_predicted_places_are_kept_after_a_raise(variant: Any, asynchronous: boo
     search.extend(2700)
     assert len(run(search, lr_loss)) == len(left.increments)
     runs = [(t.user_attrs["bracket"][2], t.user_attrs["rung"]) for t in search.study.trials]
-    assert Counter(runs) == Counter({(k, k + i): n for k in range(4) for i, n in enumerate(rung_sizes(k, 3, 3))})
+    assert Counter(runs) == Counter(
+        {(k, k + i): n for k in range(4) for i, n in enumerate(compute_rung_sizes(k, 3, 3))}
+    )
 
 
 # Killed at any moment, in every mode
@@ -446,7 +450,7 @@ def test_the_last_raise_counts_and_runs_with_seeds_are_counted_whole() -> None:
     search.extend(900)
     train(search, most=2)
     search.extend(2700)
-    assert search.study.user_attrs[SETTINGS]["raises"] == [[900, 6], [2700, 8]]
+    assert search.study.user_attrs[SETTINGS_KEY]["raises"] == [[900, 6], [2700, 8]]
     # at the start rungs all that was there has a place: 3 + 2 at 100, 2 at 300, each with 2 seeds
     assert (search.progress.reused, search.progress.tokens_reused) == (7, 2 * (5 * 100 + 2 * 300))
 

@@ -28,15 +28,15 @@ def test_every_kind_of_parameter_survives_the_round_trip() -> None:
     snapped = cube.snap(raw)
     np.testing.assert_allclose(cube.snap(snapped), snapped, atol=1e-12)
     for point, real in zip(raw, snapped, strict=True):
-        params = cube.params(point)
+        params = cube.to_params(point)
         for name, value in params.items():
             assert EVERY_KIND[name]._contains(EVERY_KIND[name].to_internal_repr(value)), (name, value)
-        np.testing.assert_allclose(cube.unit(params), real, atol=1e-12)  # rounding happened before the model
-        back = cube.params(real)
+        np.testing.assert_allclose(cube.to_unit(params), real, atol=1e-12)  # rounding happened before the model
+        back = cube.to_params(real)
         for name, value in params.items():
             assert type(back[name]) is type(value)
             assert back[name] == pytest.approx(value, rel=1e-12) if isinstance(value, float) else back[name] == value
-    ends = cube.params(np.zeros(len(EVERY_KIND))), cube.params(np.ones(len(EVERY_KIND)))
+    ends = cube.to_params(np.zeros(len(EVERY_KIND))), cube.to_params(np.ones(len(EVERY_KIND)))
     assert [(e["float"], e["int"], e["stepped int"], e["log int"], e["category"]) for e in ends] == [
         (-2.0, -3, 0, 1, "adam"),
         (3.0, 4, 14, 1000, None),
@@ -46,7 +46,7 @@ def test_every_kind_of_parameter_survives_the_round_trip() -> None:
 def test_values_of_a_discrete_parameter_are_equally_likely() -> None:
     cube = Cube({k: EVERY_KIND[k] for k in ("stepped", "int", "category")})
     u = (np.arange(24) + 0.5) / 24
-    drawn = [cube.params(np.array([x, x, x])) for x in u]
+    drawn = [cube.to_params(np.array([x, x, x])) for x in u]
     for name, count in {"stepped": 6, "int": 3, "category": 8}.items():
         values = [d[name] for d in drawn]
         assert {values.count(v) for v in values} == {count}
@@ -54,7 +54,7 @@ def test_values_of_a_discrete_parameter_are_equally_likely() -> None:
 
 def test_a_category_is_a_block_of_columns() -> None:
     cube = Cube({"a": FloatDistribution(0, 1), "b": CategoricalDistribution(["x", "y", "z"])})
-    np.testing.assert_array_equal(cube.features(np.array([[0.2, 0.5], [0.7, 5 / 6]])), [[0.2, 0, 1, 0], [0.7, 0, 0, 1]])
+    np.testing.assert_array_equal(cube.encode(np.array([[0.2, 0.5], [0.7, 5 / 6]])), [[0.2, 0, 1, 0], [0.7, 0, 0, 1]])
     assert cube.nominal.tolist() == [False, True]
 
 
@@ -65,7 +65,7 @@ def test_what_the_space_does_not_hold_is_told_apart() -> None:
     def held(**params: object) -> bool:
         wide = {"a": FloatDistribution(-9, 9), "b": CategoricalDistribution(["x", 1, "y"])}
         known = {name: wide[name] for name in params}
-        return cube.holds(create_trial(params=params, distributions=known, value=0.0))
+        return cube.contains(create_trial(params=params, distributions=known, value=0.0))
 
     assert held(a=0.0, b="x")
     assert held(a=1.0, b=1)

@@ -12,11 +12,11 @@ from hpo.search.search import Search
 from hpo.search.view import Job
 from hpo.study.config import load_study
 from hpo.study.files import StudyFiles
-from hpo.study.lifecycle import create, open_existing
+from hpo.study.lifecycle import create_study, open_existing
 from hpo.worker import loop
-from hpo.worker.job import ended, run_job
+from hpo.worker.job import read_losses, run_job
 from hpo.worker.signals import StopSignals
-from hpo.worker.training_process import ChildProcessTrainer, Crashed
+from hpo.worker.training_process import ChildProcessTrainer, TrainingCrashed
 from tests.test_hpo.test_launcher import STUDY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,14 +27,14 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyFiles:
     """A study that was launched, in a store of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setattr("scaling.tracking.experiment.git_commit", lambda: "none")
+    monkeypatch.setattr("scaling.tracking.experiment.read_git_commit", lambda: "none")
     (tmp_path / "studies").mkdir()
     (tmp_path / "steps").mkdir()
     toml = tmp_path / "studies" / "toy.toml"
     toml.write_text(STUDY.format(pause=0.0, seeds="[1, 2, 2]", steps=tmp_path / "steps"))
     made = StudyFiles(toml)
     study, trainer = load_study(toml)
-    create(made, study, trainer, uri=None)
+    create_study(made, study, trainer, uri=None)
     return made
 
 
@@ -59,7 +59,7 @@ class Leaving(ChildProcessTrainer):
         losses = run_job(job, self.study.make_trainer(), self.files, self.uri, stop, watch)
         Leaving.jobs += 1
         if Leaving.jobs % 3 == 0:
-            raise Crashed("no measurement for 8 s: killed as hanging")
+            raise TrainingCrashed("no measurement for 8 s: killed as hanging")
         return losses
 
 
@@ -67,7 +67,7 @@ def test_a_training_that_ended_before_its_process_went_has_not_crashed(
     files: StudyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "ChildProcessTrainer", Leaving)
-    assert loop.work(files) == 0
+    assert loop.run_worker(files) == 0
     trials = opened(files).study.get_trials()
     assert len(trials) == 44
     assert Leaving.jobs == 44, "none is given twice"
@@ -83,12 +83,12 @@ def test_a_result_that_nobody_told_is_not_trained_again(files: StudyFiles) -> No
         for _ in range(12):  # up to a rung of two seeds
             job = search.ask()
             assert job is not None
-            assert ended(job, files) is None
+            assert read_losses(job, files) is None
             losses = run_job(job, trainer, files, uri, stop)
             made = steps(files)
             again = run_job(job, trainer, files, uri, stop)
             assert steps(files) == made
             assert again == pytest.approx(losses, nan_ok=True)
-            assert ended(job, files) == pytest.approx(losses, nan_ok=True)
+            assert read_losses(job, files) == pytest.approx(losses, nan_ok=True)
             search.tell(job, losses)  # type: ignore[arg-type]
     assert job.seeds == 2

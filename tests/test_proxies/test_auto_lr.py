@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from proxies.config.proxy import ProxyConfig
-from proxies.config.steps import plan
+from proxies.config.steps import plan_steps
 from proxies.data.mixture import open_data
 from proxies.training import auto_lr
 from proxies.training.auto_lr import Stage, autolrs
@@ -52,8 +52,8 @@ def test_a_trial_is_a_cooldown_to_zero_judged_on_the_batches_that_come_next() ->
     """Against the same steps by hand: six at half the peak rate, then six along 1 - sqrt(u), in the middle of each."""
     c = config()
     data = open_data(c)
-    ours, by_hand = (Run(c, plan(c, TOKENS), data.sha256, torch.device("cpu")) for _ in range(2))
-    loss = auto_lr._annealed(ours, data.windows, 0.5, 12)
+    ours, by_hand = (Run(c, plan_steps(c, TOKENS), data.sha256, torch.device("cpu")) for _ in range(2))
+    loss = auto_lr._run_trial(ours, data.windows, 0.5, 12)
     shares = [0.5] * 6 + [0.5 * (1 - math.sqrt((k + 0.5) / 6)) for k in range(6)]
     for share in shares:
         by_hand.advance(data.windows, share)
@@ -66,17 +66,17 @@ def test_trials_that_diverge_are_as_bad_as_can_be_and_leave_the_run_as_it_was(mo
     losses = iter([3.0, auto_lr.LOST, 2.95])
     c = config()
     data = open_data(c)
-    run = Run(c, plan(c, TOKENS), data.sha256, torch.device("cpu"))
+    run = Run(c, plan_steps(c, TOKENS), data.sha256, torch.device("cpu"))
 
     def trial(run: Run, *_: Any) -> float:
         run.advance(data.windows, 1.0)
         return next(losses)
 
-    monkeypatch.setattr(auto_lr, "_annealed", trial)
-    search = auto_lr._Rates(c.lr / 64, c.lr * 8, 3)
+    monkeypatch.setattr(auto_lr, "_run_trial", trial)
+    search = auto_lr._RateSearch(c.lr / 64, c.lr * 8, 3)
     before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     auto_lr._search(run, data.windows, search, 0, 8, 3)
-    assert [worse for _, _, worse in search.seen] == pytest.approx([0.0, auto_lr.WORSE, -0.05])
+    assert [worse for _, _, worse in search.trials] == pytest.approx([0.0, auto_lr.WORSE, -0.05])
     assert run.step == 0
     assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
 
@@ -84,15 +84,15 @@ def test_trials_that_diverge_are_as_bad_as_can_be_and_leave_the_run_as_it_was(mo
 def test_a_trial_with_weights_that_are_not_finite_is_lost_by_a_number() -> None:
     c = config()
     data = open_data(c)
-    run = Run(c, plan(c, TOKENS), data.sha256, torch.device("cpu"))
+    run = Run(c, plan_steps(c, TOKENS), data.sha256, torch.device("cpu"))
     with torch.no_grad():
         next(run.model.parameters()).fill_(math.nan)
-    assert auto_lr._annealed(run, data.windows, 1.0, 8) == auto_lr.LOST
+    assert auto_lr._run_trial(run, data.windows, 1.0, 8) == auto_lr.LOST
 
 
 def test_the_process_finds_the_best_of_a_planted_bowl_and_carries_it_to_the_next_stage() -> None:
     """Loss (log2 rate - best)^2 / 50, the best moving from -7 by a third of an octave a stage; three trials in each."""
-    search = auto_lr._Rates(2.0**-13, 2.0**-4, 8)
+    search = auto_lr._RateSearch(2.0**-13, 2.0**-4, 8)
     misses = []
     for stage in range(6):
         best = -7 - stage / 3
@@ -101,8 +101,8 @@ def test_the_process_finds_the_best_of_a_planted_bowl_and_carries_it_to_the_next
         for i in range(3):
             rate = search.propose(stage, before) if i else before
             assert before / auto_lr.REACH * 0.999 <= rate <= before * auto_lr.REACH * 1.001
-            search.seen.append((rate, stage, (math.log2(rate) - best) ** 2 / 50 - first))
-        search.chosen.append(search.rate_for(stage, before))
+            search.trials.append((rate, stage, (math.log2(rate) - best) ** 2 / 50 - first))
+        search.chosen.append(search.choose(stage, before))
         misses.append(abs(math.log2(search.chosen[-1]) - best))
     assert max(misses[2:]) < 1.0
     assert sum(misses[3:]) / 3 < 0.6
@@ -112,9 +112,9 @@ def test_what_was_seen_in_one_stage_moves_the_first_guess_in_the_next() -> None:
     """The same first trial, after an earlier stage where low rates won and after one where high ones did."""
     guesses = []
     for sign in (1, -1):
-        search = auto_lr._Rates(2.0**-13, 2.0**-1, 2)
-        search.seen += [(2.0**-7, 0, 0.0), (2.0**-8, 0, -0.03 * sign), (2.0**-6, 0, 0.03 * sign)]
-        search.seen += [(2.0**-7, 1, 0.0)]
+        search = auto_lr._RateSearch(2.0**-13, 2.0**-1, 2)
+        search.trials += [(2.0**-7, 0, 0.0), (2.0**-8, 0, -0.03 * sign), (2.0**-6, 0, 0.03 * sign)]
+        search.trials += [(2.0**-7, 1, 0.0)]
         guesses.append(search.propose(1, 2.0**-7))
     assert guesses[0] < 2.0**-7 < guesses[1]
 
@@ -136,7 +136,7 @@ def test_a_search_costs_what_it_may_and_says_what_it_tried(tmp_path: Path) -> No
     assert found[-1].lr == found[-2].lr
     saved, model = load_model(tmp_path / "run.pt")
     assert saved.schedule == "wsd"
-    assert evaluate(model, open_data(c).held) == found[-1].loss
+    assert evaluate(model, open_data(c).held_out) == found[-1].loss
 
 
 @pytest.mark.parametrize("stages", [1, 3, 6])
@@ -148,10 +148,10 @@ def test_no_search_costs_more_than_its_share(stages: int, overhead: float, monke
         steps.append(n)
         return 3.0
 
-    monkeypatch.setattr(auto_lr, "_annealed", trial)
-    monkeypatch.setattr(auto_lr._Rates, "propose", lambda *_: 0.01)
-    monkeypatch.setattr(auto_lr._Rates, "rate_for", lambda *_: 0.01)
-    monkeypatch.setattr(Run, "advance", lambda run, *_: run.count(torch.tensor(3.0), 2))
+    monkeypatch.setattr(auto_lr, "_run_trial", trial)
+    monkeypatch.setattr(auto_lr._RateSearch, "propose", lambda *_: 0.01)
+    monkeypatch.setattr(auto_lr._RateSearch, "choose", lambda *_: 0.01)
+    monkeypatch.setattr(Run, "advance", lambda run, *_: run.count_step(torch.tensor(3.0), 2))
     tokens = 16 * (4 + 600) * 5 // 4
     *_, last = autolrs(config(), tokens, stages=stages, overhead=overhead)
     assert 2 * stages <= len(steps) <= 3 * stages
@@ -164,7 +164,7 @@ def test_what_is_tried_is_rolled_back(monkeypatch: pytest.MonkeyPatch, tmp_path:
     c = config()
     tokens = TOKENS - 8
     *_, plain = train(c, tokens, save=tmp_path / "plain.pt")
-    monkeypatch.setattr(auto_lr._Rates, "rate_for", lambda *_: c.lr)
+    monkeypatch.setattr(auto_lr._RateSearch, "choose", lambda *_: c.lr)
     *_, searched = autolrs(c, tokens, stages=3, save=tmp_path / "searched.pt")
     assert (searched.loss, searched.tokens) == (plain.loss, plain.tokens)
     assert searched.searched_tokens > 0

@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import random
+import uuid
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_file_cut_short_is_refused_by_name(tmp_path: Path, share: float) -> No
     write_state(STATE, path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match=r"run\.pt, which is cut short, damaged"):
+    with pytest.raises(ValueError, match=r"run\.pt, which is truncated, damaged"):
         load_state(path)
 
 
@@ -83,18 +84,21 @@ def test_files_of_others_are_refused_and_no_code_of_theirs_runs(tmp_path: Path) 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_said_and_the_checkpoint_before_is_intact(tmp_path: Path) -> None:
-    """The temporary file leads to /dev/full, so that it is the kernel that has no space."""
+def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The temporary file is a link to /dev/full, for which the kernel reports a full disk."""
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
     path = tmp_path / "run.pt"
     write_state(STATE, path)
     before = path.read_bytes()
-    (tmp_path / f".run.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"cannot write a checkpoint .*the one written before is intact") as stopped:
+    (tmp_path / f".run.pt.{12 * '0'}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write a checkpoint .*the previous one is intact") as stopped:
         write_state(STATE | {"step": 4}, path)
     assert stopped.value.errno == errno.ENOSPC
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
-    (tmp_path / f".new.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+    (tmp_path / f".new.pt.{12 * '0'}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="nothing was written"):
         write_state(STATE, tmp_path / "new.pt")
     assert not (tmp_path / "new.pt").exists()

@@ -21,10 +21,10 @@ from typer.testing import CliRunner, Result
 from proxies.__main__ import app
 from proxies.config.proxy import ProxyConfig
 from proxies.growth.files import open_trained, read_grown
-from proxies.growth.moments import places
-from proxies.growth.weights import grow, grown
+from proxies.growth.moments import locate_moments
+from proxies.growth.weights import grow, grow_tensors
 from proxies.model.optimizers import make_optimizer
-from proxies.model.transformer import build, loss_of
+from proxies.model.transformer import build, compute_loss
 from proxies.trainers.proxy_family import ProxyFamily, Target
 from proxies.training.checkpoints import FORMAT, load_model, load_state, write_run, write_state
 from proxies.training.lazy_tensors import open_run
@@ -97,9 +97,9 @@ def test_moments_by_name_are_those_of_that_parameter(trained: Path) -> None:
     model = build(SMALL)
     optimizer = make_optimizer(model, SMALL)
     x = torch.randint(SMALL.vocab, (4, 16), generator=torch.Generator().manual_seed(0))
-    loss_of(model, x, x).backward()
+    compute_loss(model, x, x).backward()
     optimizer.step()
-    named = {name: reduce(getitem, key, optimizer.state_dict()) for name, key in places(SMALL).items()}
+    named = {name: reduce(getitem, key, optimizer.state_dict()) for name, key in locate_moments(SMALL).items()}
     for name, parameter in model.named_parameters():
         for kind in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(named[f"{name}.{kind}"], optimizer.state[parameter][kind])
@@ -126,7 +126,7 @@ def test_a_file_cut_short_while_it_is_read_is_noticed(tmp_path: Path) -> None:
     write_state({"format": FORMAT, "model": {"a": torch.arange(4000.0)}}, path)
     lazy = open_run(path).tensors({"a": ("model", "a")})
     os.truncate(path, 1000)
-    with pytest.raises(ValueError, match="cut short while it was read"):
+    with pytest.raises(ValueError, match="truncated while it was read"):
         lazy["a"]
 
 
@@ -172,7 +172,7 @@ def test_growth_beyond_what_was_found_to_pay_is_said(trained: Path, tmp_path: Pa
     state = load_model(trained)[1].state_dict()
     grow(state, SMALL, larger(d_model=32))  # warnings are errors here
     with pytest.warns(UserWarning, match=rf"N grows {factors[1]:.1f} times, .* 4 to 6 times .*2605\.13405"):
-        grown(state, SMALL, larger(d_model=48))
+        grow_tensors(state, SMALL, larger(d_model=48))
     quiet, loud = (command(trained, "--width", w, "--out", tmp_path / "x.pt") for w in (32, 48))
     assert (quiet.exit_code, loud.exit_code) == (0, 0)
     assert "warning" not in quiet.stderr

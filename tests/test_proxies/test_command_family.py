@@ -16,12 +16,12 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from hpo.study.config import StudyError, load_study
 from hpo.worker.job import train_once
 from hpo.worker.signals import StopSignals
-from proxies.trainers.command import resolved, run_command
+from proxies.trainers.command import resolve_command, run_command
 from proxies.trainers.command_family import CommandFamily
 from scaling.common.measurement import Measurement
 from scaling.laws.compute import Fidelity
 from scaling.tracking.client import connect
-from scaling.tracking.experiment import child_run, study_run
+from scaling.tracking.experiment import find_or_create_child_run, find_or_create_study_run
 from scaling.tracking.log import log_records, read_curve
 from scaling.tracking.recorder import Recorder
 
@@ -67,9 +67,9 @@ def test_without_a_log_the_rest_goes_to_stderr(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_value_stays_one_argument_whatever_is_in_it() -> None:
     nasty = "a b; rm -rf / $(x) ' \" --evil {lr}"
-    words = resolved("go --x={x} '{x} {lr}' --flag {on}", {"x": nasty, "lr": 0.1 + 0.2, "on": True})
+    words = resolve_command("go --x={x} '{x} {lr}' --flag {on}", {"x": nasty, "lr": 0.1 + 0.2, "on": True})
     assert words == ["go", f"--x={nasty}", f"{nasty} 0.30000000000000004", "--flag", "true"]
-    assert resolved("{python} -c 'print({\"a\": 1})' {resume}", {}) == [sys.executable, "-c", 'print({"a": 1})', ""]
+    assert resolve_command("{python} -c 'print({\"a\": 1})' {resume}", {}) == [sys.executable, "-c", 'print({"a": 1})', ""]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_target_needs_what_the_command_uses() -> None:
         family.target(N=9000, width=64, tokens=-1)
     table = {"N": 9000, "width": 64, "tokens": 10_000}
     values = family.target_values(table, lr=0.02, batch_tokens=700.0, others={"lr": 9.0, "batch": 1})
-    assert resolved(TABLE["command"], values)[2:] == (
+    assert resolve_command(TABLE["command"], values)[2:] == (
         ["--lr", "0.02", "--tokens", "10000", "--width", "64", "--batch", "11", "--wd", "0.1", "--seed", "0"]
     )
 
@@ -336,8 +336,8 @@ client.log_metric(run, "final_loss", 0.5, step=tokens)
 def test_a_program_may_report_to_mlflow_and_nothing_is_there_twice(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = connect(uri)
-    parent = study_run(client, "external")
-    own = child_run(client, parent, "run", role="proxy", params={"N": 10})
+    parent = find_or_create_study_run(client, "external")
+    own = find_or_create_child_run(client, parent, "run", role="proxy", params={"N": 10})
     log_records(client, own, [({"loss": 9.0, "final_loss": 9.0}, 50, 1)], {})  # of an earlier rung
     family = CommandFamily(
         command=program(tmp_path, MLFLOW), sizes=[{"N": 10}], environment={"PYTHONWARNINGS": "ignore"}
@@ -346,7 +346,7 @@ def test_a_program_may_report_to_mlflow_and_nothing_is_there_twice(tmp_path: Pat
         Recorder(uri, "external", "run", role="proxy", params={"N": 10}, folder=tmp_path) as record,
         StopSignals() as stop,
     ):
-        assert record.run_id() == own
+        assert record.wait_for_run_id() == own
         ended: list[float] = []
         loss = train_once(
             family,

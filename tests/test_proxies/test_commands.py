@@ -1,4 +1,4 @@
-"""The `proxies` command as its users run it."""
+"""The command `proxies recipe`."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ from typer.testing import CliRunner
 
 from proxies.__main__ import app
 from proxies.config.proxy import ProxyConfig
-from proxies.model.mup import rules
+from proxies.model.mup import compute_rules
 
 runner = CliRunner()
 QUICKSTART = "studies/quickstart.toml"
 
 
-def test_a_recipe_is_the_table_at_the_width_asked_for() -> None:
+def test_a_recipe_is_the_table_at_the_requested_width() -> None:
     result = runner.invoke(app, ["recipe", QUICKSTART, "--width", "256", "--set", "lr=0.01", "--for", "json"])
     assert result.exit_code == 0, result.output
-    said = json.loads(result.stdout)
-    expected = rules(ProxyConfig(d_model=256, base_width=64, lr=0.01))["hidden"]
-    assert (said["parameters"]["gate"]["lr"], said["parameters"]["gate"]["weight_decay"]) == pytest.approx(
-        (expected.lr, expected.weight_decay)
-    )
+    gate = json.loads(result.stdout)["parameters"]["gate"]
+    expected = compute_rules(ProxyConfig(d_model=256, base_width=64, lr=0.01))["hidden"]
+    assert (gate["lr"], gate["weight_decay"]) == pytest.approx((expected.lr, expected.weight_decay))
 
 
-def test_a_recipe_carried_to_more_tokens_learns_slower() -> None:
+def test_a_recipe_for_more_tokens_has_a_lower_learning_rate() -> None:
     result = runner.invoke(
         app, ["recipe", QUICKSTART, "--set", "lr=0.01", "--tuned-tokens", "200000", "--tokens", "2000000"]
     )
@@ -35,7 +33,7 @@ def test_a_recipe_carried_to_more_tokens_learns_slower() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--tokens", "2000000"], "needed --tuned-tokens"),
         (["--batch", "5000"], "where 1 - beta reaches 1"),
@@ -45,7 +43,7 @@ def test_a_recipe_carried_to_more_tokens_learns_slower() -> None:
         (["--for", "torchtitan", "--set", "optimizer=lion"], "got 'lion'"),
     ],
 )
-def test_bad_input_to_a_recipe_is_exit_code_two(options: list[str], said: str) -> None:
+def test_invalid_options_of_recipe_exit_with_code_2(options: list[str], message: str) -> None:
     result = runner.invoke(app, ["recipe", QUICKSTART, *options])
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr

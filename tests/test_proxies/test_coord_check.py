@@ -15,13 +15,13 @@ import torch
 from typer.testing import CliRunner
 
 from proxies.__main__ import app
-from proxies.cli.shared import numbers
+from proxies.cli.shared import parse_numbers
 from proxies.config.proxy import ProxyConfig
-from proxies.diagnostics.coord_check import CoordCheck, Slope, _slope, _slopes, coordinate_check
-from proxies.diagnostics.coord_probe import ProbeSpec, Trail, coordinates, gradient_scales
+from proxies.diagnostics.coord_check import CoordCheck, Slope, fit_slope, fit_slopes, coordinate_check
+from proxies.diagnostics.coord_probe import ProbeSpec, ProbeResult, compute_coordinates, measure_gradient_scales
 from proxies.diagnostics.figures import draw_check
 from proxies.model import mup
-from proxies.model.mup import Role, Rule
+from proxies.model.mup import Role, ParameterRule
 from proxies.model.transformer import Block, build
 
 WIDTHS = (32, 64, 128)
@@ -50,7 +50,7 @@ def test_the_slope_of_a_power_law_is_its_exponent_with_students_interval() -> No
     widths = (32, 64, 128, 256)
     exponents = np.array([0.2, 0.3, 0.7])
     values = 5.0 * np.array(widths)[:, None, None] ** exponents[None, :, None] * np.ones((1, 1, 4))
-    slope = _slope("width", "a", "size", widths, values)
+    slope = fit_slope("width", "a", "size", widths, values)
     assert slope.value == pytest.approx(0.4)
     half = 4.302652729911275 * math.sqrt(0.07) / math.sqrt(3)  # t of 2 degrees of freedom at 97.5 %, by a table
     assert (slope.low, slope.high) == pytest.approx((0.4 - half, 0.4 + half))
@@ -60,11 +60,11 @@ def test_the_slope_of_a_power_law_is_its_exponent_with_students_interval() -> No
 def test_a_step_at_which_nothing_moves_is_left_out_and_a_lonely_zero_is_a_failure() -> None:
     values = np.ones((3, 2, 2)) * np.array(WIDTHS)[:, None, None]
     values[:, :, 0] = 0
-    assert _slope("width", "a", "change", WIDTHS, values).value == pytest.approx(1.0)
-    assert _slope("width", "a", "change", WIDTHS, 0 * values).value == 0
+    assert fit_slope("width", "a", "change", WIDTHS, values).value == pytest.approx(1.0)
+    assert fit_slope("width", "a", "change", WIDTHS, 0 * values).value == 0
     values[1, 1, 1] = 0
-    assert math.isnan(_slope("width", "a", "change", WIDTHS, values).value)
-    assert _slope("width", "a", "change", WIDTHS, values).steep
+    assert math.isnan(fit_slope("width", "a", "change", WIDTHS, values).value)
+    assert fit_slope("width", "a", "change", WIDTHS, values).steep
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_wider_is_worse_only_beyond_the_noise_of_seeds() -> None:
 
 
 def test_what_rounding_leaves_of_a_change_is_no_change() -> None:
-    def trail(width: int, change: float) -> Trail:
+    def trail(width: int, change: float) -> ProbeResult:
         name = "logits"
-        return Trail(({name: (1.0, 0.0)}, {name: (1.0, change)}, {name: (1.0, 0.5)}), (3.0, 3.0))
+        return ProbeResult(({name: (1.0, 0.0)}, {name: (1.0, change)}, {name: (1.0, 0.5)}), (3.0, 3.0))
 
-    (_, early, change) = _slopes("width", WIDTHS, [[trail(w, 1e-8 * w**2)] for w in WIDTHS])
+    (_, early, change) = fit_slopes("width", WIDTHS, [[trail(w, 1e-8 * w**2)] for w in WIDTHS])
     assert (early.value, change.value) == pytest.approx((0.0, 0.0))
-    (_, early, change) = _slopes("width", WIDTHS, [[trail(w, 1e-2 * w)] for w in WIDTHS])
+    (_, early, change) = fit_slopes("width", WIDTHS, [[trail(w, 1e-2 * w)] for w in WIDTHS])
     assert (early.value, change.value) == pytest.approx((0.5, 0.5))  # mean of a step of slope 1 and one of slope 0
 
 
@@ -127,7 +127,7 @@ def test_the_last_coordinate_is_what_the_model_computes() -> None:
     with torch.no_grad():
         model.readout.normal_(generator=torch.Generator().manual_seed(0))
     x = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(1))
-    seen = coordinates(model, x)
+    seen = compute_coordinates(model, x)
     torch.testing.assert_close(seen["logits"], model(x))
     branches = sum(seen[f"block {i} {branch}"] for i in (0, 1) for branch in ("attention", "mlp"))
     torch.testing.assert_close(seen["block 1 stream"], seen["embedding"] + 0.5 * branches)
@@ -135,12 +135,12 @@ def test_the_last_coordinate_is_what_the_model_computes() -> None:
 
 def test_the_scale_of_a_gradient_is_its_root_mean_square(text: str) -> None:
     from proxies.data.mixture import open_data
-    from proxies.model.transformer import loss_of
+    from proxies.model.transformer import compute_loss
 
     config = tiny(corpus=text, tied=True, embed_std=0.1)
-    scales = gradient_scales(ProbeSpec(config, "eps", 1, 4))
+    scales = measure_gradient_scales(ProbeSpec(config, "eps", 1, 4))
     model = build(config)
-    loss_of(model, *open_data(config).windows.batch(0, 4)).backward()
+    compute_loss(model, *open_data(config).windows.batch(0, 4)).backward()
     assert scales["embedding"] == pytest.approx(float(model.embed.grad.square().mean().sqrt()), rel=1e-5)
     assert set(scales) == {"embedding", "hidden", "norm", "final_norm"}
 
@@ -169,7 +169,7 @@ def test_bad_questions_are_refused_before_anything_is_trained(tmp_path: Path) ->
     with pytest.raises(ValueError, match="a multiple of 3 sequences for 3 ranks"):
         coordinate_check(config, WIDTHS, engine="ddp", ranks=3)
     with pytest.raises(ValueError, match="--widths: needed whole numbers"):
-        numbers("--widths", "32;64")
+        parse_numbers("--widths", "32;64")
     study = tmp_path / "small.toml"
     study.write_text("[trainer]\nwidths = [32, 64]\n")
     answer = CliRunner().invoke(app, ["check", str(study), "--plot", str(tmp_path / "check.gif")])
@@ -191,7 +191,7 @@ def test_the_command_says_what_the_function_says(tmp_path: Path, text: str) -> N
 
 # Broken on purpose, one at a time: what is wrong, and which failures it must cause, of those with that ending.
 
-Change = Callable[[Role, Rule, ProxyConfig], dict[str, float]]
+Change = Callable[[Role, ParameterRule, ProxyConfig], dict[str, float]]
 BROKEN: dict[str, tuple[Change, set[str], str]] = {
     "eps forgotten": (
         lambda role, rule, c: {"eps": c.eps},
@@ -240,9 +240,9 @@ BROKEN: dict[str, tuple[Change, set[str], str]] = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_rule_fails_at_its_module(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change, expected, ending = BROKEN[what]
-    right = mup.rules
+    right = mup.compute_rules
     monkeypatch.setattr(
-        mup, "rules", lambda config: {k: replace(v, **change(k, v, config)) for k, v in right(config).items()}
+        mup, "compute_rules", lambda config: {k: replace(v, **change(k, v, config)) for k, v in right(config).items()}
     )
     check = coordinate_check(ProxyConfig(), WIDTHS)
     failed = {f for f in check.failures if f.endswith(ending)}

@@ -1,3 +1,5 @@
+"""Corpora of text and of token files: how they are read, split, hashed and checked; and their windows."""
+
 from __future__ import annotations
 
 import os
@@ -12,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from proxies.data import token_files as on_disk
-from proxies.data.corpora import _load, check_corpus, load_corpus
-from proxies.data.sources import BLOCK, sizes_of
-from proxies.data.token_files import remembered
-from proxies.data.windows import DRAW, Windows, held_out
+from proxies.data.corpora import check_corpus, load_cached, load_corpus
+from proxies.data.sources import BLOCK_BYTES, measure_sizes
+from proxies.data.token_files import remember
+from proxies.data.windows import DRAW_BLOCK, Windows, cut_held_out
 
 
 def words(n: int, seed: int = 0) -> str:
@@ -49,9 +51,9 @@ def test_the_standard_library_is_read_from_this_python_and_split_by_file() -> No
 
 def test_a_corpus_is_read_once_per_process() -> None:
     first = load_corpus("stdlib")
-    began = time.perf_counter()
+    start = time.perf_counter()
     assert load_corpus("stdlib") is first
-    assert time.perf_counter() - began < 0.01
+    assert time.perf_counter() - start < 0.01
 
 
 def test_a_folder_skips_what_is_hidden_or_not_text(folder: Path) -> None:
@@ -63,8 +65,8 @@ def test_a_folder_skips_what_is_hidden_or_not_text(folder: Path) -> None:
     assert len(corpus.files) == 60
     train, val = corpus.train.tobytes().decode(), corpus.val.tobytes().decode()
     for file in corpus.files:
-        mark = f"<{Path(file.path).stem}>"
-        assert (mark in train, mark in val) == (file.split == "train", file.split == "val")
+        marker = f"<{Path(file.path).stem}>"
+        assert (marker in train, marker in val) == (file.split == "train", file.split == "val")
     assert {f.split for f in corpus.files} == {"train", "val"}
 
 
@@ -80,19 +82,21 @@ def test_a_changed_byte_or_name_changes_the_hash(folder: Path, tmp_path_factory:
         if change == "name":
             (copy / "part0" / "0.txt").rename(copy / "part0" / "zero.txt")
         hashes.add(load_corpus(str(copy)).sha256)
-    assert len(hashes) == 3  # the faithful copy has the hash of the original
+    # The exact copy has the hash of the original.
+    assert len(hashes) == 3
 
 
 def test_one_text_file_is_split_into_disjoint_blocks(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
-    content = "".join(f"{i:07d}\n" for i in range(64 * BLOCK // 8))  # every eight bytes are unique
+    # Every eight bytes are unique.
+    content = "".join(f"{i:07d}\n" for i in range(64 * BLOCK_BYTES // 8))
     path.write_text(content)
     corpus = load_corpus(str(path))
     train = {corpus.train[i : i + 8].tobytes() for i in range(0, len(corpus.train), 8)}
     val = {corpus.val[i : i + 8].tobytes() for i in range(0, len(corpus.val), 8)}
     assert not train & val
-    assert len(train) + len(val) == 64 * BLOCK // 8
-    assert corpus.val[:BLOCK].tobytes().decode() == content[BLOCK : 2 * BLOCK]
+    assert len(train) + len(val) == 64 * BLOCK_BYTES // 8
+    assert corpus.val[:BLOCK_BYTES].tobytes().decode() == content[BLOCK_BYTES : 2 * BLOCK_BYTES]
 
 
 def test_tokens_stay_memory_mapped_and_must_fit_the_vocabulary(tmp_path: Path) -> None:
@@ -108,11 +112,11 @@ def test_tokens_stay_memory_mapped_and_must_fit_the_vocabulary(tmp_path: Path) -
         load_corpus(str(path), vocab=500)
 
 
-def headed(path: Path, magic: int, version: int, tokens: NDArray[Any]) -> None:
-    """As llm.c writes them: 256 int32, then the tokens."""
-    head = np.zeros(256, "<i4")
-    head[:3] = magic, version, len(tokens)
-    path.write_bytes(head.tobytes() + tokens.tobytes())
+def write_with_header(path: Path, magic: int, version: int, tokens: NDArray[Any]) -> None:
+    """Write a token file as llm.c does: 256 int32, then the tokens."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.tobytes())
 
 
 def test_the_width_of_tokens_is_known_by_name_or_header(tmp_path: Path) -> None:
@@ -120,8 +124,8 @@ def test_the_width_of_tokens_is_known_by_name_or_header(tmp_path: Path) -> None:
     small = tokens % 50_000
     tokens.astype("<u4").tofile(tmp_path / "wide.u32.bin")
     tokens.astype("<u4").tofile(tmp_path / "wide.uint32.bin")
-    headed(tmp_path / "llama.bin", 20240801, 7, tokens.astype("<u4"))
-    headed(tmp_path / "gpt.bin", 20240520, 1, small.astype("<u2"))
+    write_with_header(tmp_path / "llama.bin", 20240801, 7, tokens.astype("<u4"))
+    write_with_header(tmp_path / "gpt.bin", 20240520, 1, small.astype("<u2"))
     small.astype("<u2").tofile(tmp_path / "plain.bin")
     for name, expected in (
         ("wide.u32.bin", tokens),
@@ -152,23 +156,23 @@ def test_a_folder_with_train_and_val_tokens_is_split_as_it_is(tmp_path: Path) ->
 
 def test_token_files_that_disagree_with_themselves_are_refused(tmp_path: Path) -> None:
     tokens = np.arange(1, 3001)
-    headed(tmp_path / "cut.bin", 20240520, 1, tokens.astype("<u2"))
+    write_with_header(tmp_path / "cut.bin", 20240520, 1, tokens.astype("<u2"))
     (tmp_path / "cut.bin").write_bytes((tmp_path / "cut.bin").read_bytes()[:-2])
     tokens.astype("<u4").tofile(tmp_path / "wide.bin")
     (tmp_path / "odd.u32.bin").write_bytes(b"abcdef")
     (tmp_path / "empty.bin").touch()
-    for name, said in (
+    for name, message in (
         ("cut.bin", "the header of .* promises"),
         ("wide.bin", "looks like uint32, name it .u32.bin"),
         ("odd.u32.bin", "uint32 tokens, four bytes each"),
         ("empty.bin", "got nothing"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             load_corpus(str(tmp_path / name), vocab=10_000)
 
 
 def test_a_token_that_no_sample_sees_is_still_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_disk, "SCAN", 10)
+    monkeypatch.setattr(on_disk, "SCAN_TOKENS", 10)
     tokens = np.ones(1000, "<u2")
     tokens[300] = 500
     tokens.tofile(tmp_path / "x.bin")
@@ -183,21 +187,23 @@ def test_a_large_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatc
     monkeypatch.setattr(on_disk, "SETTLED_NS", 0)
     path = tmp_path / "x.bin"
     path.write_bytes(b"a" * 1000)
-    read: list[bytes] = []
+    contents: list[bytes] = []
 
     def compute() -> dict[str, str]:
-        read.append(path.read_bytes())
-        return {"first": chr(read[-1][0])}
+        contents.append(path.read_bytes())
+        return {"first": chr(contents[-1][0])}
 
-    assert [remembered([path], "first", compute) for _ in range(3)] == [{"first": "a"}] * 3
-    assert len(read) == 1
-    was = path.stat()
-    time.sleep(0.02)  # the clock's tick
+    assert [remember([path], "first", compute) for _ in range(3)] == [{"first": "a"}] * 3
+    assert len(contents) == 1
+    before = path.stat()
+    # Longer than the clock's tick.
+    time.sleep(0.02)
     path.write_bytes(b"b" * 1000)
-    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))  # same size, same mtime: ctime tells
-    assert remembered([path], "first", compute) == {"first": "b"}
-    assert remembered([path], "another question", compute) == {"first": "b"}
-    assert len(read) == 3
+    # Size and mtime are the same; only ctime shows the change.
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert remember([path], "first", compute) == {"first": "b"}
+    assert remember([path], "another question", compute) == {"first": "b"}
+    assert len(contents) == 3
 
 
 def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,12 +211,14 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path, monkeypa
     monkeypatch.setattr(on_disk, "REMEMBER_ABOVE", 100)
     path = tmp_path / "x.bin"
     path.write_bytes(b"a" * 1000)
-    calls = [remembered([path], "n", lambda: {"n": len(path.read_bytes())}) for _ in range(2)]
+    calls = [remember([path], "n", lambda: {"n": len(path.read_bytes())}) for _ in range(2)]
     assert calls == [{"n": 1000}] * 2
     assert not list((tmp_path / "cache").rglob("*.json"))
 
 
-def test_a_remembered_token_file_is_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remembered_digest_is_the_computed_one_and_belongs_to_one_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MUSCALE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(on_disk, "REMEMBER_ABOVE", 100)
     monkeypatch.setattr(on_disk, "SETTLED_NS", 0)
@@ -218,11 +226,12 @@ def test_a_remembered_token_file_is_what_it_was(tmp_path: Path, monkeypatch: pyt
     np.arange(5000).astype("<u2").tofile(path)
     first = load_corpus(str(path), vocab=5000)
     for _ in range(2):
-        _load.cache_clear()
+        load_cached.cache_clear()
         assert load_corpus(str(path), vocab=5000).sha256 == first.sha256
-    _load.cache_clear()
-    monkeypatch.setattr(on_disk, "SCAN", 10)
-    with pytest.raises(ValueError, match="below vocab = 4990"):  # what was remembered was for another vocab
+    load_cached.cache_clear()
+    monkeypatch.setattr(on_disk, "SCAN_TOKENS", 10)
+    # The remembered check was for another vocabulary.
+    with pytest.raises(ValueError, match="below vocab = 4990"):
         load_corpus(str(path), vocab=4990)
 
 
@@ -232,15 +241,15 @@ def test_a_text_file_of_other_bytes_is_refused(tmp_path: Path) -> None:
         load_corpus(str(tmp_path / "x.txt"))
 
 
-def test_the_parts_of_a_large_file_are_about_as_large_as_they_are_said(
+def test_the_estimated_sizes_of_the_parts_of_a_large_file_are_about_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "x.txt").write_bytes(b"a" * (4000 * BLOCK))
-    exact = sizes_of(str(tmp_path / "x.txt"))
-    monkeypatch.setattr("proxies.data.sources.MANY", 1000)
-    about = sizes_of(str(tmp_path / "x.txt"))
-    assert sum(about.values()) == sum(exact.values())
-    assert about["val"] == pytest.approx(exact["val"], rel=0.15)
+    (tmp_path / "x.txt").write_bytes(b"a" * (4000 * BLOCK_BYTES))
+    exact = measure_sizes(str(tmp_path / "x.txt"))
+    monkeypatch.setattr("proxies.data.sources.EXACT_SIZE_LIMIT", 1000)
+    estimate = measure_sizes(str(tmp_path / "x.txt"))
+    assert sum(estimate.values()) == sum(exact.values())
+    assert estimate["val"] == pytest.approx(exact["val"], rel=0.15)
 
 
 def test_no_character_is_cut_between_the_parts(tmp_path: Path) -> None:
@@ -272,15 +281,16 @@ def test_problems_are_found_before_anything_is_read(tmp_path: Path) -> None:
 
 def test_windows_do_not_depend_on_how_they_are_batched() -> None:
     tokens = np.arange(60_000, dtype=np.uint16)
-    whole_x, whole_y = Windows(tokens, 16, seed=3).batch(0, DRAW + 50)
+    whole_x, whole_y = Windows(tokens, 16, seed=3).batch(0, DRAW_BLOCK + 50)
     windows = Windows(tokens, 16, seed=3)
-    # out of order, across the seam of two draws, in batches of several sizes
-    for start, n in ((DRAW - 5, 20), (0, 7), (DRAW + 1, 3), (100, 64)):
+    # Out of order, across the boundary of two draws, in batches of several sizes.
+    for start, n in ((DRAW_BLOCK - 5, 20), (0, 7), (DRAW_BLOCK + 1, 3), (100, 64)):
         x, y = windows.batch(start, n)
         assert torch.equal(x, whole_x[start : start + n])
         assert torch.equal(y, whole_y[start : start + n])
     assert x.dtype == torch.int64
-    assert torch.equal(whole_x[:, 1:], whole_y[:, :-1])  # y is x one token later
+    # y is x one token later.
+    assert torch.equal(whole_x[:, 1:], whole_y[:, :-1])
     assert torch.equal(whole_y[:, -1], whole_x[:, 0] + 16)
 
 
@@ -289,23 +299,23 @@ def test_windows_reach_both_ends_and_differ_by_seed() -> None:
     x, y = Windows(tokens, 16, seed=0).batch(0, 200)
     assert set(x[:, 0].tolist()) == {0, 1, 2, 3}
     assert int(y.max()) == 19
-    far = np.zeros(10**6, dtype=np.uint8)
-    assert (Windows(far, 16, 0).offsets(0, 100) != Windows(far, 16, 1).offsets(0, 100)).all()
+    long = np.zeros(10**6, dtype=np.uint8)
+    assert (Windows(long, 16, 0).offsets(0, 100) != Windows(long, 16, 1).offsets(0, 100)).all()
 
 
 def test_held_out_windows_are_evenly_spaced() -> None:
-    x, y = held_out(np.arange(1001, dtype=np.uint16), 10, 100)
+    x, y = cut_held_out(np.arange(1001, dtype=np.uint16), 10, 100)
     starts = x[:, 0]
     assert starts[0] == 0
     assert y[-1, -1] == 1000
     assert set(torch.diff(starts).tolist()) <= {10, 11, 9}
-    assert torch.equal(held_out(np.arange(11, dtype=np.uint16), 10, 2)[0], torch.arange(10).repeat(2, 1))
+    assert torch.equal(cut_held_out(np.arange(11, dtype=np.uint16), 10, 2)[0], torch.arange(10).repeat(2, 1))
 
 
 def test_too_few_tokens_for_a_window_are_refused() -> None:
     with pytest.raises(ValueError, match="more than seq_len = 16"):
         Windows(np.zeros(16, dtype=np.uint8), 16, 0)
     with pytest.raises(ValueError, match="validation"):
-        held_out(np.zeros(16, dtype=np.uint8), 16, 4)
+        cut_held_out(np.zeros(16, dtype=np.uint8), 16, 4)
     with pytest.raises(ValueError, match="seed >= 0"):
         Windows(np.zeros(100, dtype=np.uint8), 16, -1)

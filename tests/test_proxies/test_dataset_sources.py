@@ -1,4 +1,4 @@
-"""Data sets of rows: parquet, jsonl, saved to disk. Made here, read without a network."""
+"""Data sets of rows: parquet, jsonl, saved to disk. The tests make them and read them without a network."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 import pytest
 
-from proxies.data.corpora import _load, check_corpus, load_corpus
-from proxies.data.sources import held_block
+from proxies.data.corpora import check_corpus, load_cached, load_corpus
+from proxies.data.sources import is_held_out_block
 
 ROWS = [f"<{i}> été {'word ' * (i % 7 + 3)}" for i in range(400)]
 
@@ -20,11 +20,11 @@ ROWS = [f"<{i}> été {'word ' * (i % 7 + 3)}" for i in range(400)]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUSCALE_CACHE", str(tmp_path / "cache"))
-    _load.cache_clear()
+    load_cached.cache_clear()
 
 
-def made(kind: str, folder: Path, table: dict[str, list[Any]]) -> str:
-    """The table in one of the forms, and how it is called."""
+def write_dataset(kind: str, folder: Path, table: dict[str, list[Any]]) -> str:
+    """Write a table in one of the formats and return its corpus setting."""
     data = datasets.Dataset.from_dict(table)
     if kind == "jsonl":
         names = list(table)
@@ -42,11 +42,13 @@ def made(kind: str, folder: Path, table: dict[str, list[Any]]) -> str:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved", "splits"])
-def test_rows_are_read_as_lines_and_split_by_number(kind: str, tmp_path: Path) -> None:
+def test_rows_are_read_as_lines_and_split_by_their_number(kind: str, tmp_path: Path) -> None:
     datasets.disable_progress_bars()
-    spec = made(kind, tmp_path, {"id": list(range(400)), "text": ROWS})
+    spec = write_dataset(kind, tmp_path, {"id": list(range(400)), "text": ROWS})
     corpus = load_corpus(spec)
-    lines = {held: "".join(r + "\n" for i, r in enumerate(ROWS) if held_block(i) == held) for held in (False, True)}
+    lines = {
+        held: "".join(r + "\n" for i, r in enumerate(ROWS) if is_held_out_block(i) == held) for held in (False, True)
+    }
     assert corpus.train.tobytes().decode() == lines[False]
     assert corpus.val.tobytes().decode() == lines[True]
     assert check_corpus(spec, seq_len=32) == []
@@ -54,17 +56,17 @@ def test_rows_are_read_as_lines_and_split_by_number(kind: str, tmp_path: Path) -
     assert len(corpus.sha256) == 64
 
 
-def test_all_forms_of_the_same_rows_have_one_hash(tmp_path: Path) -> None:
+def test_all_formats_of_the_same_rows_have_one_hash(tmp_path: Path) -> None:
     datasets.disable_progress_bars()
-    hashes = {load_corpus(made(k, tmp_path, {"text": ROWS})).sha256 for k in ("jsonl", "parquet", "saved")}
+    hashes = {load_corpus(write_dataset(k, tmp_path, {"text": ROWS})).sha256 for k in ("jsonl", "parquet", "saved")}
     assert len(hashes) == 1
-    _load.cache_clear()
-    assert load_corpus(made("jsonl", tmp_path, {"text": ROWS[1:]})).sha256 not in hashes
+    load_cached.cache_clear()
+    assert load_corpus(write_dataset("jsonl", tmp_path, {"text": ROWS[1:]})).sha256 not in hashes
 
 
-def test_another_column_and_split_may_be_named(tmp_path: Path) -> None:
+def test_a_column_and_a_split_can_be_named(tmp_path: Path) -> None:
     datasets.disable_progress_bars()
-    spec = made("splits", tmp_path, {"body": ROWS})
+    spec = write_dataset("splits", tmp_path, {"body": ROWS})
     assert load_corpus(f"{spec}::test:body").train.tobytes().startswith(ROWS[0].encode())
     assert "needed a column 'text' of text" in check_corpus(spec)[0]
     assert "got body: name it, hf:" in check_corpus(spec)[0]
@@ -73,24 +75,24 @@ def test_another_column_and_split_may_be_named(tmp_path: Path) -> None:
 
 def test_a_data_set_without_text_is_refused(tmp_path: Path) -> None:
     datasets.disable_progress_bars()
-    spec = made("parquet", tmp_path, {"text": list(range(50))})
+    spec = write_dataset("parquet", tmp_path, {"text": list(range(50))})
     assert "needed text in column 'text'" in check_corpus(spec)[0]
     with pytest.raises(ValueError, match="got int64"):
         load_corpus(spec)
-    spec = made("saved", tmp_path, {"text": ["", ""] * 20})
+    spec = write_dataset("saved", tmp_path, {"text": ["", ""] * 20})
     with pytest.raises(ValueError, match="got nothing"):
         load_corpus(spec)
 
 
 def test_rows_are_tokenized_too(tmp_path: Path) -> None:
     datasets.disable_progress_bars()
-    corpus = load_corpus(made("saved", tmp_path, {"text": ROWS}), vocab=300, tokenizer="bpe")
+    corpus = load_corpus(write_dataset("saved", tmp_path, {"text": ROWS}), vocab=300, tokenizer="bpe")
     assert isinstance(corpus.train, np.memmap)
     assert corpus.bytes_per_token is not None
     assert corpus.bytes_per_token > 1.5
 
 
-def test_a_data_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_or_broken_data_set_is_refused(tmp_path: Path) -> None:
     assert "no such path" in check_corpus(str(tmp_path / "none.parquet"))[0]
     assert "no such path" in check_corpus(f"hf:{tmp_path / 'none'}")[0]
     assert "needed 'hf:NAME[:CONFIG][:SPLIT][:COLUMN]'" in check_corpus("hf:a:b:c:d:e")[0]
@@ -99,7 +101,7 @@ def test_a_data_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = made("jsonl", tmp_path, {"text": ROWS})
+    spec = write_dataset("jsonl", tmp_path, {"text": ROWS})
     monkeypatch.setitem(sys.modules, "datasets", None)
     for corpus in (spec, "hf:somebody/something"):
         assert "needed the package datasets" in check_corpus(corpus)[0]

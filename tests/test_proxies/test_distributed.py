@@ -19,9 +19,9 @@ import torch
 
 from proxies.config.proxy import ProxyConfig
 from proxies.diagnostics.coord_check import coordinate_check
-from proxies.diagnostics.coord_probe import Engine, ProbeSpec, Trail, follow
+from proxies.diagnostics.coord_probe import ProbeEngine, ProbeSpec, ProbeResult, run_probes
 from proxies.training.checkpoints import load_model, load_state, write_run
-from proxies.training.distributed import ALONE, Ranks, spawned
+from proxies.training.distributed import ALONE, Ranks, spawn_ranks
 from proxies.training.loop import train
 from proxies.training.run_state import Run
 from scaling.common.signals import interrupt_on_sigterm
@@ -47,29 +47,29 @@ def watch(tmp_path: Path) -> ProbeSpec:
     return ProbeSpec(config, "activations", 4, 4)
 
 
-def distance(a: Trail, b: Trail) -> float:
+def distance(a: ProbeResult, b: ProbeResult) -> float:
     """Largest relative difference of any quantity that is not zero, at any step, and of the losses."""
     pairs = [
-        (x, y) for s, t in zip(a.seen, b.seen, strict=True) for name in s for x, y in zip(s[name], t[name], strict=True)
+        (x, y) for s, t in zip(a.measurements, b.measurements, strict=True) for name in s for x, y in zip(s[name], t[name], strict=True)
     ]
     return max(abs(x - y) / y for x, y in [*pairs, *zip(a.losses, b.losses, strict=True)] if y > 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")  # torch's own, when its compiler loads
 @pytest.mark.parametrize("engine", ["compile", "ddp", "fsdp2"])
-def test_every_engine_has_the_coordinates_of_the_plain_model(watch: ProbeSpec, engine: Engine) -> None:
+def test_every_engine_has_the_coordinates_of_the_plain_model(watch: ProbeSpec, engine: ProbeEngine) -> None:
     """Groups are made by name after wrapping; under FSDP2 of sharded tensors."""
     if engine == "compile":  # a model takes a minute to compile, mostly for its blocks
         watch = replace(watch, config=watch.config.model_copy(update={"n_layers": 1}))
     exact = replace(watch, double=True)
     roles = ("embedding", "hidden", "norm", "qk_norm", "final_norm", "readout")
     stressed = replace(exact, what="eps", scales=dict.fromkeys(roles, 1e-3))
-    plain = follow([exact, watch, stressed])
-    same = follow([exact, watch, stressed], engine)
-    assert plain[0].seen[-1]["block 0 stream"][1] > 0.01, "nothing moved"
+    plain = run_probes([exact, watch, stressed])
+    same = run_probes([exact, watch, stressed], engine)
+    assert plain[0].measurements[-1]["block 0 stream"][1] > 0.01, "nothing moved"
     assert distance(same[0], plain[0]) < 1e-11  # float64; measured 1e-14
     assert distance(same[1], plain[1]) < 2e-5  # float32; measured 3e-6
-    rows = [(same[2].seen[0][role][1], plain[2].seen[0][role][1]) for role in plain[2].seen[0]]
+    rows = [(same[2].measurements[0][role][1], plain[2].measurements[0][role][1]) for role in plain[2].measurements[0]]
     assert len(rows) == 6
     assert all(a == pytest.approx(b, rel=1e-11) for a, b in rows)
 
@@ -177,8 +177,8 @@ def test_losses_are_those_of_one_process_on_any_engine_and_number_of_ranks(
     straight = losses_of()
     alone = losses_of(resume=tmp_path / "one")
     assert alone == straight[BRANCH:]
-    spawned(two, 2, "ddp", tmp_path)
-    spawned(more, 4, "ddp", tmp_path)
+    spawn_ranks(two, 2, "ddp", tmp_path)
+    spawn_ranks(more, 4, "ddp", tmp_path)
     more(ALONE, tmp_path)
     first, second = (torch.load(tmp_path / f"two-{rank}.pt") for rank in range(2))
     assert first == second, "every rank says the same"
@@ -212,7 +212,7 @@ def test_compiled_losses_are_the_same_on_either_engine(tmp_path: Path, capsys: p
     """On one rank, which compiles what each of several would."""
     list(train(one_shape(), SHORT, save=tmp_path / "one"))
     alone = losses_of(FULL, c=one_shape(), resume=tmp_path / "one")
-    spawned(compiled, 1, "ddp", tmp_path)
+    spawn_ranks(compiled, 1, "ddp", tmp_path)
     off = {engine: largest(losses, alone) for engine, losses in torch.load(tmp_path / "compiled.pt").items()}
     with capsys.disabled():
         print("\ncompiled, largest difference of a loss:", off)
@@ -238,7 +238,7 @@ def failing(ranks: Ranks, folder: Path) -> None:
     refused(r"run\.pt: a path that does not end in \.pt", save=folder / "run.pt")
     refused(r"foreign, which is something else", resume=folder / "foreign")
     damaged = (
-        r"damaged \(__0_0.distcp" if second else r"rank 1: .*damaged-done, which is cut short or damaged \(__0_0.distcp"
+        r"damaged \(__0_0.distcp" if second else r"rank 1: .*damaged-done, which is truncated or damaged \(__0_0.distcp"
     )
     refused(damaged, resume=folder / "damaged-done")
     refused(
@@ -282,7 +282,7 @@ def failing(ranks: Ranks, folder: Path) -> None:
 def test_what_happens_to_one_rank_happens_to_all(tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
-    spawned(failing_after_saving, 2, "fsdp2", tmp_path)
+    spawn_ranks(failing_after_saving, 2, "fsdp2", tmp_path)
     full = load_state(tmp_path / "full")
     assert full["n"] == 3
     assert torch.equal(full["weights"], torch.arange(60_000.0))
@@ -307,7 +307,7 @@ from pathlib import Path
 from proxies.training.distributed import joined
 from proxies.training.run_state import Run
 from proxies.training.loop import train
-from scaling.common.cli import interrupt_on_sigterm
+from scaling.common.signals import interrupt_on_sigterm
 from tests.test_proxies.test_distributed import LONG, config
 
 folder, life = Path(sys.argv[1]), sys.argv[2] + os.environ["TORCHELASTIC_RESTART_COUNT"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from proxies.config.proxy import ProxyConfig
-from proxies.model.export import TORCHTITAN, absorbed, as_json, as_megatron, as_torchtitan, groups
-from proxies.model.mup import rules
+from proxies.model.export import TORCHTITAN, absorb_multipliers, format_json, format_megatron, format_torchtitan, make_groups
+from proxies.model.mup import compute_rules
 from proxies.model.optimizers import make_optimizer
-from proxies.model.transformer import Transformer, build, loss_of
+from proxies.model.transformer import Transformer, build, compute_loss
 
 WIDE: dict[str, Any] = {
     "d_model": 64,
@@ -44,7 +44,7 @@ def test_absorbed_multipliers_train_the_same_model(qk_norm: bool) -> None:
     ours, plain = build(config).double(), build(config).double()
     with torch.no_grad():
         ours.readout.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
-    table, exported = rules(config), absorbed(config)
+    table, exported = compute_rules(config), absorb_multipliers(config)
     factors = {"embed": 3.0, "readout": 2.0 / 2, "o": 0.5, "down": 0.5, "q_norm" if qk_norm else "q": 1.5}
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
@@ -64,7 +64,7 @@ def test_absorbed_multipliers_train_the_same_model(qk_norm: bool) -> None:
     start = ours(x).detach()
     for model, optimizer in ((ours, make_optimizer(ours, config)), (plain, theirs)):
         for step in range(12):
-            loss_of(model, tokens(step), tokens(step + 1)).backward()
+            compute_loss(model, tokens(step), tokens(step + 1)).backward()
             optimizer.step()
             optimizer.zero_grad()
     assert (ours(x) - start).abs().max() > 0.1
@@ -101,7 +101,7 @@ NAMES = {
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"alpha_attn": 1.0, "base_layers": 4}])
 def test_every_parameter_is_in_the_one_group_that_has_its_rule(changes: dict[str, Any]) -> None:
     config = ProxyConfig(**(WIDE | changes))
-    made, exported = groups(config), absorbed(config)
+    made, exported = make_groups(config), absorb_multipliers(config)
     assert len({g.rule for g in made}) == len(made) < len(exported)
     for leaf, names in NAMES.items():
         for name in names:
@@ -117,8 +117,8 @@ def test_torchtitan_gets_valid_python_with_the_very_numbers() -> None:
     config = ProxyConfig(**WIDE)
     made: list[dict[str, Any]] = []
     scope: dict[str, Any] = {"ParamGroupConfig": lambda **kwargs: made.append(kwargs)}
-    exec(as_torchtitan(config), scope)
-    by_pattern = {g.pattern: g.rule for g in groups(config)}
+    exec(format_torchtitan(config), scope)
+    by_pattern = {g.pattern: g.rule for g in make_groups(config)}
     assert [m["pattern"] for m in made] == list(by_pattern)
     for one in made:
         rule, kwargs = by_pattern[one["pattern"]], one["optimizer_kwargs"]
@@ -129,24 +129,24 @@ def test_torchtitan_gets_valid_python_with_the_very_numbers() -> None:
 
 def test_muon_keeps_to_hidden_matrices_in_torchtitan() -> None:
     made: list[dict[str, Any]] = []
-    exec(as_torchtitan(ProxyConfig(**WIDE, optimizer="muon")), {"ParamGroupConfig": lambda **k: made.append(k)})
+    exec(format_torchtitan(ProxyConfig(**WIDE, optimizer="muon")), {"ParamGroupConfig": lambda **k: made.append(k)})
     hidden = {m["optimizer_name"] for m in made if re.search(m["pattern"], "layers.0.feed_forward.w2.weight")}
     others = {m["optimizer_name"] for m in made if re.search(m["pattern"], "tok_embeddings.weight")}
     assert (hidden, others) == ({"Muon"}, {"AdamW"})
     with pytest.raises(ValueError, match="got 'lion'"):
-        as_torchtitan(ProxyConfig(**WIDE, optimizer="lion"))
+        format_torchtitan(ProxyConfig(**WIDE, optimizer="lion"))
 
 
 def test_a_tied_table_with_multipliers_cannot_be_absorbed() -> None:
     config = ProxyConfig(**(WIDE | {"tied": True, "embed_std": 0.05}))
     with pytest.raises(ValueError, match="tied = true with 3 on its output and 1 on its other"):
-        absorbed(config)
-    assert "without_multipliers" not in json.loads(as_json(config))
+        absorb_multipliers(config)
+    assert "without_multipliers" not in json.loads(format_json(config))
 
 
 def test_json_holds_the_table() -> None:
     config = ProxyConfig(**WIDE)
-    said = json.loads(as_json(config, tokens=1_000_000))
+    said = json.loads(format_json(config, tokens=1_000_000))
     assert (said["m"], said["r"]) == (2.0, 2.0)
     assert said["parameters"]["gate"]["lr"] == 0.005
     assert said["parameters"]["gate"]["weight_decay"] == 0.8
@@ -161,7 +161,7 @@ def test_json_holds_the_table() -> None:
 
 
 def test_megatron_gets_its_own_recipe_and_is_told_what_it_lacks() -> None:
-    said = as_megatron(ProxyConfig(**WIDE), tokens=160_000)
+    said = format_megatron(ProxyConfig(**WIDE), tokens=160_000)
     flags = dict(line[2:].split(" ", 1) for line in said.splitlines() if line.startswith("--") and " " in line)
     bare = {line for line in said.splitlines() if line.startswith("--") and " " not in line}
     assert flags["scaling-recipe"] == "depth_mup"
@@ -171,13 +171,13 @@ def test_megatron_gets_its_own_recipe_and_is_told_what_it_lacks() -> None:
     assert (flags["mup-embedding-mult"], flags["lr"]) == ("3", "0.01")
     # exactly 1 is taken for "not given" and would become 1/m
     assert 1 < float(flags["mup-output-mult"]) < 1 + 1e-6
-    base = as_megatron(ProxyConfig(**(WIDE | {"d_model": 32, "alpha_out": 1.0})))
+    base = format_megatron(ProxyConfig(**(WIDE | {"d_model": 32, "alpha_out": 1.0})))
     assert "--mup-output-mult 1\n" in base
     assert (flags["num-query-groups"], flags["train-samples"], flags["lr-wsd-decay-samples"]) == ("2", "10000", "2000")
     assert {"--swiglu", "--group-query-attention", "--untie-embeddings-and-output-weights"} <= bare
     assert "embed_lr_mult 2 has no flag" in said
     with pytest.raises(ValueError, match="got 'muon' under 'mup'"):
-        as_megatron(ProxyConfig(**WIDE, optimizer="muon"))
+        format_megatron(ProxyConfig(**WIDE, optimizer="muon"))
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def test_megatron_gets_its_own_recipe_and_is_told_what_it_lacks() -> None:
     ],
 )
 def test_megatron_gets_the_schedule_or_is_told_of_it(changes: dict[str, Any], style: dict[str, str]) -> None:
-    said = as_megatron(ProxyConfig(**WIDE, **changes), tokens=160_000)
+    said = format_megatron(ProxyConfig(**WIDE, **changes), tokens=160_000)
     flags = dict(line[2:].split(" ", 1) for line in said.splitlines() if line.startswith("--") and " " in line)
     assert style.items() <= flags.items()
-    unknown = as_megatron(ProxyConfig(**WIDE, decay="square"), tokens=160_000)
+    unknown = format_megatron(ProxyConfig(**WIDE, decay="square"), tokens=160_000)
     assert "decay 'square' has to be added by hand" in unknown
     assert "lr-decay-style" not in unknown

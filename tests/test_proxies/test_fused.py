@@ -15,7 +15,7 @@ from torch.func import functional_call, vmap
 from proxies.config.proxy import ProxyConfig
 from proxies.model import fused
 from proxies.model.optimizers import make_optimizer
-from proxies.model.transformer import NORM_EPS, Transformer, build, loss_of, norm, rope_table, rotate
+from proxies.model.transformer import NORM_EPS, Transformer, build, compute_loss, rms_norm, make_rope_table, rotate
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -27,13 +27,13 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-SMALL = fused.SMALL
+SMALL = fused.MIN_ELEMENTS
 
 
 @pytest.fixture(autouse=True)
 def _of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' tensors are small."""
-    monkeypatch.setattr(fused, "SMALL", 0)
+    monkeypatch.setattr(fused, "MIN_ELEMENTS", 0)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -56,14 +56,14 @@ def tokens(n: int, seed: int = 0) -> Tensor:
 
 
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "applies", lambda x: False)
+    monkeypatch.setattr(fused, "can_fuse", lambda x: False)
 
 
 Case = tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]
 
 
 def cases() -> dict[str, Case]:
-    table = rope_table(5, 4)
+    table = make_rope_table(5, 4)
     turn = torch.view_as_real(table)
 
     def turned(x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def cases() -> dict[str, Case]:
     y = torch.tensor([0, 2, 2, 1])
     return {
         "normed linears": (
-            lambda x, g, a, b: fused.normed_linears(x, g, (a, b), 0.1),  # an eps that is felt
+            lambda x, g, a, b: fused.norm_linears(x, g, (a, b), 0.1),  # an eps that is felt
             lambda x, g, a, b: (rms(x, g) @ a.T, rms(x, g) @ b.T),
             (numbers(2, 3, 6), numbers(6, seed=1), numbers(4, 6, seed=2), numbers(5, 6, seed=3)),
         ),
@@ -107,7 +107,7 @@ def test_each_piece_is_its_formula_and_its_gradient_is_the_difference_quotient(n
 
 
 def test_a_swiglu_longer_than_one_part_has_the_gradients_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "IN_CACHE", 20)  # 5 rows of 4, then 2
+    monkeypatch.setattr(fused, "CACHE_ELEMENTS", 20)  # 5 rows of 4, then 2
     up, weight = numbers(7, 4, seed=1), numbers(7, 4, seed=2).detach()
     for gate in (numbers(7, 4), numbers(4, 7).detach().T.requires_grad_()):  # rows side by side in memory, or not
         ours = torch.autograd.grad((fused.swiglu(gate, up) * weight).sum(), (gate, up))
@@ -122,7 +122,7 @@ def test_loss_and_every_gradient_are_those_of_the_plain_formulation(
     for plain in (False, True):
         if plain:
             plainly(monkeypatch)
-        loss = loss_of(model, tokens(3), tokens(3, seed=1))
+        loss = compute_loss(model, tokens(3), tokens(3, seed=1))
         results.append((loss.detach(), torch.autograd.grad(loss, tuple(model.parameters()))))
     (ours, gradients), (theirs, expected) = results
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
@@ -138,7 +138,7 @@ def test_training_follows_the_plain_formulation(monkeypatch: pytest.MonkeyPatch)
         model = model_of({"recompute": True, "qk_norm": True})
         optimizer = make_optimizer(model, model.config)
         for step in range(10):
-            loss_of(model, tokens(4, seed=step), tokens(4, seed=step + 1)).backward()
+            compute_loss(model, tokens(4, seed=step), tokens(4, seed=step + 1)).backward()
             optimizer.step()
             optimizer.zero_grad()
         ends.append(model(tokens(2, seed=99)))
@@ -149,45 +149,45 @@ def test_training_follows_the_plain_formulation(monkeypatch: pytest.MonkeyPatch)
 def test_in_single_precision_the_loss_agrees_to_its_last_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of({}).float()
     with torch.no_grad():
-        fast = float(loss_of(model, tokens(3), tokens(3, seed=1)))
+        fast = float(compute_loss(model, tokens(3), tokens(3, seed=1)))
         plainly(monkeypatch)
-        assert float(loss_of(model, tokens(3), tokens(3, seed=1))) == pytest.approx(fast, rel=1e-6)
+        assert float(compute_loss(model, tokens(3), tokens(3, seed=1))) == pytest.approx(fast, rel=1e-6)
 
 
 def test_they_step_aside_for_other_precisions_transforms_and_the_compiler() -> None:
     x, seen = torch.zeros(2), []
-    assert fused.applies(x)
-    assert fused.applies(x.double())
-    assert not fused.applies(x.bfloat16())
-    assert not fused.applies(x.to("meta"))
+    assert fused.can_fuse(x)
+    assert fused.can_fuse(x.double())
+    assert not fused.can_fuse(x.bfloat16())
+    assert not fused.can_fuse(x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert not fused.applies(x)
-    vmap(lambda row: (seen.append(fused.applies(x)), row)[1])(x)
+        assert not fused.can_fuse(x)
+    vmap(lambda row: (seen.append(fused.can_fuse(x)), row)[1])(x)
     assert seen == [False]
-    compiled = torch.compile(lambda t: t + 1 if fused.applies(t) else t - 1, backend="eager")
+    compiled = torch.compile(lambda t: t + 1 if fused.can_fuse(t) else t - 1, backend="eager")
     assert compiled(x).tolist() == [-1, -1]
 
 
 def test_small_batches_are_trained_plainly_and_to_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """There Python's share in a hand-written pass is more than the memory traffic that it saves."""
-    monkeypatch.setattr(fused, "SMALL", SMALL)
-    assert not fused.applies(torch.zeros(128, 64)), "one sequence of the quickstart's largest proxy"
-    assert fused.applies(torch.zeros(16 * 128, 64))
+    monkeypatch.setattr(fused, "MIN_ELEMENTS", SMALL)
+    assert not fused.can_fuse(torch.zeros(128, 64)), "one sequence of the quickstart's largest proxy"
+    assert fused.can_fuse(torch.zeros(16 * 128, 64))
     used = []
-    apply = fused._NormedLinears.apply
-    monkeypatch.setattr(fused._NormedLinears, "apply", lambda *given: (used.append(1), apply(*given))[1])
+    apply = fused._NormLinears.apply
+    monkeypatch.setattr(fused._NormLinears, "apply", lambda *given: (used.append(1), apply(*given))[1])
     model = model_of({})
-    plain = loss_of(model, tokens(3), tokens(3, seed=1)).item()
+    plain = compute_loss(model, tokens(3), tokens(3, seed=1)).item()
     assert not used
-    monkeypatch.setattr(fused, "SMALL", 0)
-    assert loss_of(model, tokens(3), tokens(3, seed=1)).item() == pytest.approx(plain, rel=1e-13)
+    monkeypatch.setattr(fused, "MIN_ELEMENTS", 0)
+    assert compute_loss(model, tokens(3), tokens(3, seed=1)).item() == pytest.approx(plain, rel=1e-13)
     assert used
 
 
 def test_a_model_compiled_without_graph_breaks_gives_the_same_loss() -> None:
     model = model_of({"q_per_kv": 2, "qk_norm": True})
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    eager, ours = (loss_of(m, tokens(2), tokens(2, seed=1)).item() for m in (model, compiled))
+    eager, ours = (compute_loss(m, tokens(2), tokens(2, seed=1)).item() for m in (model, compiled))
     assert ours == pytest.approx(eager, rel=1e-12)
 
 
@@ -201,13 +201,13 @@ def test_a_transformed_model_gives_the_same_logits() -> None:
 
 def test_a_row_of_zeros_is_normed_to_zeros_with_a_finite_gradient() -> None:
     x = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
-    (out,) = fused.normed_linears(x, torch.ones(4, dtype=torch.float64), (torch.eye(4, dtype=torch.float64),), NORM_EPS)
+    (out,) = fused.norm_linears(x, torch.ones(4, dtype=torch.float64), (torch.eye(4, dtype=torch.float64),), NORM_EPS)
     (gradient,) = torch.autograd.grad(out.sum(), x)
     assert not out.any()
     torch.testing.assert_close(gradient, torch.full_like(x, 1 / math.sqrt(NORM_EPS)))
-    torch.testing.assert_close(out, norm(x, torch.ones(4, dtype=torch.float64)))
+    torch.testing.assert_close(out, rms_norm(x, torch.ones(4, dtype=torch.float64)))
 
 
 def test_the_two_forms_of_the_rotary_table_turn_alike() -> None:
-    x, table = numbers(2, 5, 3, 4), rope_table(5, 4)
+    x, table = numbers(2, 5, 3, 4), make_rope_table(5, 4)
     torch.testing.assert_close(rotate(x, torch.view_as_real(table)), rotate(x, table), rtol=1e-12, atol=1e-12)

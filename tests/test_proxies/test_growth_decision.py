@@ -20,7 +20,15 @@ from proxies.cli.grow_plan import times
 from proxies.growth import decision as decision_module
 from proxies.growth import runs
 from proxies.growth.decision import Decision, Ladders, decide
-from proxies.growth.question import Pair, Question, make_question, possible_starts, stand_in, tuned
+from proxies.growth.question import (
+    Pair,
+    Question,
+    QuestionOptions,
+    apply_found_settings,
+    choose_small_pair,
+    list_possible_starts,
+    make_question,
+)
 from proxies.growth.trainer import GrowthFamily
 from proxies.growth.weights import grow
 from proxies.trainers.proxy_family import ProxyFamily
@@ -60,7 +68,7 @@ def ending_at(length: float, slope: float = 0.06) -> Curve:
     return lambda h: slope * np.log(length / np.asarray(h))
 
 
-def at(decision: Decision, length: float) -> decision_module.At:
+def at(decision: Decision, length: float) -> decision_module.ArmAt:
     return next(row for row in decision.chosen.at if row.horizon == length)
 
 
@@ -246,12 +254,12 @@ def toml(tmp_path: Path) -> Path:
 )
 def test_half_the_pair_stands_in_or_the_smallest_of_its_growth(real: tuple[int, int], small: tuple[int, int]) -> None:
     family = ProxyFamily(d_head=16)
-    assert stand_in(family, Pair(source=real[0], target=real[1])) == Pair(source=small[0], target=small[1])
+    assert choose_small_pair(family, Pair(source=real[0], target=real[1])) == Pair(source=small[0], target=small[1])
 
 
 def test_a_pair_without_a_smaller_one_is_refused_with_what_would_be_possible() -> None:
     with pytest.raises(ValueError, match=r"larger pairs of this growth, from 64 to 96 on, or d_head = 8"):
-        stand_in(ProxyFamily(d_head=16), Pair(source=32, target=48))
+        choose_small_pair(ProxyFamily(d_head=16), Pair(source=32, target=48))
 
 
 def test_the_question_of_a_study_is_about_its_target(toml: Path) -> None:
@@ -264,29 +272,33 @@ def test_the_question_of_a_study_is_about_its_target(toml: Path) -> None:
     # the base's FLOPs, 6 N D, over those of one token per parameter of the target, 6 N²
     assert question.base_cost == pytest.approx(6 * N[32] * 36_864 / (6 * N[64] ** 2))
     assert question.starts == ("scratch", "shrink-pad-perturb", "duplicate", "hyperclone")
-    assert max(question.lengths("scratch")) == pytest.approx(max(question.lengths("duplicate")) + question.base_cost)
-    least, most = question.searched
+    assert max(question.list_lengths("scratch")) == pytest.approx(
+        max(question.list_lengths("duplicate")) + question.base_cost
+    )
+    least, most = question.searched_tokens
     assert most == 9 * least
     assert most <= question.at * N[32] < most + 9 * 32
-    assert question.id == make_question(toml, FAMILY, seeds=5, horizons=(3, 7)).id, "more seeds go into the same folder"
-    assert question.id != make_question(toml, FAMILY, budget=2).id
+    assert question.id == make_question(toml, FAMILY, QuestionOptions(seeds=5, horizons=(3, 7))).id, (
+        "more seeds go into the same folder"
+    )
+    assert question.id != make_question(toml, FAMILY, QuestionOptions(budget=2)).id
 
 
 def test_copies_need_a_whole_growth() -> None:
-    assert possible_starts(Pair(source=64, target=96)) == ("scratch", "shrink-pad-perturb")
-    assert possible_starts(Pair(source=64, target=64)) == ("scratch", "shrink-pad-perturb", "duplicate")
+    assert list_possible_starts(Pair(source=64, target=96)) == ("scratch", "shrink-pad-perturb")
+    assert list_possible_starts(Pair(source=64, target=64)) == ("scratch", "shrink-pad-perturb", "duplicate")
 
 
 def test_depth_grows_in_the_small_pair_as_in_the_real_one(toml: Path) -> None:
     toml.write_text(TOML + "n_layers = 2\n")
     question = make_question(toml, FAMILY)
-    trainer = question.trainer("shrink-pad-perturb", question.small)
+    trainer = question.make_trainer("shrink-pad-perturb", question.small)
     assert (trainer.source().n_layers, trainer.n_layers, trainer.base_layers) == (1, 2, 1)
-    assert question.problems() == []
+    assert question.find_problems() == []
 
 
 def test_what_the_study_found_is_what_is_trained_with() -> None:
-    found = tuned(FAMILY, {"weight_decay": 0.3, "lr": 0.5}, {"lr": 0.01, "batch_tokens": 260.0})
+    found = apply_found_settings(FAMILY, {"weight_decay": 0.3, "lr": 0.5}, {"lr": 0.01, "batch_tokens": 260.0})
     assert (found.lr, found.batch_seqs, found.weight_decay, found.widths) == (0.01, 8, 0.3, FAMILY.widths)
 
 
@@ -360,22 +372,22 @@ def test_a_base_is_trained_once_by_all_who_come_at_once(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("proxies.training.loop.train", counted)
     made = family_of(tmp_path)
-    threads = [threading.Thread(target=made.base) for _ in range(3)]
+    threads = [threading.Thread(target=made.train_base) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert calls == [4096]
-    assert made.base().exists()
-    assert made.base_path() != made.base_path(repeat=1), "each seed has its own"
-    assert made.base_path() != family_of(tmp_path, source_tokens=8192).base_path()
+    assert made.train_base().exists()
+    assert made.get_base_path() != made.get_base_path(repeat=1), "each seed has its own"
+    assert made.get_base_path() != family_of(tmp_path, source_tokens=8192).get_base_path()
 
 
 def test_a_base_that_diverges_is_refused_and_not_kept(tmp_path: Path) -> None:
     made = family_of(tmp_path, lr=1e6)
     with pytest.raises(ValueError, match="the base of width 16 diverged"):
-        made.base()
-    assert not made.base_path().exists()
+        made.train_base()
+    assert not made.get_base_path().exists()
 
 
 def test_a_growth_familys_mistakes_are_all_named(tmp_path: Path) -> None:
@@ -397,7 +409,9 @@ def test_a_growth_familys_mistakes_are_all_named(tmp_path: Path) -> None:
 @pytest.fixture
 def question(toml: Path) -> Question:
     return make_question(
-        toml, FAMILY, at=2, horizons=(1.5,), base=1.0, seeds=2, budget=1, starts=("scratch", "shrink-pad-perturb")
+        toml,
+        FAMILY,
+        QuestionOptions(at=2, horizons=(1.5,), base=1.0, seeds=2, budget=1, starts=("scratch", "shrink-pad-perturb")),
     )
 
 
@@ -405,13 +419,13 @@ def test_the_study_files_are_valid_studies_of_the_right_trainer(toml: Path) -> N
     question = make_question(toml, FAMILY)
     question.home.mkdir(parents=True)
     for start in question.starts:
-        path = runs.study_path(question, start)
-        path.write_text(runs.study_text(question, start))
+        path = runs.get_study_path(question, start)
+        path.write_text(runs.format_study(question, start))
         study, trainer = load_study(path)
         assert isinstance(trainer, GrowthFamily)
-        assert trainer == question.trainer(start, question.small)
+        assert trainer == question.make_trainer(start, question.small)
         assert set(study.space) == {"lr", *runs.RANGES[start]}
-        assert (study.search.tokens.min, study.search.tokens.max) == question.searched
+        assert (study.search.tokens.min, study.search.tokens.max) == question.searched_tokens
 
 
 def fake_hpo(calls: list[str]) -> Callable[..., str]:
@@ -438,18 +452,18 @@ def test_a_second_call_trains_and_asks_nothing_again(question: Question, monkeyp
         yield Measurement(tokens, 2.0 + 1e3 / tokens + 1e-3 * config.seed, final=True)
 
     def grown(self: GrowthFamily, config: Any, params: Any, repeat: int) -> dict[str, Any]:
-        self.base(repeat=repeat)
+        self.train_base(repeat=repeat)
         return {}
 
-    monkeypatch.setattr(runs, "hpo", fake_hpo(asked))
+    monkeypatch.setattr(runs, "run_hpo", fake_hpo(asked))
     monkeypatch.setattr("proxies.training.loop.train", fake)
-    monkeypatch.setattr(GrowthFamily, "_grown", grown)
+    monkeypatch.setattr(GrowthFamily, "_grow_base", grown)
     with pytest.raises(KeyboardInterrupt):
         runs.plan_growth(question)
     stop_after = -1
     first = runs.plan_growth(question)
     assert asked == ["launch", "best"] * 2
-    lengths = [len(question.lengths(start)) for start in question.starts]
+    lengths = [len(question.list_lengths(start)) for start in question.starts]
     trunks, bases = len(question.pairs) * question.seeds, len(question.pairs) * question.seeds
     assert len(trained) == bases + trunks * sum(lengths)
     assert sum(resume is not None for *_, resume in trained) == trunks * sum(n - 1 for n in lengths)
@@ -462,25 +476,25 @@ def test_a_second_call_trains_and_asks_nothing_again(question: Question, monkeyp
 
 
 def test_a_rung_is_the_run_planned_for_its_length(question: Question) -> None:
-    trainer = question.trainer("shrink-pad-perturb", question.small)
+    trainer = question.make_trainer("shrink-pad-perturb", question.small)
     params, tokens = {"lr": 0.02, "shrink": 0.9, "noise": 0.5}, [2048, 4096]
     question.home.mkdir(parents=True)
-    runs.climb(trainer, params, tokens, runs.TESTED, question.home)
-    rows = runs.read_rows(runs.rows_path(question))
-    name = runs.run_name(trainer, params, runs.TESTED)
+    runs.train_ladder(runs.LadderJob(trainer, params, tokens, runs.FIRST_TEST_REPEAT, question.home))
+    rows = runs.read_rows(runs.get_rows_path(question))
+    name = runs.hash_run(trainer, params, runs.FIRST_TEST_REPEAT)
     assert set(rows) == {(name, 2048), (name, 4096)}
-    *_, alone = trainer(params, Fidelity(trainer.sizes[0], 4096), repeat=runs.TESTED)
+    *_, alone = trainer(params, Fidelity(trainer.sizes[0], 4096), repeat=runs.FIRST_TEST_REPEAT)
     assert rows[name, 4096]["loss"] == alone.loss
 
 
 def test_a_search_that_was_cut_off_is_resumed(question: Question, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(runs, "hpo", fake_hpo(calls))
+    monkeypatch.setattr(runs, "run_hpo", fake_hpo(calls))
     question.home.mkdir(parents=True)
-    toml = runs.study_path(question, "scratch")
+    toml = runs.get_study_path(question, "scratch")
     (toml.with_suffix("")).mkdir()
     (toml.with_suffix("") / "study.journal").touch()
-    runs.search(question, "scratch", workers=1, uri=None)
+    runs.search_settings(question, "scratch", workers=1, uri=None)
     assert calls == ["resume", "best"]
 
 
@@ -492,21 +506,21 @@ def test_a_start_that_diverges_is_left_out_and_scratch_may_not(question: Questio
         found = {}
         for start, params in settings.items():
             for r in range(wide.seeds):
-                name = runs.run_name(wide.trainer(start, wide.small), params, runs.TESTED + r)
-                for D in wide.ladder(wide.small, start):
+                name = runs.hash_run(wide.make_trainer(start, wide.small), params, runs.FIRST_TEST_REPEAT + r)
+                for D in wide.compute_ladder(wide.small, start):
                     found[name, D] = {"loss": None if start == lost else 2.0 + 1e4 / D, "seconds": 1.0}
         return found
 
-    assert set(runs.of_pair(wide, wide.small, settings, rows("duplicate")).warm) == {"shrink-pad-perturb"}
+    assert set(runs.collect_ladders(wide, wide.small, settings, rows("duplicate")).warm) == {"shrink-pad-perturb"}
     with pytest.raises(ValueError, match="scratch diverged"):
-        runs.of_pair(wide, wide.small, settings, rows("scratch"))
+        runs.collect_ladders(wide, wide.small, settings, rows("scratch"))
 
 
 def test_a_broken_row_is_named_by_its_line(question: Question) -> None:
     question.home.mkdir(parents=True)
-    runs.rows_path(question).write_text('{"run": "a", "tokens": 5, "loss": 2.0}\n{"run": "b", "tok\n')
+    runs.get_rows_path(question).write_text('{"run": "a", "tokens": 5, "loss": 2.0}\n{"run": "b", "tok\n')
     with pytest.raises(ValueError, match="line 2 of"):
-        runs.read_rows(runs.rows_path(question))
+        runs.read_rows(runs.get_rows_path(question))
 
 
 @pytest.mark.parametrize("words", [(), ("--json",), ("--count-base",)])
@@ -521,9 +535,9 @@ def test_the_command_answers(toml: Path, monkeypatch: pytest.MonkeyPatch, words:
     def grown(self: GrowthFamily, config: Any, params: Any, repeat: int) -> dict[str, Any]:
         return {"grown": True}
 
-    monkeypatch.setattr(runs, "hpo", fake_hpo([]))
+    monkeypatch.setattr(runs, "run_hpo", fake_hpo([]))
     monkeypatch.setattr("proxies.training.loop.train", fake)
-    monkeypatch.setattr(GrowthFamily, "_grown", grown)
+    monkeypatch.setattr(GrowthFamily, "_grow_base", grown)
     monkeypatch.setattr(GrowthFamily, "resumable", False)
     given = [
         "grow",
@@ -556,17 +570,21 @@ def test_the_command_answers(toml: Path, monkeypatch: pytest.MonkeyPatch, words:
 def test_a_search_and_ladders_run_for_real(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """hpo searches one start in processes of its own; then two processes climb, and each seed's base is trained by one of them."""
     question = make_question(
-        toml, FAMILY, at=0.5, horizons=(0.4,), base=0.5, seeds=2, budget=0.2, starts=("scratch", "shrink-pad-perturb")
+        toml,
+        FAMILY,
+        QuestionOptions(
+            at=0.5, horizons=(0.4,), base=0.5, seeds=2, budget=0.2, starts=("scratch", "shrink-pad-perturb")
+        ),
     ).model_copy(update={"second": None})
     question.home.mkdir(parents=True)
     uri = f"sqlite:///{question.folder.parent}/mlflow.db"
-    found = runs.search(question, "shrink-pad-perturb", workers=1, uri=uri)
+    found = runs.search_settings(question, "shrink-pad-perturb", workers=1, uri=uri)
     assert set(found) == {"lr", "shrink", "noise"}
-    monkeypatch.setattr(runs, "hpo", fake_hpo([]))
-    assert runs.search(question, "shrink-pad-perturb", workers=1, uri=uri) == found, "kept, not asked again"
+    monkeypatch.setattr(runs, "run_hpo", fake_hpo([]))
+    assert runs.search_settings(question, "shrink-pad-perturb", workers=1, uri=uri) == found, "kept, not asked again"
     settings: dict[Any, Any] = {"scratch": {"lr": 0.02}, "shrink-pad-perturb": found}
-    runs.climb_all(question, settings, 2)
-    rows = runs.read_rows(runs.rows_path(question))
+    runs.train_ladders(question, settings, 2)
+    rows = runs.read_rows(runs.get_rows_path(question))
     assert len(rows) == question.seeds * (2 + 3)
     assert len(list((question.home / "bases").glob("16-*.pt"))) == 1 + question.seeds, "of the search and of each seed"
     answer = runs.conclude(question, settings, rows, count_base=False)

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxies.config.growth_rules import Method, check_growth, stacking_tokens
+from proxies.config.growth_rules import GrowthMethod, check_growth, compute_stacking_tokens
 from proxies.config.proxy import ProxyConfig
-from proxies.growth.moments import grown_moments, places
-from proxies.growth.weights import grow, grown
+from proxies.growth.moments import grow_moments, locate_moments
+from proxies.growth.weights import grow, grow_tensors
 from proxies.model import transformer
-from proxies.model.mup import GAINS, role_of
+from proxies.model.mup import GAIN_ROLES, get_role
 from proxies.model.optimizers import make_optimizer, set_lr
-from proxies.model.transformer import build, loss_of
+from proxies.model.transformer import build, compute_loss
 from proxies.training.moments import load_moments
 
 pytestmark = pytest.mark.filterwarnings("ignore:N grows")  # its own test turns it back into an error
@@ -76,7 +76,7 @@ def test_shrink_pad_perturb_is_its_formula() -> None:
     grown = grow(state, SMALL, LARGE, shrink=0.3, noise=0.5)
     for name, tensor in grown.items():
         leading = tuple(slice(n) for n in state[name].shape)
-        if role_of(name) in GAINS:
+        if get_role(name) in GAIN_ROLES:
             assert torch.equal(tensor[leading], state[name])
             assert (tensor[64:] == 1).all()
             continue
@@ -88,7 +88,7 @@ def test_shrink_pad_perturb_is_its_formula() -> None:
 def test_shrinking_to_nothing_is_training_from_scratch() -> None:
     grown, fresh = grow(trained_like(SMALL), SMALL, LARGE, shrink=0.0), build(LARGE).state_dict()
     for name in fresh:
-        if role_of(name) not in GAINS:
+        if get_role(name) not in GAIN_ROLES:
             assert torch.equal(grown[name], fresh[name])
 
 
@@ -114,7 +114,7 @@ def test_a_smaller_model_is_refused() -> None:
 
 
 def test_duplication_by_a_broken_factor_is_refused() -> None:
-    method: Method = "duplicate"
+    method: GrowthMethod = "duplicate"
     with pytest.raises(ValueError, match="whole growth factor, got 64 to 160"):
         grow(trained_like(SMALL), SMALL, SMALL.model_copy(update={"d_model": 160}), method=method)
 
@@ -148,7 +148,7 @@ def variant(changes: dict[str, Any]) -> ProxyConfig:
 
 @pytest.mark.parametrize("changes", EVERY)
 @pytest.mark.parametrize("method", ["duplicate", "hyperclone"])
-def test_copies_compute_the_same_function_for_every_kind_of_model(method: Method, changes: dict[str, Any]) -> None:
+def test_copies_compute_the_same_function_for_every_kind_of_model(method: GrowthMethod, changes: dict[str, Any]) -> None:
     small = variant(changes)
     large = small.model_copy(update={"d_model": 192})
     state = {n: t.double() for n, t in trained_like(small).items()}
@@ -176,7 +176,7 @@ def test_cancelling_noise_has_its_size_and_parts_the_copies() -> None:
         optimizer = make_optimizer(net, config)
         for step in range(3):
             x = torch.randint(config.vocab, (4, 24), generator=torch.Generator().manual_seed(step))
-            loss_of(net, x, x.roll(-1, 1)).backward()
+            compute_loss(net, x, x.roll(-1, 1)).backward()
             optimizer.step()
             optimizer.zero_grad()
         nets.append(net.blocks[0].down.detach())
@@ -192,7 +192,7 @@ def test_a_duplicated_run_goes_on_as_the_small_one_would_moments_included(change
     def steps(net: torch.nn.Module, optimizer: Any, first: int, last: int) -> None:
         for step in range(first, last):
             x = torch.randint(small.vocab, (4, 24), generator=torch.Generator().manual_seed(step))
-            loss_of(net, x, x.roll(-1, 1)).backward()
+            compute_loss(net, x, x.roll(-1, 1)).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -204,8 +204,8 @@ def test_a_duplicated_run_goes_on_as_the_small_one_would_moments_included(change
     wide = build(large).double()
     wide.load_state_dict(grow(net.state_dict(), small, large, method="duplicate"))
     its = make_optimizer(wide, large)
-    moments = {name: reduce(getitem, key, optimizer.state_dict()) for name, key in places(small).items()}
-    load_moments(its, wide, dict(grown_moments(moments, small, large)))
+    moments = {name: reduce(getitem, key, optimizer.state_dict()) for name, key in locate_moments(small).items()}
+    load_moments(its, wide, dict(grow_moments(moments, small, large)))
     for one in (optimizer, its):
         set_lr(one, 0.4)
     steps(net, optimizer, 6, 26)
@@ -229,11 +229,11 @@ def test_stacking_repeats_the_whole_stack_and_width_follows() -> None:
 
 def test_tokens_before_stacking_are_those_of_the_papers_example() -> None:
     """Llama-3 8B on 15T tokens: 6.58 billion (arXiv 2405.15319)."""
-    assert stacking_tokens(8e9, 6 * 8e9 * 15e12) == pytest.approx(6.58e9, rel=2e-3)
+    assert compute_stacking_tokens(8e9, 6 * 8e9 * 15e12) == pytest.approx(6.58e9, rel=2e-3)
 
 
 @pytest.mark.parametrize("method", ["shrink-pad-perturb", "pad", "duplicate", "hyperclone"])
-def test_width_and_depth_together_are_depth_and_then_width(method: Method) -> None:
+def test_width_and_depth_together_are_depth_and_then_width(method: GrowthMethod) -> None:
     """A growing stack has its own noise; the rest is the wide block of the block that it repeats."""
     state = {n: t.double() for n, t in trained_like(SMALL).items()}
     deep = SMALL.model_copy(update={"n_layers": 4, "base_layers": 2})
@@ -323,10 +323,10 @@ class Counted(Mapping[str, Tensor]):
 
 def test_tensors_are_asked_for_when_they_are_grown_and_not_before() -> None:
     state = Counted(trained_like(SMALL))
-    parts = grown(state, SMALL, LARGE, method="duplicate")
+    parts = grow_tensors(state, SMALL, LARGE, method="duplicate")
     assert state.asked == []
     for i, (name, _) in enumerate(parts, 1):
         assert state.asked[-1] == name
         assert len(state.asked) == i
     with pytest.raises(ValueError, match="at least as wide"):
-        grown(state, LARGE, SMALL)  # at once, not with the first tensor
+        grow_tensors(state, LARGE, SMALL)  # at once, not with the first tensor

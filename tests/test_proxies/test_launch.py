@@ -11,22 +11,22 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from proxies.cli.launch import changed
+from proxies.cli.launch import apply_options
 from proxies.config.proxy import ProxyConfig
-from proxies.launch.arms import ArmResult, commands, shown
-from proxies.launch.monitor import BandMonitor, Excursion, expected_of, in_words, score
-from proxies.launch.plan import LaunchPlan, WarmStart, rates_of, read_plan, write_plan
-from proxies.launch.planner import advised, best_proxy, older_than
-from proxies.launch.preflight import bytes_needed, check_launch
+from proxies.launch.arms import ArmResult, build_commands, format_commands
+from proxies.launch.monitor import BandMonitor, Excursion, format_excursion, predict_band, score_arms
+from proxies.launch.plan import LaunchPlan, WarmStart, compute_peak_rates, read_plan, write_plan
+from proxies.launch.planner import attach_growth_advice, describe_staleness, find_best_proxy
+from proxies.launch.preflight import check_launch, estimate_disk_bytes
 from proxies.trainers.proxy_family import Target
 from scaling.advice.recommendation import recommend
 from scaling.common.measurement import Measurement
-from scaling.curves.planned import Band
-from scaling.runs.table import check_runs, table_sha256
+from scaling.curves.planned import LossBand
+from scaling.runs.table import check_runs, hash_table
 
 CONFIG = ProxyConfig(d_model=32, base_width=16, d_head=16, n_layers=1, seq_len=16, batch_seqs=4, warmup_tokens=64)
 TOKENS = 4096
-BAND = Band((512.0, 2048.0), (4.0, 3.0), (3.5, 2.6), (4.5, 3.4), 0.95, 9, 1.0)
+BAND = LossBand((512.0, 2048.0), (4.0, 3.0), (3.5, 2.6), (4.5, 3.4), 0.95, 9, 1.0)
 BECAUSE: dict[str, Any] = {
     "N": float(CONFIG.counts.N),
     "D": float(TOKENS),
@@ -57,7 +57,7 @@ def plan(**changes: Any) -> LaunchPlan:
             "config": CONFIG,
             "tokens": TOKENS,
             "because": BECAUSE,
-            "rates": rates_of(CONFIG),
+            "rates": compute_peak_rates(CONFIG),
             "curve": BAND,
         }
         | changes
@@ -83,18 +83,18 @@ def test_the_best_usable_proxy_of_the_largest_size_is_grown_and_no_confirmation(
     columns = ["name", "N", "loss", "role", "excluded", "checkpoint"]
     runs = check_runs(pd.DataFrame(rows, columns=columns).assign(D=1e5, checkpoint=lambda t: t["checkpoint"].map(str)))
     target = Target(d_model=128, tokens=10**6)
-    found = best_proxy(runs, target)
+    found = find_best_proxy(runs, target)
     assert found is not None
     assert (found.name, found.loss, found.checkpoint) == ("good", pytest.approx(2.0), kept)
-    assert best_proxy(runs[runs["name"].isin(["lost", "stopped", "again", "target"])], target) is None
+    assert find_best_proxy(runs[runs["name"].isin(["lost", "stopped", "again", "target"])], target) is None
 
 
 def test_rates_are_those_of_the_muP_table_at_the_targets_width() -> None:
     lr = CONFIG.lr
     by_hand = {"embedding": lr, "norm": lr, "hidden": lr / 2, "final_norm": lr, "readout": lr}
-    assert rates_of(CONFIG) == pytest.approx(by_hand)
-    assert "qk_norm" in rates_of(CONFIG.model_copy(update={"qk_norm": True}))
-    assert "readout" not in rates_of(ProxyConfig.model_validate(CONFIG.model_dump() | {"tied": True, "embed_std": 0.2}))
+    assert compute_peak_rates(CONFIG) == pytest.approx(by_hand)
+    assert "qk_norm" in compute_peak_rates(CONFIG.model_copy(update={"qk_norm": True}))
+    assert "readout" not in compute_peak_rates(ProxyConfig.model_validate(CONFIG.model_dump() | {"tied": True, "embed_std": 0.2}))
 
 
 def test_a_plan_says_everything_and_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_are_refused(
     check_launch(good, tmp_path / "new", good.arms)
     with pytest.raises(ValueError, match="needed a folder that can be written, got /proc"):
         check_launch(good, Path("/proc/none"), good.arms)
-    needed = bytes_needed(CONFIG)
+    needed = estimate_disk_bytes(CONFIG)
     state = 4 * CONFIG.counts.total * 3
     assert needed == state + 4 * CONFIG.counts.total + 4 * state, "trunk, annealed, kept twice while it is replaced"
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1})())
@@ -234,17 +234,17 @@ def test_a_recommendation_older_than_its_runs_is_refused_and_a_launched_target_m
     ]
     runs = check_runs(pd.DataFrame(rows, columns=["N", "D", "lr", "batch_tokens", "loss"]).assign(role="proxy"))
     answer = json.loads(json.dumps(recommend(runs, N=1.6e5, D=1.6e6).to_dict()))
-    assert older_than(answer, runs.sample(frac=1, random_state=1), "s") is None
+    assert describe_staleness(answer, runs.sample(frac=1, random_state=1), "s") is None
     target = runs.head(1).assign(N=1.6e5, role="target", arm="scratch", excluded="")
-    assert older_than(answer, pd.concat([runs, target]), "s") is None
+    assert describe_staleness(answer, pd.concat([runs, target]), "s") is None
     lost = runs.head(1).assign(loss=math.nan, excluded="diverged")
-    assert older_than(answer, pd.concat([runs, lost]), "s") is None
-    newer = older_than(answer, pd.concat([runs, runs.head(1).assign(loss=2.5)]), "s")
+    assert describe_staleness(answer, pd.concat([runs, lost]), "s") is None
+    newer = describe_staleness(answer, pd.concat([runs, runs.head(1).assign(loss=2.5)]), "s")
     assert newer is not None
     assert "made of other runs than the study has now: run `scaling recommend s --target` again" in newer
     del answer["provenance"]["table_sha256"]
-    assert "does not say which runs" in (older_than(answer, runs, "s") or "")
-    assert table_sha256(runs) != table_sha256(runs.assign(loss=runs["loss"] + 1e-12))
+    assert "does not say which runs" in (describe_staleness(answer, runs, "s") or "")
+    assert hash_table(runs) != hash_table(runs.assign(loss=runs["loss"] + 1e-12))
 
 
 def test_a_target_from_scratch_teaches_the_next_fit_and_a_warm_one_does_not() -> None:
@@ -268,27 +268,27 @@ def test_a_target_from_scratch_teaches_the_next_fit_and_a_warm_one_does_not() ->
 
 def test_commands_are_plain_python_alone_and_torchrun_together(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    (alone,) = commands(plan(), path, "scratch")
+    (alone,) = build_commands(plan(), path, "scratch")
     assert alone[1:] == ["-m", "proxies", "launch", str(path), "--only", "scratch"]
-    (both,) = commands(changed(plan(), 2, None, "ddp", 1), path, "scratch", uri="http://h:5000")
+    (both,) = build_commands(apply_options(plan(), 2, None, "ddp", 1), path, "scratch", uri="http://h:5000")
     assert both[1:8] == ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--standalone"]
     assert both[-2:] == ["--tracking-uri", "http://h:5000"]
-    nodes = commands(changed(plan(), 8, 2, "fsdp2", None), path, "warm")
+    nodes = build_commands(apply_options(plan(), 8, 2, "fsdp2", None), path, "warm")
     assert len(nodes) == 2
     assert nodes[0] == nodes[1]
     assert nodes[0][:2] == ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"], "or a restart looks for ranks that are dead"
     assert nodes[0][nodes[0].index("--rdzv-endpoint") + 1] == "HOST:PORT"
-    lines = shown(changed(plan(), 8, 2, "fsdp2", None), path, ["scratch"]).splitlines()
+    lines = format_commands(apply_options(plan(), 8, 2, "fsdp2", None), path, ["scratch"]).splitlines()
     assert sum("torch.distributed.run" in line for line in lines) == 2
     assert lines[-1].startswith("# after the last: proxies launch ")
 
 
 def test_the_engine_follows_the_number_of_processes() -> None:
-    assert changed(plan(), None, None, None, None).engine == "plain"
-    assert changed(plan(), 2, None, None, None).engine in ("ddp", "fsdp2")
-    assert changed(changed(plan(), 2, None, "ddp", None), 1, None, None, None).engine == "plain"
+    assert apply_options(plan(), None, None, None, None).engine == "plain"
+    assert apply_options(plan(), 2, None, None, None).engine in ("ddp", "fsdp2")
+    assert apply_options(apply_options(plan(), 2, None, "ddp", None), 1, None, None, None).engine == "plain"
     with pytest.raises(ValueError, match="needed ddp or fsdp2"):
-        changed(plan(), 2, None, "plain", None)
+        apply_options(plan(), 2, None, "plain", None)
 
 
 def test_each_excursion_is_said_once_and_the_first_is_kept() -> None:
@@ -305,19 +305,19 @@ def test_each_excursion_is_said_once_and_the_first_is_kept() -> None:
 
 
 def test_the_warning_names_tokens_loss_band_and_what_to_look_at() -> None:
-    high = in_words("target-scratch-1", Excursion(724, 5.0, 3.2, 4.2, 0.177), 0.95)
+    high = format_excursion("target-scratch-1", Excursion(724, 5.0, 3.2, 4.2, 0.177), 0.95)
     assert high.startswith(
         "WARNING: target-scratch-1 has left its 95 % band at 724 tokens (18 % of the run): loss 5.0000, above (3.2000, 4.2000)"
     )
     assert "learning rate" in high
-    assert "below (3.2000, 4.2000)" in in_words("t", Excursion(724, 3.0, 3.2, 4.2, 0.1), 0.95)
-    assert "above" in in_words("t", Excursion(724, math.nan, 3.2, 4.2, 0.1), 0.95)
+    assert "below (3.2000, 4.2000)" in format_excursion("t", Excursion(724, 3.0, 3.2, 4.2, 0.1), 0.95)
+    assert "above" in format_excursion("t", Excursion(724, math.nan, 3.2, 4.2, 0.1), 0.95)
 
 
 def test_a_warm_start_may_be_as_good_as_all_tokens_of_both_and_no_worse_than_scratch() -> None:
     law, made = BECAUSE["loss_law"], plan(warm=WARM.model_copy(update={"tokens": 2e6}))
-    assert expected_of(made, "scratch") == BAND
-    warm = expected_of(made, "warm")
+    assert predict_band(made, "scratch") == BAND
+    warm = predict_band(made, "warm")
     assert warm is not None
     assert warm.high == BAND.high
     best = law["E"] + law["A"] / made.N**0.5 + law["B"] / (512 + 2e6) ** 0.5
@@ -334,7 +334,7 @@ def test_the_score_is_in_sd_of_the_prediction_and_counts_the_proxys_tokens() -> 
         "warm": ([500.0, 1000.0, 2000.0], [3.5, 3.0, 2.5]),
         "scratch": ([500.0, 1000.0, 2000.0], [5.0, 4.0, 3.0]),
     }
-    outcome = score(made, {"warm": 1.7, "scratch": 2.0 * math.exp(sd)}, curves, left)
+    outcome = score_arms(made, {"warm": 1.7, "scratch": 2.0 * math.exp(sd)}, curves, left)
     assert outcome["scratch, sd from the prediction"] == 1.0
     assert outcome["scratch in the predicted interval"] is True
     assert outcome["warm in the predicted interval"] is False
@@ -343,7 +343,7 @@ def test_the_score_is_in_sd_of_the_prediction_and_counts_the_proxys_tokens() -> 
     assert outcome["speed-up in tokens"] == 2.0
     paid = round(2000 / (1000 + 4000 * 2000 / CONFIG.counts.N), 2)
     assert outcome["speed-up when the proxy's own training is paid, too"] == paid
-    lost = score(replace_warm(made), {"scratch": math.nan}, {"scratch": ([], [])}, {"scratch": None})
+    lost = score_arms(replace_warm(made), {"scratch": math.nan}, {"scratch": ([], [])}, {"scratch": None})
     assert lost["loss at 4,096 tokens, scratch"] == "diverged"
     assert lost["scratch in the predicted interval"] is False
 
@@ -374,7 +374,7 @@ def test_the_newest_growth_plan_for_this_width_is_told_and_does_not_decide(tmp_p
 
     lay("growth-1", CONFIG.d_model, False)
     lay("growth-2", 2 * CONFIG.d_model, True)
-    told = advised(WARM, tmp_path / "s.toml", CONFIG)
+    told = attach_growth_advice(WARM, tmp_path / "s.toml", CONFIG)
     assert told is not None
     assert (told.method, told.shrink) == (WARM.method, WARM.shrink)
     said = str(plan(warm=told))
@@ -382,5 +382,5 @@ def test_the_newest_growth_plan_for_this_width_is_told_and_does_not_decide(tmp_p
         "DO NOT USE IT, shrink-pad-perturb (lr 0.01, shrink 0.4); at 20 tokens per parameter it gains -1.2 % of the loss, -2 to -0.4"
         in said
     )
-    assert advised(WARM, tmp_path / "other.toml", CONFIG) == WARM
-    assert advised(None, tmp_path / "s.toml", CONFIG) is None
+    assert attach_growth_advice(WARM, tmp_path / "other.toml", CONFIG) == WARM
+    assert attach_growth_advice(None, tmp_path / "s.toml", CONFIG) is None

@@ -19,11 +19,11 @@ import pytest
 from proxies.config.proxy import ProxyConfig
 from proxies.launch.arms import ArmResult
 from proxies.launch.plan import LaunchPlan, write_plan
-from scaling.curves.planned import Band
+from scaling.curves.planned import LossBand
 from scaling.runs.io import load_runs
 from scaling.runs.table import usable
 from scaling.tracking.client import connect
-from scaling.tracking.experiment import find_study_run, study_run
+from scaling.tracking.experiment import find_study_run, find_or_create_study_run
 from scaling.tracking.log import read_curve, read_note
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def plan(tmp_path: Path) -> LaunchPlan:
 
 def planned(*, tokens: int, N: float, lr: float, **fields: Any) -> LaunchPlan:
     loss = {"loss": 1.0, "loss_interval": [0.01, 5.0], "mass": 0.9}
-    band = Band((512.0, float(tokens)), (8.0, 8.0), (7.0, 7.0), (9.0, 9.0), 0.95, 9, 1.0)  # every point lies below
+    band = LossBand((512.0, float(tokens)), (8.0, 8.0), (7.0, 7.0), (9.0, 9.0), 0.95, 9, 1.0)  # every point lies below
     because = {"N": N, "D": float(tokens), "lr": lr} | loss
     return LaunchPlan(study="s", tokens=tokens, because=because, curve=band, **fields)
 
@@ -89,7 +89,7 @@ Lay = Callable[[LaunchPlan, str], tuple[Path, str]]
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow store with an empty study, to be copied: making one takes seconds."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    study_run(connect(f"sqlite:///{path}"), "s", artifacts=path.parent / "artifacts")
+    find_or_create_study_run(connect(f"sqlite:///{path}"), "s", artifacts=path.parent / "artifacts")
     return path
 
 

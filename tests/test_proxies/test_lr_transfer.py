@@ -15,8 +15,8 @@ from proxies.__main__ import app
 from proxies.config.proxy import ProxyConfig
 from proxies.diagnostics import lr_transfer
 from proxies.diagnostics.figures import draw_transfer
-from proxies.diagnostics.lr_optimum import FURTHER, BootstrapInterval, best_window, fit_arm, next_rates
-from proxies.diagnostics.lr_transfer import Transfer, arms_of, final_loss, transfer
+from proxies.diagnostics.lr_optimum import FURTHER, BootstrapInterval, find_best_window, fit_arm, choose_next_rates
+from proxies.diagnostics.lr_transfer import Transfer, make_arms, train_to_final_loss, transfer
 
 SIZES = (32, 64, 128, 256)
 
@@ -30,11 +30,11 @@ def bowl(j: int, best: float, curvature: float = 0.04) -> float:
 @pytest.mark.parametrize("start", [0, 5])
 def test_the_grid_finds_the_best_five_wherever_they_are(best: float, start: int) -> None:
     losses: dict[int, float] = {}
-    while rates := next_rates(losses, start):
+    while rates := choose_next_rates(losses, start):
         assert not set(rates) & losses.keys(), "a rate is asked for once"
         losses |= {j: bowl(j, best) for j in rates}
     everywhere = {j: bowl(j, best) for j in range(-40, 41)}
-    first, last = best_window(losses)
+    first, last = find_best_window(losses)
     assert last - first == 4
     assert sorted(losses[j] for j in range(first, last + 1)) == sorted(everywhere.values())[:5]
     assert {first - 1, last + 1} & losses.keys(), "what lies beyond the lower end was looked at"
@@ -43,9 +43,9 @@ def test_the_grid_finds_the_best_five_wherever_they_are(best: float, start: int)
 
 def test_where_everything_diverges_the_grid_goes_down() -> None:
     losses: dict[int, float] = {}
-    while rates := next_rates(losses):
+    while rates := choose_next_rates(losses):
         losses |= {j: bowl(j, -30.0) for j in rates}
-    assert best_window(losses) == (-32, -28)
+    assert find_best_window(losses) == (-32, -28)
 
 
 def planted(
@@ -129,7 +129,7 @@ def test_the_report_of_a_planted_family(tmp_path: Path, text: str, monkeypatch: 
         calls.append(config)
         return fake(config, tokens)
 
-    monkeypatch.setattr(lr_transfer, "final_loss", counted)
+    monkeypatch.setattr(lr_transfer, "train_to_final_loss", counted)
     config = ProxyConfig(corpus=text, lr=2**-6)
     runs = tmp_path / "transfer" / "runs.jsonl"
     report = transfer(config, (32, 64, 128), 16384, runs=runs, seeds=2)
@@ -160,7 +160,7 @@ def test_runs_of_other_settings_lengths_or_data_are_not_taken(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[ProxyConfig] = []
-    monkeypatch.setattr(lr_transfer, "final_loss", lambda config, tokens: calls.append(config) or fake(config, tokens))
+    monkeypatch.setattr(lr_transfer, "train_to_final_loss", lambda config, tokens: calls.append(config) or fake(config, tokens))
     other = tmp_path / "other.txt"
     other.write_text("to be or not to be, that is the question " * 1000)
     runs = tmp_path / "runs.jsonl"
@@ -183,11 +183,11 @@ def test_runs_of_other_settings_lengths_or_data_are_not_taken(
 
 
 def test_over_depth_the_control_has_no_rule() -> None:
-    arms = arms_of(ProxyConfig(base_layers=2), "depth", (2, 8))
+    arms = make_arms(ProxyConfig(base_layers=2), "depth", (2, 8))
     deep, without = (arms[name][8] for name in ("depth power 1", "no depth rule"))
     assert (deep.r, without.r, deep.n_layers, without.n_layers) == (4, 1, 8, 8)
-    assert arms_of(ProxyConfig(), "depth", (2, 4))["depth power 1"][4].r == 2
-    assert [*arms_of(ProxyConfig(), "width", (32, 64), control=False)] == ["mup"]
+    assert make_arms(ProxyConfig(), "depth", (2, 4))["depth power 1"][4].r == 2
+    assert [*make_arms(ProxyConfig(), "width", (32, 64), control=False)] == ["mup"]
 
 
 def test_bad_questions_are_refused_before_anything_is_trained(text: str) -> None:
@@ -214,11 +214,11 @@ def test_a_run_is_the_trainers_and_processes_change_nothing(tmp_path: Path, text
         "batch_seqs": 4,
     }
     config = ProxyConfig(**settings, warmup_tokens=64, eval_windows=4, corpus=text)
-    with lr_transfer._pool(1) as here, lr_transfer._pool(2) as there:
+    with lr_transfer.open_pool(1) as here, lr_transfer.open_pool(2) as there:
         jobs = [(config.model_copy(update={"lr": lr}), 1024) for lr in (0.001, 0.01, 1e6)]
         one = dict(here(jobs))
         assert one == dict(there(jobs))
-    assert one[0] == final_loss(*jobs[0])
+    assert one[0] == train_to_final_loss(*jobs[0])
     assert math.isinf(one[2]), "a run that diverged is worse than all others"
 
 

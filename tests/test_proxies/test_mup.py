@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from proxies.config.proxy import ProxyConfig
-from proxies.model.mup import clean, param_groups, role_of, rule_of, rules
+from proxies.model.mup import strip_wrappers, param_groups, get_role, map_rules, compute_rules
 from proxies.model.optimizers import make_optimizer, set_lr
 from proxies.model.transformer import build
 
@@ -66,7 +66,7 @@ CASES = [(*key, role) for key, roles in TABLE.items() for role in roles]
 @pytest.mark.parametrize(("parametrization", "width", "role"), CASES)
 def test_the_table_is_the_one_written_by_hand(parametrization: str, width: int, role: str) -> None:
     config = ProxyConfig(**SETTINGS, parametrization=parametrization, d_model=width)
-    rule = rules(config)[role]
+    rule = compute_rules(config)[role]
     got = (rule.init_std, rule.lr, rule.weight_decay, rule.eps, rule.multiplier)
     assert got == pytest.approx(TABLE[parametrization, width][role], rel=1e-12)
     assert rule.init_mean == (1.0 if role.endswith("norm") else 0.0)
@@ -96,19 +96,19 @@ DEEP = {
 @pytest.mark.parametrize("power", DEEP)
 def test_the_table_of_a_deeper_model_is_the_one_written_by_hand(power: float) -> None:
     config = ProxyConfig(**SETTINGS, d_model=128, n_layers=8, base_layers=2, depth_power=power, qk_norm=True)
-    table = rules(config)
+    table = compute_rules(config)
     for role, expected in DEEP[power].items():
         rule = table[role]
         assert (rule.lr, rule.weight_decay, rule.eps, rule.multiplier) == pytest.approx(expected, rel=1e-12)
     assert build(config).blocks[5].branch == pytest.approx(DEEP[power]["hidden"][-1])
-    standard = rules(config.model_copy(update={"parametrization": "standard"}))
+    standard = compute_rules(config.model_copy(update={"parametrization": "standard"}))
     assert standard["hidden"].multiplier == 1.0
     assert {standard[role].lr for role in ("hidden", "norm")} == {0.01}
 
 
 def test_muon_keeps_its_rate_over_width_and_with_adams_size_loses_the_root() -> None:
     for name, lr, decay in (("muon", 0.01, 0.1), ("muon-rms", 0.005, 0.2), ("lion", 0.0025, 0.4)):
-        hidden = rules(ProxyConfig(**SETTINGS, d_model=256, optimizer=name))["hidden"]
+        hidden = compute_rules(ProxyConfig(**SETTINGS, d_model=256, optimizer=name))["hidden"]
         assert (hidden.lr, hidden.weight_decay) == pytest.approx((lr, decay))
 
 
@@ -118,8 +118,8 @@ def test_a_parameter_is_known_through_any_wrapper() -> None:
     wrapped = [
         f"_orig_mod.module.{name}".replace("blocks.0.", "blocks.0._checkpoint_wrapped_module.") for name in names
     ]
-    assert [clean(name) for name in wrapped] == names
-    assert rule_of(wrapped, config) == rule_of(names, config)
+    assert [strip_wrappers(name) for name in wrapped] == names
+    assert map_rules(wrapped, config) == map_rules(names, config)
 
 
 @pytest.mark.parametrize("width", [32, 256])
@@ -129,7 +129,7 @@ def test_a_model_is_drawn_and_grouped_by_the_table(width: int) -> None:
     expected = TABLE["mup", width]
     for name, parameter in model.named_parameters():
         std = float(parameter.detach().std(correction=0))
-        assert std == pytest.approx(expected[role_of(name)][0], rel=0.06)
+        assert std == pytest.approx(expected[get_role(name)][0], rel=0.06)
     groups = {group["role"]: group for group in make_optimizer(model, config).param_groups}
     for role, (_, lr, decay, eps, _) in expected.items():
         assert (groups[role]["lr"], groups[role]["weight_decay"], groups[role]["eps"]) == pytest.approx(
@@ -140,7 +140,7 @@ def test_a_model_is_drawn_and_grouped_by_the_table(width: int) -> None:
 
 
 def test_one_decay_step_shrinks_hidden_weights_alike_at_every_width() -> None:
-    steps = [rules(ProxyConfig(**SETTINGS, d_model=d))["hidden"] for d in (32, 64, 128, 1024)]
+    steps = [compute_rules(ProxyConfig(**SETTINGS, d_model=d))["hidden"] for d in (32, 64, 128, 1024)]
     assert [r.lr * r.weight_decay for r in steps] == pytest.approx([1e-3] * 4)
 
 
@@ -202,7 +202,7 @@ def test_the_fused_optimizer_agrees_with_the_plain_one_for_every_group(dtype: to
 
 def test_an_unknown_parameter_has_no_role_by_accident() -> None:
     with pytest.raises(ValueError, match=r"got 'blocks\.0\.bias'"):
-        role_of("blocks.0.bias")
+        get_role("blocks.0.bias")
 
 
 def test_an_unknown_optimizer_is_named_with_the_nearest_known_one() -> None:

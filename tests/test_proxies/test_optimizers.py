@@ -15,14 +15,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from proxies.__main__ import app
-from proxies.config.optimizer_gate import SETTINGS, VERIFIED, refusal
+from proxies.config.optimizer_gate import CERTIFIED_SETTINGS, VERIFIED_RULES, explain_refusal
 from proxies.config.proxy import OptimizerName, ProxyConfig
 from proxies.diagnostics.certificate import write_certificate
 from proxies.diagnostics.coord_check import CoordCheck, Slope
 from proxies.model import mup
-from proxies.model.mup import role_of
-from proxies.model.optimizers import CombinedOptimizer, evaluation, make_optimizer, set_lr
-from proxies.model.transformer import Transformer, build, loss_of
+from proxies.model.mup import get_role
+from proxies.model.optimizers import CombinedOptimizer, use_eval_weights, make_optimizer, set_lr
+from proxies.model.transformer import Transformer, build, compute_loss
 from proxies.trainers.proxy_family import ProxyFamily
 from proxies.training.checkpoints import write_state
 from tests.test_proxies.test_transformer import config, tile_twice, tokens, with_readout
@@ -43,7 +43,7 @@ def proxy(optimizer: str, **changes: Any) -> ProxyConfig:
 
 def steps(model: torch.nn.Module, optimizer: Any, which: Iterable[int]) -> None:
     for step in which:
-        loss_of(model, tokens(4, seed=step), tokens(4, seed=step + 1)).backward()
+        compute_loss(model, tokens(4, seed=step), tokens(4, seed=step + 1)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -111,7 +111,7 @@ def test_eight_bits_follow_the_doubled_model_as_far_as_they_can_say() -> None:
 def test_another_power_of_the_width_leaves_the_small_models_path(
     name: str, power: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(mup._HIDDEN_POWER, name, power)
+    monkeypatch.setitem(mup.HIDDEN_LR_POWERS, name, power)
     apart, moved = doubled(name)
     assert apart > 0.05 * moved
 
@@ -125,7 +125,7 @@ def stream_change(name: str, width: int) -> float:
     def stream() -> Tensor:
         x = model.stem(tokens(4, seed=99))
         for block in model.blocks:
-            x = block(x, model.rope_for(tokens(4, seed=99)))
+            x = block(x, model.get_rope(tokens(4, seed=99)))
         return x
 
     start = stream()
@@ -144,7 +144,7 @@ def test_the_stream_moves_alike_at_every_width_under_muon(
         return float(np.polyfit(np.log2(widths), np.log2([stream_change(name, w) for w in widths]), 1)[0])
 
     right = slope()
-    monkeypatch.setitem(mup._HIDDEN_POWER, name, wrong)
+    monkeypatch.setitem(mup.HIDDEN_LR_POWERS, name, wrong)
     assert abs(right) < 0.3
     assert abs(slope()) > abs(right) + 0.25
 
@@ -156,7 +156,7 @@ def test_muon_gets_hidden_matrices_and_nothing_else() -> None:
     muon, adamw = optimizer.parts
     assert isinstance(muon, torch.optim.Muon)
     assert isinstance(adamw, torch.optim.AdamW)
-    role = {id(p): role_of(n) for n, p in model.named_parameters()}
+    role = {id(p): get_role(n) for n, p in model.named_parameters()}
     given = [{role[id(p)] for g in part.param_groups for p in g["params"]} for part in optimizer.parts]
     assert given == [{"hidden"}, {"embedding", "norm", "qk_norm", "final_norm", "readout"}]
 
@@ -221,8 +221,8 @@ def test_a_run_goes_on_from_a_file_bit_for_bit(name: str, tmp_path: Path) -> Non
         for step in which:
             set_lr(optimizer, min(1.0, (step + 1) / 6))
             steps(model, optimizer, [step])
-            with evaluation(optimizer), torch.no_grad():
-                loss_of(model, tokens(1), tokens(1, seed=1))
+            with use_eval_weights(optimizer), torch.no_grad():
+                compute_loss(model, tokens(1), tokens(1, seed=1))
 
     whole = build(settings)
     some(whole, make_optimizer(whole, settings), range(24))
@@ -252,7 +252,7 @@ def test_schedule_free_is_evaluated_at_the_mean_of_its_points() -> None:
         z = [optimizer.state[p]["z"].clone() for p in model.parameters()]
         sums = [s + part for s, part in zip(sums, z, strict=True)]
         y = [p.detach().clone() for p in model.parameters()]
-        with evaluation(optimizer):
+        with use_eval_weights(optimizer):
             for p, part, total, trained in zip(model.parameters(), z, sums, y, strict=True):
                 x = total / (step + 1)
                 torch.testing.assert_close(p.detach(), x, rtol=0, atol=1e-12)
@@ -267,7 +267,7 @@ def test_evaluation_gives_the_trained_weights_back_after_an_error() -> None:
     before = model.embed.detach().clone()
 
     def stopped() -> None:
-        with evaluation(optimizer):
+        with use_eval_weights(optimizer):
             assert not torch.equal(model.embed, before)
             raise KeyboardInterrupt
 
@@ -314,7 +314,7 @@ def test_a_missing_package_is_named_with_its_extra(name: str, package: str, monk
         make_optimizer(build(settings), settings)
 
 
-UNVERIFIED = sorted(set(ALL) - set(VERIFIED))
+UNVERIFIED = sorted(set(ALL) - set(VERIFIED_RULES))
 
 
 def certificate(path: Path, about: ProxyConfig, *, moved: float = 0.3, **changes: Any) -> Path:
@@ -341,10 +341,10 @@ def test_an_optimizer_without_a_verified_rule_is_refused_at_other_widths() -> No
 def test_a_certificate_that_passed_lets_it_train(tmp_path: Path) -> None:
     path = certificate(tmp_path / "soap.json", proxy("soap"))
     wide = proxy("soap", d_model=64, coordinate_check=str(path))
-    assert refusal(wide) is None
+    assert explain_refusal(wide) is None
     make_optimizer(build(wide), wide)
-    assert refusal(proxy("soap", d_model=64, coordinate_check=str(path), lr=0.02, beta2=0.9, eps=1e-6)) is None
-    assert set(SETTINGS) <= json.loads(path.read_text()).keys()
+    assert explain_refusal(proxy("soap", d_model=64, coordinate_check=str(path), lr=0.02, beta2=0.9, eps=1e-6)) is None
+    assert set(CERTIFIED_SETTINGS) <= json.loads(path.read_text()).keys()
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_a_certificate_that_passed_lets_it_train(tmp_path: Path) -> None:
 def test_another_certificate_is_refused_by_name(spoil: Callable[[Path], Any], said: str, tmp_path: Path) -> None:
     path = certificate(tmp_path / "soap.json", proxy("soap"))
     wide = proxy("soap", d_model=64, coordinate_check=str(path))
-    assert refusal(wide) is None
+    assert explain_refusal(wide) is None
     spoil(path)
     with pytest.raises(ValueError, match=said) as error:
         make_optimizer(build(wide), wide)
@@ -401,7 +401,7 @@ def test_the_command_writes_what_the_trainer_then_accepts_or_refuses(tmp_path: P
         assert result.exit_code == (0 if passed else 1), result.output
         written = json.loads(path.read_text())
         assert (written["steps"], written["widths"]) == (10 if optimizer == "lamb" else 60, [16, 32, 64])
-        refused = refusal(ProxyConfig(**family, d_model=64))
+        refused = explain_refusal(ProxyConfig(**family, d_model=64))
         assert refused is None if said is None else said in (refused or "")
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxies.config.proxy import ProxyConfig
-from proxies.model.mup import rules
-from proxies.model.recipe import Recipe, timescale
+from proxies.model.mup import compute_rules
+from proxies.model.recipe import Recipe, compute_timescale
 
 BASE = ProxyConfig(lr=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, batch_seqs=16, d_model=64, n_layers=2)
 D = 2_000_000
@@ -17,7 +17,7 @@ D = 2_000_000
 def test_nothing_moves_at_the_place_where_it_was_tuned() -> None:
     same = Recipe(base=BASE, tokens=D).at()
     assert same.model_copy(update={"base_layers": None}) == BASE
-    assert rules(same) == rules(BASE)
+    assert compute_rules(same) == compute_rules(BASE)
 
 
 def test_four_times_the_batch_by_hand() -> None:
@@ -36,9 +36,9 @@ def test_ten_times_the_tokens_by_hand() -> None:
 
 def test_the_timescale_follows_tokens_per_parameter_when_told_to() -> None:
     recipe = Recipe(base=BASE, tokens=D, timescale_power=0.5)
-    assert timescale(recipe.at(tokens=4 * D), 4 * D) == pytest.approx(timescale(BASE, D) / 2)
+    assert compute_timescale(recipe.at(tokens=4 * D), 4 * D) == pytest.approx(compute_timescale(BASE, D) / 2)
     wide = recipe.at(d_model=128)
-    assert timescale(wide, D) == pytest.approx(timescale(BASE, D) * (wide.counts.N / BASE.counts.N) ** 0.5)
+    assert compute_timescale(wide, D) == pytest.approx(compute_timescale(BASE, D) * (wide.counts.N / BASE.counts.N) ** 0.5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,7 +56,7 @@ def test_the_decay_of_a_whole_run_is_the_same_everywhere(
     moved = Recipe(base=BASE, tokens=D, horizon_power=power).at(
         d_model=width, n_layers=layers, batch_seqs=seqs, tokens=tokens
     )
-    there, here = rules(moved)["hidden"], rules(BASE)["hidden"]
+    there, here = compute_rules(moved)["hidden"], compute_rules(BASE)["hidden"]
     steps = tokens / moved.batch_tokens
     assert there.lr * there.weight_decay * steps == pytest.approx(here.lr * here.weight_decay * D / BASE.batch_tokens)
 
@@ -72,7 +72,7 @@ def test_two_moves_are_one() -> None:
 def test_the_depth_that_was_tuned_becomes_the_base() -> None:
     deep = Recipe(base=BASE, tokens=D).at(n_layers=8, d_model=128)
     assert (deep.r, deep.m) == (4.0, 2.0)
-    assert rules(deep)["hidden"].multiplier == 0.25
+    assert compute_rules(deep)["hidden"].multiplier == 0.25
 
 
 def test_a_batch_beyond_the_betas_is_refused_with_the_largest_one() -> None:
@@ -96,5 +96,5 @@ def test_a_run_shorter_than_a_step_is_refused() -> None:
 
 
 def test_without_decay_nothing_is_forgotten() -> None:
-    assert timescale(BASE.model_copy(update={"weight_decay": 0.0}), D) == float("inf")
+    assert compute_timescale(BASE.model_copy(update={"weight_decay": 0.0}), D) == float("inf")
     assert Recipe(base=BASE.model_copy(update={"weight_decay": 0.0}), tokens=D).at(tokens=2 * D).weight_decay == 0

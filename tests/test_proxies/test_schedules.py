@@ -12,8 +12,8 @@ import torch
 from pydantic import ValidationError
 
 from proxies.config.proxy import DecayName, ProxyConfig, ScheduleName
-from proxies.config.schedules import SCHEDULES, factor, unread
-from scaling.curves import in_progress
+from proxies.config.schedules import SCHEDULES, compute_lr_factor, find_unused_settings
+from scaling.curves.schedules import make_cooldown_schedule
 from scaling.laws.decay_shapes import DECAYS
 
 WARMUP, BRANCH, END = 100, 800, 1000
@@ -26,13 +26,13 @@ def settings(schedule: ScheduleName = "wsd", **changes: Any) -> ProxyConfig:
 
 
 def at(config: ProxyConfig, tokens: float, *, branch: float = BRANCH, end: float = END) -> float:
-    return factor(config, tokens, branch=branch, end=end)
+    return compute_lr_factor(config, tokens, branch=branch, end=end)
 
 
 MEMBERS = [
     settings(name, decay=decay)
     for name, schedule in SCHEDULES.items()
-    for decay in (DECAYS if schedule.cools else ("1-sqrt",))
+    for decay in (DECAYS if schedule.has_cooldown else ("1-sqrt",))
 ]
 FREE = [m for m in MEMBERS if not SCHEDULES[m.schedule].has_horizon]
 BOUND = [m for m in MEMBERS if SCHEDULES[m.schedule].has_horizon]
@@ -54,7 +54,7 @@ def test_every_name_is_in_the_registry_and_the_other_way_round() -> None:
     assert set(SCHEDULES) == set(get_args(ScheduleName))
     assert set(DECAYS) == set(get_args(DecayName))
     assert {name for name, s in SCHEDULES.items() if s.has_horizon} == {"cosine", "linear", "rex"}
-    assert {name for name, s in SCHEDULES.items() if s.cools} == {"wsd", "power", "inverse-sqrt"}
+    assert {name for name, s in SCHEDULES.items() if s.has_cooldown} == {"wsd", "power", "inverse-sqrt"}
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=name_of)
@@ -97,15 +97,15 @@ class TestEverySchedule:
 def test_without_a_horizon_the_trunk_does_not_depend_on_the_end(member: ProxyConfig) -> None:
     for tokens in (0, 50, 100, 399, 500, 799, 800):
         factors = {at(member, tokens, branch=b, end=2 * b) for b in (800, 8000, 10**9)}
-        assert factors == {factor(member, tokens)}
+        assert factors == {compute_lr_factor(member, tokens)}
 
 
 @pytest.mark.parametrize("member", BOUND, ids=name_of)
 def test_with_a_horizon_every_step_after_the_warm_up_depends_on_it(member: ProxyConfig) -> None:
     for tokens in (101, 300, 800):
-        assert factor(member, tokens, end=1000) < factor(member, tokens, end=1001)
+        assert compute_lr_factor(member, tokens, end=1000) < compute_lr_factor(member, tokens, end=1001)
     with pytest.raises(ValueError, match=r"needed warmup_tokens < end < inf"):
-        factor(member, 300)
+        compute_lr_factor(member, 300)
 
 
 # By hand: warm-up over 100, branch at 800, end at 1000.
@@ -135,8 +135,8 @@ def test_it_goes_through_the_points_written_by_hand(member: ProxyConfig, points:
 def test_power_has_the_papers_rate_in_the_papers_units() -> None:
     # 2408.13359: at 128 sequences a step and a billion tokens 4.6 * 128 * (1e9)^-.51 = 1.5e-2, below eta_max = 2e-2
     config = ProxyConfig(schedule="power", lr=0.02, batch_seqs=128)
-    assert config.lr * factor(config, 1e9) == pytest.approx(1.513e-2, rel=1e-3)
-    assert config.lr * factor(config, 1e8) == 0.02
+    assert config.lr * compute_lr_factor(config, 1e9) == pytest.approx(1.513e-2, rel=1e-3)
+    assert config.lr * compute_lr_factor(config, 1e8) == 0.02
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=name_of)
@@ -152,7 +152,7 @@ def test_the_mean_over_a_phase_is_that_of_the_schedule_when_sampled_in_the_middl
 
 def test_wsd_is_the_schedule_that_forecasts_are_made_with() -> None:
     ours = [at(settings("wsd"), t) for t in range(0, 1001, 7)]
-    theirs = in_progress.cooldown(1000.0, share=0.2, warmup=100.0)(np.arange(0, 1001, 7.0))
+    theirs = make_cooldown_schedule(1000.0, share=0.2, warmup=100.0)(np.arange(0, 1001, 7.0))
     assert ours == pytest.approx(theirs.tolist(), abs=1e-12)
 
 
@@ -187,7 +187,7 @@ def test_a_setting_that_a_schedule_never_reads_does_not_change_it() -> None:
             changed = member.model_copy(update={name: value})
             after = (1 - changed.cooldown) * END
             same = all(at(member, t, branch=branch) == at(changed, t, branch=after) for t in range(WARMUP + 1, END, 50))
-            assert same == (name in unread(member)), (name_of(member), name)
+            assert same == (name in find_unused_settings(member)), (name_of(member), name)
 
 
 def test_an_exponential_decay_to_zero_is_refused() -> None:

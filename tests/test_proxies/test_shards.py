@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from proxies.config.proxy import ProxyConfig
-from proxies.config.steps import plan
-from proxies.model.dtensors import is_sharded, whole
+from proxies.config.steps import plan_steps
+from proxies.model.dtensors import gather_full, is_sharded
 from proxies.model.mup import param_groups
 from proxies.model.transformer import build
 from proxies.training import checkpoints, loop
@@ -28,16 +28,17 @@ from proxies.training.checkpoints import (
     load_model,
     load_state,
     load_weights,
+    open_weights,
     read_run,
     remove_run,
-    stored,
     write_run,
     write_state,
 )
-from proxies.training.distributed import ALONE, ENVIRONMENT, Ranks, free_port, joined
+from proxies.training.distributed import ALONE, ENVIRONMENT, Ranks, find_free_port, join_ranks
 from proxies.training.loop import train
 from proxies.training.run_state import Run
-from proxies.training.shards import TABLE, sums
+from proxies.training.shards import TABLE, compute_checksums
+from scaling.common import atomic
 
 TREE: dict[str, Any] = {
     "format": FORMAT,
@@ -109,28 +110,30 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("at", ["write_tensors", "sums", "write_state", "_sync"])
+@pytest.mark.parametrize("at", ["write_tensors", "compute_checksums", "write_state", "sync_folder"])
 def test_a_writer_killed_anywhere_leaves_the_checkpoint_before_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, first: bool
 ) -> None:
     path = tmp_path / "run"
     if not first:
         write_run(TREE, path)
-    own, sync = getattr(checkpoints, at), checkpoints._sync
+    own, sync = getattr(checkpoints, at), checkpoints.sync_folder
 
     def killed(*args: Any) -> None:
-        if at == "_sync" and first and not path.exists():  # the header's own; the folder has no name yet
+        if at == "sync_folder" and first and not path.exists():  # the header's own; the folder has no name yet
             sync(*args)
             return
-        if at in ("write_tensors", "_sync"):  # after it, else before
+        if at in ("write_tensors", "sync_folder"):  # after it, else before
             own(*args)
         raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, at, killed)
+        if at == "sync_folder":
+            patch.setattr(atomic, at, killed)
         with pytest.raises(Killed):
             write_run(changed(4), path)
-    if at == "_sync":
+    if at == "sync_folder":
         assert_same(load_state(path), changed(4))
     elif first:
         assert not path.exists(), "what is there is whole"
@@ -151,7 +154,7 @@ def test_without_space_the_checkpoint_before_is_intact(tmp_path: Path, first: bo
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
     try:
-        with pytest.raises(OSError, match="nothing was written" if first else "the one written before is intact"):
+        with pytest.raises(OSError, match="nothing was written" if first else "the previous one is intact"):
             write_run(changed(4), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -173,7 +176,7 @@ def test_a_folder_with_a_file_cut_short_is_refused_by_name(tmp_path: Path, share
     for file in (data / "__0_0.distcp", data / TABLE, path / HEADER):
         content = file.read_bytes()
         file.write_bytes(content[: int(share * len(content))])
-        with pytest.raises(ValueError, match=r"run.* cut short"):
+        with pytest.raises(ValueError, match=r"run.* truncated"):
             read_run(path)
         file.write_bytes(content)
     read_run(path)
@@ -219,7 +222,9 @@ def test_folders_of_others_are_refused_and_no_code_of_theirs_runs(tmp_path: Path
     opened = b"\x80\x04" + module + name + b"\x93" + given + b"R."  # what torch's own module has imported, called
     for said, trap in (("mkdir", pickle.dumps(Trap())), (r"io\.FileIO", opened)):
         table.write_bytes(trap)
-        write_state(header | {"files": header["files"] | sums([table])}, path / HEADER)  # its maker knew the checksum
+        write_state(
+            header | {"files": header["files"] | compute_checksums([table])}, path / HEADER
+        )  # its maker knew the checksum
         with pytest.raises(ValueError, match=rf"run/\w+, whose table is damaged .*{said}"):
             load_state(path)
         assert not (tmp_path / "ran").exists()
@@ -234,7 +239,7 @@ def test_a_stored_mapping_reads_one_tensor_when_it_is_asked_for(
 ) -> None:
     write_run(TREE, tmp_path / "run")
     saved = read_run(tmp_path / "run")
-    weights = stored(saved, tmp_path / "run", "trunk", "model")
+    weights = open_weights(saved, tmp_path / "run", "trunk", "model")
     read: list[tuple[int, ...]] = []
     load = torch.load
 
@@ -297,18 +302,18 @@ def test_one_process_writes_folders_that_are_its_files(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def shards() -> Iterator[Ranks]:
     """One rank of FSDP2, in this process."""
-    words = (0, 1, 0, "localhost", free_port())
+    words = (0, 1, 0, "localhost", find_free_port())
     with pytest.MonkeyPatch.context() as patch:
         for name, word in zip(ENVIRONMENT, words, strict=True):
             patch.setenv(name, str(word))
-        with joined("fsdp2") as ranks:
+        with join_ranks("fsdp2") as ranks:
             yield ranks
 
 
 def test_groups_are_those_of_the_whole_model_on_shards(shards: Ranks) -> None:
     """Also where width, depth and head gains each have their own rate, decay and eps."""
     c = config(d_model=64, embed_lr_mult=2.0)
-    run = Run(c, plan(c, 2_560), "", torch.device("cpu"), shards)
+    run = Run(c, plan_steps(c, 2_560), "", torch.device("cpu"), shards)
     alone = build(c)
     assert all(is_sharded(p) for p in run.model.parameters())
     names = {id(p): name for name, p in [*run.model.named_parameters(), *alone.named_parameters()]}
@@ -323,7 +328,7 @@ def test_groups_are_those_of_the_whole_model_on_shards(shards: Ranks) -> None:
     assert ours == theirs
     assert len({rule[:3] for rule in ours.values()}) == 6, "each role has its own"
     for p, q in zip(run.model.parameters(), alone.parameters(), strict=True):
-        assert torch.equal(whole(p), q), "and starts as in one process"
+        assert torch.equal(gather_full(p), q), "and starts as in one process"
 
 
 def test_a_run_on_shards_goes_on_from_one_without_and_the_other_way_round(shards: Ranks, tmp_path: Path) -> None:
@@ -339,22 +344,22 @@ def test_a_run_on_shards_goes_on_from_one_without_and_the_other_way_round(shards
 
 
 def test_what_ranks_cannot_do_is_refused_before_anything_is_spent(shards: Ranks, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"save: needed a folder for what several ranks write, got .*run\.pt"):
+    with pytest.raises(ValueError, match=r"save: needed a folder, since several ranks write it, got .*run\.pt"):
         train(config(), 1_000, save=tmp_path / "run.pt", ranks=shards)
     with pytest.raises(ValueError, match=r"can work on FSDP2's shards, adamw.*got 'soap'.*engine ddp"):
         train(config(optimizer="soap"), 1_000, ranks=shards)
-    with pytest.raises(ValueError, match=r"batch_seqs that 3 ranks can divide, got 4: set 3 or 6"):
-        loop._check_shares(config(), Ranks(0, 3, "ddp"))
-    with pytest.raises(ValueError, match=r"8 ranks can divide, got 4: set 8,"):
-        loop._check_shares(config(), Ranks(0, 8, "ddp"))
+    with pytest.raises(ValueError, match=r"batch_seqs divisible by 3 ranks, got 4: set 3 or 6"):
+        loop._check_divisible(config(), Ranks(0, 3, "ddp"))
+    with pytest.raises(ValueError, match=r"divisible by 8 ranks, got 4: set 8,"):
+        loop._check_divisible(config(), Ranks(0, 8, "ddp"))
 
 
 def test_engines_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, word in zip(ENVIRONMENT, ("0", "2", "0", "localhost", "1"), strict=True):
         monkeypatch.setenv(name, word)
-    with pytest.raises(ValueError, match="needed the engine ddp or fsdp2 for 2 processes"), joined("plain"):
+    with pytest.raises(ValueError, match="needed the engine ddp or fsdp2 for 2 processes"), join_ranks("plain"):
         pass
-    with pytest.raises(ValueError, match="an engine out of plain, ddp, fsdp2, got 'fsdp'"), joined("fsdp"):  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="an engine out of plain, ddp, fsdp2, got 'fsdp'"), join_ranks("fsdp"):  # type: ignore[arg-type]
         pass
 
 
@@ -370,8 +375,8 @@ def test_a_loss_that_is_not_finite_ends_a_run_on_shards(shards: Ranks, tmp_path:
 def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
-    with joined("fsdp2") as ranks:
+    with join_ranks("fsdp2") as ranks:
         assert ranks == ALONE
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match="needed torchrun's environment, got no WORLD_SIZE"), joined("ddp"):
+    with pytest.raises(ValueError, match="needed torchrun's environment, got no WORLD_SIZE"), join_ranks("ddp"):
         pass

@@ -1,4 +1,4 @@
-"""Text to tokens and back: trained on the training part alone, the same on every machine, kept on disk."""
+"""Tokenizers: trained on the training part alone, the same on every machine, and cached on disk."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 
 from proxies.config.proxy import ProxyConfig
-from proxies.data import tokenizer as module
-from proxies.data.corpora import _load, check_corpus, load_corpora, load_corpus
-from proxies.data.mixture import record
+from proxies.data import tokenizer as tokenizer_module
+from proxies.data.corpora import check_corpus, load_cached, load_corpora, load_corpus
+from proxies.data.mixture import describe_data
 from proxies.data.sources import open_source
-from proxies.data.token_files import cache_folder, kept_tokens
-from proxies.data.tokenizer import trained
+from proxies.data.token_files import TokenMetadata, cache_tokens, get_cache_folder
+from proxies.data.tokenizer import train_bpe
 from proxies.trainers.proxy_family import ProxyFamily
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +53,7 @@ def prose(n: int, seed: int = 0) -> str:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MUSCALE_CACHE", str(tmp_path / "cache"))
-    _load.cache_clear()
+    load_cached.cache_clear()
     return tmp_path / "cache"
 
 
@@ -65,16 +64,16 @@ def book(tmp_path: Path) -> Path:
     return path
 
 
-def decoder(vocab: int, book: Path) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(trained([open_source(str(book))], vocab))
+def train_tokenizer(vocab: int, book: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(train_bpe([open_source(str(book))], vocab))
 
 
 def test_tokens_decode_to_the_text_byte_for_byte(book: Path) -> None:
     as_bytes = load_corpus(str(book))
     corpus = load_corpus(str(book), vocab=500, tokenizer="bpe")
-    opened = decoder(500, book)
+    tokenizer = train_tokenizer(500, book)
     for tokens, raw in ((corpus.train, as_bytes.train), (corpus.val, as_bytes.val)):
-        assert opened.decode(tokens.tolist(), skip_special_tokens=False).encode() == raw.tobytes()
+        assert tokenizer.decode(tokens.tolist(), skip_special_tokens=False).encode() == raw.tobytes()
     assert isinstance(corpus.train, np.memmap)
     assert int(corpus.train.max()) < 500
     assert corpus.bytes_per_token == pytest.approx(len(as_bytes.val) / len(corpus.val), abs=1e-12)
@@ -83,38 +82,41 @@ def test_tokens_decode_to_the_text_byte_for_byte(book: Path) -> None:
     assert corpus.sha256 != as_bytes.sha256
 
 
-def test_more_tokens_are_longer_and_wide_ones_need_32_bits(book: Path) -> None:
+def test_a_larger_vocabulary_has_longer_tokens_and_may_need_32_bits(book: Path) -> None:
     ratios = [load_corpus(str(book), vocab=v, tokenizer="bpe").bytes_per_token or 0 for v in (257, 300, 400)]
     assert ratios == sorted(set(ratios))
     assert load_corpus(str(book), vocab=70_000, tokenizer="bpe").train.dtype == np.uint32
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
-    """A word of the held-out block alone never becomes a token; one of the training part does."""
+    """A word that only the held-out block has never becomes a token; one of the training part does."""
     path = tmp_path / "text.txt"
-    blocks = ["seldomseldom " if i == 1 else "frequent " for i in range(12)]  # block 1 is held out
+    # Block 1 is held out.
+    blocks = ["seldomseldom " if i == 1 else "frequent " for i in range(12)]
     path.write_bytes(b"".join((word * 300).encode()[:2048] for word in blocks))
-    vocab = decoder(400, path).get_vocab()
+    vocab = train_tokenizer(400, path).get_vocab()
     assert "Ġfrequent" in vocab
     assert not any("seld" in token for token in vocab)
 
 
 def test_training_gives_the_same_file_in_another_process_with_other_threads(book: Path) -> None:
-    code = f"from proxies.data.sources import open_source; from proxies.data.tokenizer import trained; print(trained([open_source({str(book)!r})], 400))"
-    here = trained([open_source(str(book))], 400)
+    code = (
+        "from proxies.data.sources import open_source; from proxies.data.tokenizer import train_bpe; "
+        f"print(train_bpe([open_source({str(book)!r})], 400))"
+    )
+    expected = train_bpe([open_source(str(book))], 400)
     for threads in ("1", "3"):
         env = os.environ | {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
         out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-        assert json.loads(out) == json.loads(here)
+        assert json.loads(out) == json.loads(expected)
 
 
 def test_several_sources_share_one_tokenizer(tmp_path: Path) -> None:
     for name, word in (("a", "apple "), ("b", "banana ")):
         (tmp_path / name).write_text(word * 3000)
     corpora = load_corpora({n: str(tmp_path / n) for n in "ab"}, vocab=270, tokenizer="bpe")
-    kept = list(cache_folder().glob("*.tokenizer.json"))
-    assert len(kept) == 1
-    vocab = tokenizers.Tokenizer.from_file(str(kept[0])).get_vocab()
+    (cached,) = get_cache_folder().glob("*.tokenizer.json")
+    vocab = tokenizers.Tokenizer.from_file(str(cached)).get_vocab()
     assert {"Ġapple", "Ġbanana"} <= set(vocab)
     again = load_corpora({n: str(tmp_path / n) for n in "ba"}, vocab=270, tokenizer="bpe")
     assert {n: c.sha256 for n, c in again.items()} == {n: c.sha256 for n, c in corpora.items()}
@@ -122,55 +124,64 @@ def test_several_sources_share_one_tokenizer(tmp_path: Path) -> None:
 
 def test_the_second_reading_comes_from_the_cache(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_corpus(str(book), vocab=300, tokenizer="bpe")
-    _load.cache_clear()
-    monkeypatch.setattr(module, "trained", lambda *_: pytest.fail("trained again"))
+    load_cached.cache_clear()
+    monkeypatch.setattr(tokenizer_module, "train_bpe", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr("proxies.data.corpora._write_tokens", lambda *_: pytest.fail("tokenized again"))
     again = load_corpus(str(book), vocab=300, tokenizer="bpe")
     np.testing.assert_array_equal(again.train, first.train)
     assert (again.sha256, again.files, again.bytes_per_token) == (first.sha256, first.files, first.bytes_per_token)
 
 
-@pytest.mark.parametrize("harm", ["truncated", "another version", "no note", "not a note", "killed"])
-def test_a_cache_that_is_not_whole_is_made_again(harm: str, book: Path, cache: Path) -> None:
+DAMAGES = ["truncated", "another version", "no metadata", "wrong metadata", "killed", "killed in version 0.1"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_again(damage: str, book: Path, cache: Path) -> None:
     first = np.array(load_corpus(str(book), vocab=300, tokenizer="bpe").train)
-    (said,) = cache.glob("*/tokens.json")
-    if harm == "truncated":
-        train = said.parent / "train.bin"
+    (metadata,) = cache.glob("*/tokens.json")
+    folder = metadata.parent
+    if damage == "truncated":
+        train = folder / "train.bin"
         train.write_bytes(train.read_bytes()[:-2])
-    elif harm == "another version":
-        said.write_text(json.dumps(json.loads(said.read_text()) | {"version": 0}))
-    elif harm == "no note":
-        said.unlink()
-    elif harm == "not a note":
-        said.write_text("[1]")
+    elif damage == "another version":
+        metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"version": 0}))
+    elif damage == "no metadata":
+        metadata.unlink()
+    elif damage == "wrong metadata":
+        metadata.write_text("[1]")
+    elif damage == "killed":
+        folder.rename(folder.with_name(f".{folder.name}.0123456789ab.tmp"))
     else:
-        said.parent.rename(said.parent.with_name(said.parent.name + ".making"))
-    _load.cache_clear()
+        folder.rename(folder.with_name(f"{folder.name}.making"))
+    load_cached.cache_clear()
     np.testing.assert_array_equal(load_corpus(str(book), vocab=300, tokenizer="bpe").train, first)
-    assert json.loads(said.read_text())["version"] == 1
-    assert not list(cache.glob("*.making"))
+    assert json.loads(metadata.read_text())["version"] == 1
+    assert [path for path in cache.iterdir() if path.is_dir()] == [folder], "nothing is left of the killed process"
 
 
 def test_text_that_changes_is_tokenized_again(book: Path) -> None:
     first = load_corpus(str(book), vocab=300, tokenizer="bpe")
     book.write_text(prose(40_000, seed=1), encoding="utf-8")
-    _load.cache_clear()
+    load_cached.cache_clear()
     assert load_corpus(str(book), vocab=300, tokenizer="bpe").sha256 != first.sha256
 
 
-def test_text_that_changes_meanwhile_is_refused(book: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxies.data.corpora.digest_of", lambda _: "0" * 64)  # as it was before it changed
+def test_text_that_changes_while_it_is_read_is_refused(
+    book: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The digest is of the text before the change.
+    monkeypatch.setattr("proxies.data.corpora.compute_digest", lambda _: "0" * 64)
     with pytest.raises(ValueError, match="stay as it is"):
         load_corpus(str(book), vocab=300, tokenizer="bpe")
     assert [p for p in cache.iterdir() if p.is_dir()] == []
 
 
-def test_a_disk_that_fails_leaves_no_half_cache(book: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+def test_a_full_disk_leaves_no_partial_cache(book: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("proxies.data.corpora._write_tokens", full)
+        patch.setattr("proxies.data.corpora._write_tokens", fail)
         with pytest.raises(OSError, match="No space left"):
             load_corpus(str(book), vocab=300, tokenizer="bpe")
     assert [p for p in cache.iterdir() if p.is_dir()] == []
@@ -179,9 +190,10 @@ def test_a_disk_that_fails_leaves_no_half_cache(book: Path, cache: Path, monkeyp
 
 def test_large_text_is_mapped_and_has_the_tokens_of_small(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = load_corpus(str(book))
-    _load.cache_clear()
-    monkeypatch.setattr("proxies.data.corpora.IN_MEMORY", 1000)
-    monkeypatch.setattr("proxies.data.sources.PIECE", 100)  # so that the file is mapped, not read
+    load_cached.cache_clear()
+    monkeypatch.setattr("proxies.data.corpora.MAX_BYTES_IN_MEMORY", 1000)
+    # The file is then mapped instead of read.
+    monkeypatch.setattr("proxies.data.sources.PIECE_BYTES", 100)
     large = load_corpus(str(book))
     assert isinstance(large.train, np.memmap)
     np.testing.assert_array_equal(large.train, small.train)
@@ -194,9 +206,9 @@ def test_a_large_file_of_a_folder_is_read_in_pieces(tmp_path: Path, monkeypatch:
     for i in range(40):
         (tmp_path / "text" / f"{i}.txt").write_text(prose(200, seed=i), encoding="utf-8")
     small = load_corpus(str(tmp_path / "text"))
-    _load.cache_clear()
-    monkeypatch.setattr("proxies.data.corpora.IN_MEMORY", 1000)
-    monkeypatch.setattr("proxies.data.sources.PIECE", 50)
+    load_cached.cache_clear()
+    monkeypatch.setattr("proxies.data.corpora.MAX_BYTES_IN_MEMORY", 1000)
+    monkeypatch.setattr("proxies.data.sources.PIECE_BYTES", 50)
     large = load_corpus(str(tmp_path / "text"))
     np.testing.assert_array_equal(large.train, small.train)
     assert (large.sha256, large.files) == (small.sha256, small.files)
@@ -205,7 +217,7 @@ def test_a_large_file_of_a_folder_is_read_in_pieces(tmp_path: Path, monkeypatch:
 def test_one_process_makes_the_tokens_while_the_others_wait() -> None:
     built: list[Path] = []
 
-    def build(folder: Path) -> dict[str, Any]:
+    def build(folder: Path) -> TokenMetadata:
         built.append(folder)
         time.sleep(0.2)
         for part in ("train", "val"):
@@ -213,13 +225,13 @@ def test_one_process_makes_the_tokens_while_the_others_wait() -> None:
         return {"dtype": "u1", "train": 10, "val": 10}
 
     with ThreadPoolExecutor(4) as pool:
-        read = list(pool.map(lambda _: kept_tokens("key", build), range(4)))
+        results = list(pool.map(lambda _: cache_tokens("key", build), range(4)))
     assert len(built) == 1
-    assert all(train.tolist() == list(range(10)) for train, _, _ in read)
+    assert all(train.tolist() == list(range(10)) for train, _, _ in results)
 
 
-def test_text_that_is_too_short_as_tokens_is_refused_when_it_is_listed(tmp_path: Path) -> None:
-    """Its bytes would be enough, so it is seen when it is tokenized: still before a study is written."""
+def test_text_of_too_few_tokens_is_refused_when_its_files_are_listed(tmp_path: Path) -> None:
+    """It has enough bytes, so only tokenizing it shows the problem; that is still before a study is written."""
     path = tmp_path / "short.txt"
     path.write_text("the same words over and over " * 300)
     settings = {
@@ -235,14 +247,14 @@ def test_text_that_is_too_short_as_tokens_is_refused_when_it_is_listed(tmp_path:
         family.manifest()
 
 
-def test_a_ready_tokenizer_may_be_named(book: Path, tmp_path: Path) -> None:
-    ready = tmp_path / "tokenizer.json"
-    ready.write_text(trained([open_source(str(book))], 300))
-    named = load_corpus(str(book), vocab=300, tokenizer=str(ready))
-    np.testing.assert_array_equal(named.train, load_corpus(str(book), vocab=300, tokenizer="bpe").train)
-    assert "at most vocab = 280 tokens, got 300" in check_corpus(str(book), vocab=280, tokenizer=str(ready))[0]
-    ready.write_text("{}")
-    assert "needed a tokenizer.json" in check_corpus(str(book), vocab=280, tokenizer=str(ready))[0]
+def test_a_tokenizer_file_can_be_given(book: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(train_bpe([open_source(str(book))], 300))
+    corpus = load_corpus(str(book), vocab=300, tokenizer=str(path))
+    np.testing.assert_array_equal(corpus.train, load_corpus(str(book), vocab=300, tokenizer="bpe").train)
+    assert "at most vocab = 280 tokens, got 300" in check_corpus(str(book), vocab=280, tokenizer=str(path))[0]
+    path.write_text("{}")
+    assert "needed a tokenizer.json" in check_corpus(str(book), vocab=280, tokenizer=str(path))[0]
 
 
 def test_wrong_tokenizers_are_refused_before_anything_is_read(book: Path, tmp_path: Path) -> None:
@@ -258,20 +270,21 @@ def test_wrong_tokenizers_are_refused_before_anything_is_read(book: Path, tmp_pa
 
 def test_a_missing_package_is_named_with_its_extra(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    said = check_corpus(str(book), vocab=300, tokenizer="bpe")[0]
-    assert (
-        said == "needed the package tokenizers for tokenizer 'bpe', which is not installed: pip install 'muscale[data]'"
-    )
+    assert check_corpus(str(book), vocab=300, tokenizer="bpe") == [
+        "needed the package tokenizers for tokenizer 'bpe', which is not installed: pip install 'muscale[data]'"
+    ]
     with pytest.raises(ValueError, match="needed the package tokenizers"):
         load_corpus(str(book), vocab=300, tokenizer="bpe")
 
 
-def test_the_record_of_a_run_has_the_bytes_of_a_token(book: Path) -> None:
+def test_the_record_of_a_run_has_the_bytes_per_token(book: Path) -> None:
     config = ProxyConfig(corpus=str(book), tokenizer="bpe", vocab=300, seq_len=32)
-    assert record(config)["bytes_per_token"] == load_corpus(str(book), vocab=300, tokenizer="bpe").bytes_per_token
+    assert (
+        describe_data(config)["bytes_per_token"] == load_corpus(str(book), vocab=300, tokenizer="bpe").bytes_per_token
+    )
 
 
-def test_a_cache_that_cannot_be_made_names_the_setting(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unusable_cache_folder_names_the_setting(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUSCALE_CACHE", str(book / "inside"))
     with pytest.raises(ValueError, match="set MUSCALE_CACHE"):
         load_corpus(str(book), vocab=300, tokenizer="bpe")

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from proxies.config.proxy import ProxyConfig
-from proxies.config.steps import plan, point_steps
+from proxies.config.steps import plan_steps, find_eval_steps
 from proxies.data import mixture
 from proxies.data.corpora import load_corpus
-from proxies.data.windows import held_out
+from proxies.data.windows import cut_held_out
 from proxies.model.transformer import build
 from proxies.training import loop, run_state
 from proxies.training.checkpoints import FORMAT, load_model, load_state, write_state
@@ -89,7 +89,7 @@ def test_tokens_are_rounded_down_to_whole_windows() -> None:
     ],
 )
 def test_a_plan_is_cut_as_written_by_hand(tokens: int, cut: tuple[int, int, int]) -> None:
-    ours = plan(config(), tokens)
+    ours = plan_steps(config(), tokens)
     assert (ours.tokens, ours.trunk_steps, ours.steps) == cut
 
 
@@ -97,17 +97,17 @@ def test_the_shortest_run_named_in_the_error_is_possible_and_one_token_less_is_n
     for changes in ({}, {"warmup_tokens": 0}, {"warmup_tokens": 1000, "cooldown": 0.37, "batch_seqs": 3}):
         c = config(**changes)
         with pytest.raises(ValueError, match="needed at least") as error:
-            plan(c, 10)
+            plan_steps(c, 10)
         least = int(str(error.value).split("at least ")[1].split(" ")[0].replace(",", ""))
-        assert plan(c, least).trunk_steps * c.batch_tokens >= c.warmup_tokens
+        assert plan_steps(c, least).trunk_steps * c.batch_tokens >= c.warmup_tokens
         with pytest.raises(ValueError, match="needed at least"):
-            plan(c, least - 1)
+            plan_steps(c, least - 1)
 
 
 def test_points_are_two_an_octave_and_do_not_depend_on_the_end() -> None:
     c = ProxyConfig()
-    long = sorted(point_steps(c, 4000))
-    assert sorted(point_steps(c, 500)) == [s for s in long if s <= 500]
+    long = sorted(find_eval_steps(c, 4000))
+    assert sorted(find_eval_steps(c, 500)) == [s for s in long if s <= 500]
     ratios = [b / a for a, b in pairwise(long)]
     assert all(1.3 < r < 1.55 for r in ratios[2:])
     assert long[0] * c.batch_tokens >= c.warmup_tokens
@@ -116,14 +116,14 @@ def test_points_are_two_an_octave_and_do_not_depend_on_the_end() -> None:
 def test_early_points_begin_with_the_end_of_the_warm_up_and_leave_the_others_where_they_are() -> None:
     late = ProxyConfig(warmup_tokens=1024, batch_seqs=4)  # points from 3 x 64 x 128 tokens on
     early = late.model_copy(update={"early_points": True})
-    usual, more = point_steps(late, 4000), point_steps(early, 4000)
+    usual, more = find_eval_steps(late, 4000), find_eval_steps(early, 4000)
     assert min(usual) * late.batch_tokens == 24_576
     assert [s * late.batch_tokens for s in sorted(more - usual)] == [1024, 2048, 4096, 8192, 16_384]
     assert usual < more
-    assert point_steps(early, 7) == {2, 4}
+    assert find_eval_steps(early, 7) == {2, 4}
     soon = {"warmup_tokens": 40_000, "early_points": True}  # nothing lies before its usual points
     assert (
-        point_steps(ProxyConfig(**soon), 90) == point_steps(ProxyConfig(**soon | {"early_points": False}), 90) != set()
+        find_eval_steps(ProxyConfig(**soon), 90) == find_eval_steps(ProxyConfig(**soon | {"early_points": False}), 90) != set()
     )
 
 
@@ -140,7 +140,7 @@ def test_early_points_change_what_is_seen_and_nothing_else(tmp_path: Path) -> No
 def test_evaluation_costs_a_small_share_of_a_short_run() -> None:
     c = ProxyConfig()
     for tokens in (40_000, 80_000, 400_000):
-        forward_passes = 1 + len(point_steps(c, plan(c, tokens).trunk_steps))
+        forward_passes = 1 + len(find_eval_steps(c, plan_steps(c, tokens).trunk_steps))
         assert forward_passes * c.eval_windows * c.seq_len / 3 < 0.15 * tokens
 
 
@@ -153,7 +153,7 @@ def test_the_loss_is_that_of_the_annealed_weights_on_held_out_windows(tmp_path: 
     *_, final = train(config(), 3_000, save=tmp_path / "run.pt")
     c, model = load_model(tmp_path / "run.pt")
     corpus = load_corpus("stdlib")
-    x, y = held_out(corpus.val, 16, 8)
+    x, y = cut_held_out(corpus.val, 16, 8)
     assert evaluate(model, (x, y)) == final.loss
     by_hand = torch.stack([-model(x[i : i + 1])[0].log_softmax(-1)[torch.arange(16), y[i]].mean() for i in range(8)])
     assert float(by_hand.detach().mean()) == pytest.approx(final.loss, rel=1e-5)
@@ -267,7 +267,7 @@ def test_a_run_cut_off_in_its_cooldown_can_be_extended_instead(tmp_path: Path, m
             raise KeyboardInterrupt
 
         patch.setattr(loop, "evaluate", interrupted)
-        patch.setattr(loop, "point_steps", lambda *_: frozenset())
+        patch.setattr(loop, "find_eval_steps", lambda *_: frozenset())
         with pytest.raises(KeyboardInterrupt):
             list(train(config(), 2_560, keep=tmp_path / "keep.pt"))
     assert load_state(tmp_path / "keep.pt")["phase"] == "cooldown"
@@ -397,11 +397,11 @@ def cut_off_after(monkeypatch: pytest.MonkeyPatch, step: int, c: ProxyConfig, to
 
 
 @pytest.mark.parametrize("schedule", HORIZONS)
-def test_under_a_horizon_a_longer_run_starts_afresh_and_says_so(tmp_path: Path, schedule: str) -> None:
+def test_under_a_horizon_a_longer_run_starts_from_the_beginning_with_a_warning(tmp_path: Path, schedule: str) -> None:
     c = config(schedule=schedule)
     list(train(c, 2_560, save=tmp_path / "short.pt"))
     straight = list(train(c, 4_000))
-    with pytest.warns(UserWarning, match=f"schedule '{schedule}' has a horizon: a run of 4,000 tokens starts afresh"):
+    with pytest.warns(UserWarning, match=f"schedule '{schedule}' has a horizon: a run of 4,000 tokens starts from the beginning"):
         again = train(c, 4_000, resume=tmp_path / "short.pt")
     assert all(same_numbers(a, b) for a, b in zip(straight, again, strict=True))
     assert len(straight) > 2  # points on the way, too
@@ -420,8 +420,8 @@ def test_without_a_horizon_a_longer_run_goes_on(tmp_path: Path, schedule: str) -
 
 def test_a_constant_rate_is_read_off_the_trunk() -> None:
     c = config(schedule="constant")
-    assert (plan(c, 1280).trunk_steps, plan(c, 1280).cooldown_steps) == (10, 0)
-    assert (plan(c, 1300).trunk_steps, plan(c, 1300).cooldown_steps) == (10, 1)  # one window is left over
+    assert (plan_steps(c, 1280).trunk_steps, plan_steps(c, 1280).cooldown_steps) == (10, 0)
+    assert (plan_steps(c, 1300).trunk_steps, plan_steps(c, 1300).cooldown_steps) == (10, 1)  # one window is left over
     for tokens in (1280, 1300):
         *_, last = train(c, tokens)
         assert (last.lr, last.tokens, last.final) == (c.lr, tokens // 16 * 16, True)
@@ -432,11 +432,11 @@ def test_the_shortest_run_of_another_schedule_is_the_one_that_its_error_names(sc
     for changes in ({}, {"warmup_tokens": 0}, {"warmup_tokens": 1000, "batch_seqs": 3}):
         c = config(schedule=schedule, **changes)
         with pytest.raises(ValueError, match="needed at least") as error:
-            plan(c, 1)
+            plan_steps(c, 1)
         least = int(str(error.value).split("at least ")[1].split(" ")[0].replace(",", ""))
-        assert plan(c, least).steps * c.batch_tokens > c.warmup_tokens - 1
+        assert plan_steps(c, least).steps * c.batch_tokens > c.warmup_tokens - 1
         with pytest.raises(ValueError, match="needed at least"):
-            plan(c, least - 1)
+            plan_steps(c, least - 1)
 
 
 OPTIMIZERS = {
@@ -467,7 +467,7 @@ def test_every_optimizer_goes_on_exactly_on_the_trunk_and_after_it(
         assert same_numbers(rest[-1], straight[-1])
         assert same_weights(tmp_path / "straight.pt", tmp_path / "rest.pt")
     _, annealed = load_model(tmp_path / "straight.pt")
-    assert evaluate(annealed, mixture.open_data(c).held) == straight[-1].loss, "what is saved is what was measured"
+    assert evaluate(annealed, mixture.open_data(c).held_out) == straight[-1].loss, "what is saved is what was measured"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "schedule-free"])
@@ -475,7 +475,7 @@ def test_looking_changes_nothing(monkeypatch: pytest.MonkeyPatch, optimizer: str
     pytest.importorskip(OPTIMIZERS[optimizer])
     c = config(optimizer=optimizer, schedule="constant")
     *points, last = train(c, 4_000)
-    monkeypatch.setattr(loop, "point_steps", lambda *_: frozenset())
+    monkeypatch.setattr(loop, "find_eval_steps", lambda *_: frozenset())
     *none, unseen = train(c, 4_000)
     assert points
     assert not none
@@ -499,7 +499,7 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch() -> None:
     x_bt, y_bt = data.windows.batch(0, 8)
     for micro in (None, 3):
         c = config(micro_seqs=micro)
-        run = run_state.Run(c, plan(c, 3_000), data.sha256, torch.device("cpu"))
+        run = run_state.Run(c, plan_steps(c, 3_000), data.sha256, torch.device("cpu"))
         run.model.double()
         loss = run.backward(x_bt, y_bt)
         grads.append([loss, *(p.grad for p in run.model.parameters())])
@@ -540,10 +540,10 @@ def test_how_memory_is_saved_may_change_on_resuming(tmp_path: Path) -> None:
 
 def test_a_run_far_worse_than_guessing_for_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """At eight looks in a row after the warm-up: 64 steps of its 100 are trained, and it never comes to the end."""
-    from proxies.model.transformer import loss_of
+    from proxies.model.transformer import compute_loss
 
     height = math.log(256) + 1.01
-    monkeypatch.setattr(run_state, "loss_of", lambda *args: loss_of(*args) * 0 + height)
+    monkeypatch.setattr(run_state, "compute_loss", lambda *args: compute_loss(*args) * 0 + height)
     *_, last = train(config(), 12_800)
     assert (last.final, last.diverged, math.isnan(last.loss)) == (True, True, True)
     assert last.tokens == (2 // 8 + 8) * 8 * 128  # 2 steps of warm-up; looks after steps 8, 16, ..., 64
@@ -554,15 +554,15 @@ def test_a_run_far_worse_than_guessing_for_long_is_ended(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("bad_steps", [(40, 47), (8, 63)])
 def test_a_spike_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch, bad_steps: tuple[int, int]) -> None:
-    from proxies.model.transformer import loss_of
+    from proxies.model.transformer import compute_loss
 
     steps = iter(range(10_000))
 
     def spike(*args: Any) -> torch.Tensor:
         first, last = bad_steps
-        return loss_of(*args) + (1000.0 if first <= next(steps) < last else 0.0)
+        return compute_loss(*args) + (1000.0 if first <= next(steps) < last else 0.0)
 
-    monkeypatch.setattr(run_state, "loss_of", spike)
+    monkeypatch.setattr(run_state, "compute_loss", spike)
     monkeypatch.setattr(loop, "evaluate", lambda *_: 3.0)
     *_, last = train(config(), 12_800)
     assert (last.tokens, last.diverged) == (12_800, False)
@@ -571,9 +571,9 @@ def test_a_spike_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch, bad_steps: 
 def test_how_long_a_loss_has_been_high_is_not_forgotten_on_resuming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from proxies.model.transformer import loss_of
+    from proxies.model.transformer import compute_loss
 
-    monkeypatch.setattr(run_state, "loss_of", lambda *args: loss_of(*args) * 0 + 9.0)
+    monkeypatch.setattr(run_state, "compute_loss", lambda *args: compute_loss(*args) * 0 + 9.0)
     *_, straight = train(config(), 12_800)
     for stop_at in (13, 32, 57):
         cut_off_after(monkeypatch, stop_at, config(), 12_800, tmp_path / "keep.pt")
@@ -643,7 +643,7 @@ def test_speed_and_mfu_are_those_of_the_measurements_in_between(monkeypatch: pyt
     c = config()
     usage = Usage(c, peak_flops=1e9)
     points = [Measurement(1000, 3.0, seconds=2.0), Measurement(5000, 3.0, seconds=4.0, final=True)]
-    assert list(usage.of(iter(points))) == points
+    assert list(usage.watch(iter(points))) == points
     assert usage.tokens_per_second == 2000.0
     palm = (
         6 * (4 * 32 * 32 + 3 * 32 * 96 + 32 * 256) + 12 * 1 * 32 * 16

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from proxies.config.proxy import ProxyConfig
-from proxies.model.mup import GAINS, role_of
+from proxies.model.mup import GAIN_ROLES, get_role
 from proxies.model.optimizers import make_optimizer
-from proxies.model.transformer import Block, build, loss_of, rope_table, rotate
+from proxies.model.transformer import Block, build, compute_loss, make_rope_table, rotate
 from proxies.training.checkpoints import write_state
 
 
@@ -36,7 +36,7 @@ def test_the_model_has_the_parameters_that_the_config_counts() -> None:
     for changes in ({}, {"d_model": 64}, {"q_per_kv": 2, "n_layers": 3}, {"qk_norm": True}, tied):
         model = build(config(**changes))
         assert sum(p.numel() for p in model.parameters()) == model.config.counts.total
-        gains = sum(p.numel() for n, p in model.named_parameters() if role_of(n) in GAINS)
+        gains = sum(p.numel() for n, p in model.named_parameters() if get_role(n) in GAIN_ROLES)
         looked_up = gains + (
             0 if model.config.tied else model.embed.numel()
         )  # a tied table multiplies every token, too
@@ -44,7 +44,7 @@ def test_the_model_has_the_parameters_that_the_config_counts() -> None:
 
 
 def test_an_untrained_model_guesses() -> None:
-    loss = loss_of(build(config()), tokens(2), tokens(2, seed=1))
+    loss = compute_loss(build(config()), tokens(2), tokens(2, seed=1))
     assert float(loss.detach()) == pytest.approx(math.log(50), abs=1e-6)
 
 
@@ -53,7 +53,7 @@ def test_logits_do_not_depend_on_the_future() -> None:
     x_btd = model.stem(tokens(2)).detach().requires_grad_()
     y = x_btd
     for block in model.blocks:
-        y = block(y, model.rope_for(tokens(2)))
+        y = block(y, model.get_rope(tokens(2)))
     for t in (0, 10, 22):
         (gradient,) = torch.autograd.grad(model.head(y)[:, t].square().sum(), x_btd, retain_graph=True)
         assert torch.count_nonzero(gradient[:, t + 1 :]) == 0
@@ -63,7 +63,7 @@ def test_logits_do_not_depend_on_the_future() -> None:
 @torch.no_grad()
 def test_attention_agrees_with_the_formula_written_out() -> None:
     block = build(config(q_per_kv=2, alpha_attn=1.5)).double().blocks[0]
-    rope = rope_table(24, 16)
+    rope = make_rope_table(24, 16)
     x = torch.randn(3, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scores = block.attention_logits(x, rope).masked_fill(torch.ones(24, 24, dtype=torch.bool).triu(1), -math.inf)
     values = (x @ block.v.T).view(3, 24, 1, 16).repeat_interleave(2, dim=2)
@@ -89,7 +89,7 @@ def test_grouped_queries_are_multi_head_attention_with_repeated_keys(q_per_kv: i
 def test_rotary_scores_depend_on_the_distance_only() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, 1, 16, dtype=torch.float64, generator=generator).expand(1, 40, 1, 16) for _ in range(2))
-    table = rope_table(40, 16)
+    table = make_rope_table(40, 16)
     scores = torch.einsum("bthk,bshk->ts", rotate(q, table), rotate(k, table))
     for distance in (0, 1, 7, 30):
         diagonal = scores.diagonal(-distance)
@@ -101,7 +101,7 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
 def test_the_first_rotary_pair_turns_by_one_radian_per_token() -> None:
     x = torch.zeros(1, 3, 1, 4, dtype=torch.float64)
     x[..., 0] = 1
-    turned = rotate(x, rope_table(3, 4))[0, :, 0]
+    turned = rotate(x, make_rope_table(3, 4))[0, :, 0]
     expected = torch.tensor([[math.cos(t), math.sin(t), 0, 0] for t in range(3)], dtype=torch.float64)
     torch.testing.assert_close(turned, expected)
 
@@ -133,7 +133,7 @@ def tile_twice(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Double the width without changing the function: hidden matrices tiled 2 x 2 over 2, all else along the width."""
     large = {}
     for name, tensor in state.items():
-        role = role_of(name)
+        role = get_role(name)
         if role == "hidden":
             large[name] = tensor.repeat(2, 2) / 2
         elif role == "qk_norm":
@@ -181,7 +181,7 @@ def test_a_model_doubled_by_tiling_trains_exactly_as_the_small_one(
                 model.load_state_dict(saved["model"])
                 optimizer = make_optimizer(model, model.config)
                 optimizer.load_state_dict(saved["optimizer"])
-            loss_of(model, tokens(4, seed=step), tokens(4, seed=step + 1)).backward()
+            compute_loss(model, tokens(4, seed=step), tokens(4, seed=step + 1)).backward()
             optimizer.step()
             optimizer.zero_grad()
     assert (small(probe) - start).abs().max() > 0.1  # something was learned

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from scaling.__main__ import app
 from scaling.advice.recommendation import recommend
-from scaling.report.fit_summary import overview, overview_text
+from scaling.report.fit_summary import summarize_fits, format_summary
 from scaling.runs.io import save_runs
 from scaling.runs.table import check_runs
 from tests.test_scaling.test_recommend import FLOOR, RUNS, table
@@ -127,10 +127,10 @@ def test_with_two_groups_the_rate_and_batch_law_is_shown_and_the_loss_law_is_ref
 
 def test_fit_counts_what_it_leaves_out() -> None:
     mixed = check_runs(pd.concat([RUNS, RUNS.head(4).assign(loss=0.5, excluded="stopped")], ignore_index=True))
-    said = overview(mixed, compare=False)
+    said = summarize_fits(mixed, compare=False)
     assert (said["runs"], said["left_out"]) == (len(RUNS), 4)
-    assert said["loss_law"] == overview(check_runs(RUNS), compare=False)["loss_law"]
-    assert f"{len(RUNS)} runs in 9 groups of equal N and D; 4 left out" in overview_text(said)
+    assert said["loss_law"] == summarize_fits(check_runs(RUNS), compare=False)["loss_law"]
+    assert f"{len(RUNS)} runs in 9 groups of equal N and D; 4 left out" in format_summary(said)
 
 
 def test_a_table_without_rates_is_refused_by_name(tmp_path: Path) -> None:

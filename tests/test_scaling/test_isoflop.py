@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling.fitting.envelope import approaches_table, compare_approaches, fit_envelope, law_frontier
+from scaling.fitting.envelope import make_approaches_table, compare_approaches, fit_envelope, make_law_frontier
 from scaling.fitting.isoflop import Frontier, fit_isoflop
 from scaling.fitting.loss_law import FitError, fit_loss_law
 from scaling.laws.formulas import LossLaw
@@ -128,7 +128,7 @@ def test_the_envelope_needs_a_winner_between_others() -> None:
 def test_the_law_approach_is_the_optimum_of_the_law() -> None:
     C, N, D, loss = isoflops(CHINCHILLA, 0.003, 6)
     fit = fit_loss_law(N, D, loss, bootstrap=60)
-    found = law_frontier(fit, C)
+    found = make_law_frontier(fit, C)
     for at in (1e18, 1e22):
         assert (float(found.N.law(at)), float(found.D.law(at))) == pytest.approx(
             [float(v) for v in fit.law.optimum(at)]
@@ -137,7 +137,7 @@ def test_the_law_approach_is_the_optimum_of_the_law() -> None:
     low, high = found.N.exponent_interval(0.95)
     assert low < CHINCHILLA.beta / (CHINCHILLA.alpha + CHINCHILLA.beta) < high
     with pytest.raises(ValueError, match="bootstrap=200"):
-        law_frontier(fit_loss_law(N, D, loss), C)
+        make_law_frontier(fit_loss_law(N, D, loss), C)
 
 
 def test_the_three_approaches_agree_on_planted_data_and_the_table_shows_them() -> None:
@@ -147,7 +147,7 @@ def test_the_three_approaches_agree_on_planted_data_and_the_table_shows_them() -
     for one in found.values():
         assert isinstance(one, Frontier)
         assert one.N.law.exponent == pytest.approx(0.513, abs=0.07)
-    table = approaches_table(found, 1e22).set_index("approach")
+    table = make_approaches_table(found, 1e22).set_index("approach")
     truth = float(CHINCHILLA.optimum(1e22)[0])
     assert np.all((table["N_opt_low"] < truth) & (truth < table["N_opt_high"]))
     assert np.all(table["N_exponent_low"] < table["N_exponent_high"])
@@ -159,7 +159,7 @@ def test_an_approach_that_the_runs_do_not_allow_is_a_sentence_in_its_place() -> 
     assert isinstance(found["isoflop"], str)
     assert "groups of compute" in found["isoflop"]
     assert isinstance(found["law"], Frontier)
-    assert "groups of compute" in approaches_table(found, 1e22)["status"][1]
+    assert "groups of compute" in make_approaches_table(found, 1e22)["status"][1]
 
 
 def test_curves_give_their_last_points_to_the_other_approaches() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scaling.curves.loss_curve import annealed_ends, fit_curve, tokens_to_reach
+from scaling.curves.loss_curve import annealed_ends, find_tokens_to_reach, fit_curve
 
 
 def test_a_planted_curve_is_recovered_and_extrapolates() -> None:
@@ -27,7 +27,7 @@ def test_spikes_do_not_move_the_curve() -> None:
 
 
 def test_no_other_exponent_fits_better() -> None:
-    """Variable projection against a plain least-squares search, on data without outliers."""
+    """Compare variable projection with a plain least-squares search, on data without outliers."""
     rng = np.random.default_rng(1)
     t = np.geomspace(1e4, 1e6, 40)
     loss = (2 + 50 * t**-0.3) * np.exp(1e-4 * rng.standard_normal(40))
@@ -41,10 +41,10 @@ def test_no_other_exponent_fits_better() -> None:
     assert curve.law.alpha == pytest.approx(grid[np.argmin([squares(a) for a in grid])], abs=0.02)
 
 
-def test_a_run_that_does_not_learn_or_does_not_bend_is_named() -> None:
+def test_the_status_names_a_run_that_does_not_learn_or_does_not_level_off() -> None:
     t = np.geomspace(1e4, 1e6, 20)
     assert "does not fall" in fit_curve(t, 1 + 0.1 * np.log(t)).status
-    assert "does not bend" in fit_curve(t, 9 - 0.3 * np.log(t)).status
+    assert "does not level off" in fit_curve(t, 9 - 0.3 * np.log(t)).status
 
 
 def test_a_curve_needs_points_that_can_be_read() -> None:
@@ -53,28 +53,31 @@ def test_a_curve_needs_points_that_can_be_read() -> None:
     with pytest.raises(ValueError, match="one length"):
         fit_curve([1e4, 1e5], [3.0])
     with pytest.raises(ValueError, match="before the first step"):
-        tokens_to_reach([0.0, 1e5], [3.0, 2.0], 2.5)
+        find_tokens_to_reach([0.0, 1e5], [3.0, 2.0], 2.5)
 
 
 def test_tokens_to_reach_is_linear_in_log_tokens() -> None:
-    assert tokens_to_reach([1e3, 1e4, 1e5], [4, 3, 2], 3.5) == pytest.approx(10**3.5)
-    assert tokens_to_reach([1e3, 1e4, 1e5], [4, 3, 2], 2.25) == pytest.approx(10**4.75)
-    assert tokens_to_reach([1e5, 1e3, 1e4], [2, 4, 3], 3) == pytest.approx(1e4)  # order does not matter
+    assert find_tokens_to_reach([1e3, 1e4, 1e5], [4, 3, 2], 3.5) == pytest.approx(10**3.5)
+    assert find_tokens_to_reach([1e3, 1e4, 1e5], [4, 3, 2], 2.25) == pytest.approx(10**4.75)
+    # The order of the points does not matter.
+    assert find_tokens_to_reach([1e5, 1e3, 1e4], [2, 4, 3], 3) == pytest.approx(1e4)
 
 
 def test_tokens_to_reach_takes_the_first_crossing_of_the_running_minimum() -> None:
     tokens, loss = [1e3, 1e4, 1e5, 1e6], [4.0, 3.0, 3.8, 2.0]
-    assert tokens_to_reach(tokens, loss, 3.0) == pytest.approx(1e4)
-    assert tokens_to_reach(tokens, loss, 2.5) == pytest.approx(10**5.5)  # from 3, the minimum so far, not from 3.8
-    assert tokens_to_reach(tokens, loss, 5.0) == 1e3
-    assert tokens_to_reach(tokens, loss, 1.9) == math.inf
-    assert tokens_to_reach(tokens, [4.0, math.nan, 3.0, 2.0], 3.5) == pytest.approx(1e4)
+    assert find_tokens_to_reach(tokens, loss, 3.0) == pytest.approx(1e4)
+    # The last segment starts at 3, the minimum so far, not at 3.8.
+    assert find_tokens_to_reach(tokens, loss, 2.5) == pytest.approx(10**5.5)
+    assert find_tokens_to_reach(tokens, loss, 5.0) == 1e3
+    assert find_tokens_to_reach(tokens, loss, 1.9) == math.inf
+    assert find_tokens_to_reach(tokens, [4.0, math.nan, 3.0, 2.0], 3.5) == pytest.approx(1e4)
 
 
 def test_only_annealed_ends_are_final() -> None:
-    """A cosine run, a trunk with two cooldown branches, a constant run, a run broken off in its warm-up; by hand."""
+    """Check a cosine run, a trunk with two cooldown branches, a constant run and a run that stopped in its warm-up."""
     rows = [
-        ("cosine", 1, 0.01, False),  # warm-up
+        # The first point lies in the warm-up.
+        ("cosine", 1, 0.01, False),
         ("cosine", 2, 1.0, False),
         ("cosine", 3, 0.5, False),
         ("cosine", 4, 0.15, False),

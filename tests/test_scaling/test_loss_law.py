@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from scaling.fitting.averaging import fit_members, tabulate
-from scaling.fitting.loss_law import FitError, _huber, fit_loss_law
+from scaling.fitting.averaging import fit_averaged_forms, whiten_runs
+from scaling.fitting.huber import make_huber_objective
+from scaling.fitting.loss_law import FitError, fit_loss_law
 from scaling.fitting.newton import minimise
 from scaling.laws.formulas import LossLaw
 
@@ -65,7 +66,7 @@ def test_no_other_optimiser_finds_a_lower_huber_sum() -> None:
 def test_the_huber_gradient_and_hessian_are_those_of_differences() -> None:
     rng = np.random.default_rng(3)
     n, d, y = rng.normal(size=12), rng.normal(size=12), 0.9 + 0.2 * rng.normal(size=12)
-    objective = _huber(n, d, y, rng.integers(0, 3, (1, 12)).astype(float), 0.3)
+    objective = make_huber_objective(n, d, y, rng.integers(0, 3, (1, 12)).astype(float), 0.3)
     theta, row, h = np.array([[-0.5, 0.4, -0.7, 0.3, 0.6]]), np.array([0]), 1e-6
     at = objective(theta, row)
     for i, e in enumerate(np.eye(5)):
@@ -152,9 +153,9 @@ def test_the_prediction_is_that_of_the_dense_gaussian_formula() -> None:
     """Two ways to one number: rotated blocks against the full covariance matrix."""
     N, D, loss = models(3, 0.01)
     centre = (float(np.log(N).mean()), float(np.log(D).mean()))
-    table = tabulate(np.log(N), np.log(D), np.log(loss), centre)
+    table = whiten_runs(np.log(N), np.log(D), np.log(loss), centre)
     n, d = np.append(np.log(N[:5]), np.log(4e9)) - centre[0], np.full(6, np.log(6e11)) - centre[1]
-    for m in fit_members(table):
+    for m in fit_averaged_forms(table):
         assert m.effect > 0
         flat = Plain(m)
         same = (np.abs(table.n[:, None] - table.n) < 1e-9) * np.exp(-np.abs(table.d[:, None] - table.d) / 8)
@@ -308,10 +309,10 @@ def test_the_batch_minimiser_solves_each_problem_as_if_alone_and_keeps_to_its_bo
     counts = rng.integers(0, 3, (4, 30)).astype(float)
     low, high = np.array([-5, 0, -5, 0, -5.0]), np.array([5, 2, 5, 2, 1.0])
     start = np.tile([0.0, 0.3, 0.0, 0.3, 0.5], (4, 1))
-    together = minimise(_huber(n, d, y, counts, 0.05), start, lower=low, upper=high)
+    together = minimise(make_huber_objective(n, d, y, counts, 0.05), start, lower=low, upper=high)
     assert np.all((together.theta >= low) & (together.theta <= high))
     for i in range(4):
-        alone = minimise(_huber(n, d, y, counts[i : i + 1], 0.05), start[:1], lower=low, upper=high)
+        alone = minimise(make_huber_objective(n, d, y, counts[i : i + 1], 0.05), start[:1], lower=low, upper=high)
         assert together.value[i] == pytest.approx(alone.value[0], rel=1e-9)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling.fitting.bowl import B2, BOWLS, SHAPE, Grouped, _model, phi, prior_of
+from scaling.fitting.bowl import B2_INDEX, BOWLS, SHAPE_START, GroupedRuns, evaluate_model, phi, make_prior
 from scaling.fitting.loss_law import FitError
 from scaling.fitting.lr_batch_law import HPFit, fit_hp_law
 from scaling.laws.formulas import HPLaw, LossLaw
@@ -221,7 +221,7 @@ def test_a_batch_that_moves_with_size_is_seen_when_the_runs_say_so_loudly() -> N
     assert fit.law.batch_N == pytest.approx(-0.5, abs=0.1)
     faint = HPLaw(1.8, -0.7, 0.3, 0.6 * 2e8**0.1, -0.1, 0.57)
     fit = fit_hp_law(sweep(faint, per=30, seed=22, sizes=SIZES, tokens=TOKENS))
-    moving = max(f.theta[B2] for f in fit.fits if abs(f.theta[B2]) > 1e-9)
+    moving = max(f.theta[B2_INDEX] for f in fit.fits if abs(f.theta[B2_INDEX]) > 1e-9)
     assert moving < fit.law.batch_N < 0  # taken back towards nil, not to it
     low, high = fit.exponents(0.8)["batch_N"]
     assert low < -0.1
@@ -230,10 +230,10 @@ def test_a_batch_that_moves_with_size_is_seen_when_the_runs_say_so_loudly() -> N
 
 def test_half_of_the_fits_have_a_batch_that_stands_still() -> None:
     fits = fit_hp_law(sweep(LARGE, per=12, seed=23, sizes=SIZES, tokens=TOKENS)).fits
-    still = [f for f in fits if abs(f.theta[B2]) < 1e-12]
+    still = [f for f in fits if abs(f.theta[B2_INDEX]) < 1e-12]
     assert len(still) == len(fits) / 2 == 4
     for f in still:
-        assert np.abs(f.covariance[:, B2]).max() < 1e-4  # conditioned on the mean over the cells, so not quite nil
+        assert np.abs(f.covariance[:, B2_INDEX]).max() < 1e-4  # conditioned on the mean over the cells, so not quite nil
         assert np.all(np.linalg.eigvalsh(f.covariance) > -1e-9)
 
 
@@ -244,7 +244,7 @@ def test_a_bowl_that_flattens_with_size_does_not_pull_the_optima() -> None:
     runs = sweep(LARGE, per=40, seed=24, sizes=SIZES, tokens=TOKENS, noise=0.001, scale=flatter)
     fit = fit_hp_law(runs)
     for f in fit.fits:
-        assert f.theta[SHAPE - 2 : SHAPE] == pytest.approx((-0.05, -0.15), abs=0.05)
+        assert f.theta[SHAPE_START - 2 : SHAPE_START] == pytest.approx((-0.05, -0.15), abs=0.05)
     assert (fit.law.lr_N, fit.law.lr_D, fit.law.batch_D) == pytest.approx((-0.7, 0.3, 0.57), abs=0.05)
     lr, batch = fit.law(2e8, 3e10)
     here = fit.law(2e8, 2e9)
@@ -366,16 +366,16 @@ def test_bowl_derivatives_are_those_of_differences(form: str) -> None:
 def test_the_slopes_of_the_whole_model_are_those_of_differences(form: str) -> None:
     rng = np.random.default_rng(14)
     m = 7
-    data = Grouped(
+    data = GroupedRuns(
         np.zeros(m), rng.normal(size=m), rng.normal(size=m), rng.normal(size=m), rng.normal(size=m), np.zeros(m, int), 1
     )
-    mean, sd = prior_of(form, (20.0, 23.0), False)
+    mean, sd = make_prior(form, (20.0, 23.0), False)
     theta = mean + 0.3 * sd * rng.normal(size=mean.size)
     theta[[0, 3]] = 0.2, -0.1
-    _, jacobian = _model(form, theta[None], data)
+    _, jacobian = evaluate_model(form, theta[None], data)
     for i, e in enumerate(np.eye(theta.size)):
         h = 1e-6
-        up, down = (_model(form, (theta + sign * h * e)[None], data)[0] for sign in (1, -1))
+        up, down = (evaluate_model(form, (theta + sign * h * e)[None], data)[0] for sign in (1, -1))
         np.testing.assert_allclose(jacobian[:, :, i], (up - down) / (2 * h), atol=1e-8)
 
 

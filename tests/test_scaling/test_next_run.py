@@ -6,19 +6,19 @@ import pandas as pd
 import pytest
 
 from scaling.advice.next_run import (
-    SPREAD,
-    after_run,
-    after_sweep,
-    candidates,
-    default_limit,
-    hp_factors,
-    loss_half,
+    SWEEP_FACTORS,
+    simulate_run,
+    simulate_sweep,
+    list_candidates,
+    compute_default_limit,
+    compute_interval_factors,
+    compute_loss_half_width,
     plan_next,
 )
-from scaling.advice.recommendation import next_of
-from scaling.common.quantities import read_count, say_count
+from scaling.advice.recommendation import parse_next_run
+from scaling.common.quantities import read_count, format_count
 from scaling.fitting.loss_law import Fit
-from scaling.fitting.lr_batch_law import HPFit, fit_hp_law, loss_fit
+from scaling.fitting.lr_batch_law import HPFit, fit_hp_law, fit_loss_floors
 from scaling.laws.formulas import HPLaw
 from tests.test_scaling.test_lr_batch_law import FLOOR, LARGE, MUP, height, sweep
 
@@ -29,7 +29,7 @@ MASS = 0.9
 def evidence(seed: int, law: HPLaw = MUP, **changes: object) -> tuple[HPFit, Fit, float, pd.DataFrame]:
     runs = sweep(law, **({"per": 15, "seed": seed, "parametrization": "mup"} | changes))  # type: ignore[arg-type]
     hp = fit_hp_law(runs)
-    return hp, *loss_fit(hp), runs
+    return hp, *fit_loss_floors(hp), runs
 
 
 def trained(
@@ -47,7 +47,7 @@ def after_really(
 ) -> HPFit:
     """Fitted again to the table with the proposed runs in it, everything from the start."""
     lr, batch = (float(v) for v in hp.law(*place))
-    factors = np.array(SPREAD if sweep_of_nine else (1.0,))
+    factors = np.array(SWEEP_FACTORS if sweep_of_nine else (1.0,))
     lrs, batches = (v.ravel() for v in np.meshgrid(lr * factors, batch * factors))
     return fit_hp_law(pd.concat([runs, trained(MUP, *place, lrs, batches, rng)], ignore_index=True))
 
@@ -60,14 +60,14 @@ def over_seeds(found: Callable[[int], tuple[float, ...]], seeds: int = 20) -> np
 def test_a_run_narrows_the_loss_as_was_said_and_the_best_more_than_the_worst() -> None:
     def found(seed: int) -> tuple[float, ...]:
         hp, fit, noise, runs = evidence(seed)
-        places = candidates(hp, *TARGET)
-        claims = [after_run(hp, fit, noise, *place, *TARGET, MASS) for place in places]
+        places = list_candidates(hp, *TARGET)
+        claims = [simulate_run(hp, fit, noise, *place, *TARGET, MASS) for place in places]
         rng = np.random.default_rng(seed)
         real = []
         for i in (int(np.argmin(claims)), int(np.argmax(claims))):
-            again, again_noise = loss_fit(after_really(runs, hp, places[i], rng, False))
-            real.append(loss_half(again, again_noise, *TARGET, MASS))
-        return loss_half(fit, noise, *TARGET, MASS), min(claims), *real
+            again, again_noise = fit_loss_floors(after_really(runs, hp, places[i], rng, False))
+            real.append(compute_loss_half_width(again, again_noise, *TARGET, MASS))
+        return compute_loss_half_width(fit, noise, *TARGET, MASS), min(claims), *real
 
     halves = over_seeds(found)
     now, claimed, best, worst = np.median(halves, 0)
@@ -82,10 +82,10 @@ def test_a_run_narrows_the_loss_as_was_said_and_the_best_more_than_the_worst() -
 def test_a_sweep_narrows_rate_and_batch_as_was_said() -> None:
     def found(seed: int) -> tuple[float, ...]:
         hp, fit, _, runs = evidence(seed, per=6)
-        place = candidates(hp, *TARGET)[-1]
-        claimed = after_sweep(hp, fit, *place)
+        place = list_candidates(hp, *TARGET)[-1]
+        claimed = simulate_sweep(hp, fit, *place)
         real = after_really(runs, hp, place, np.random.default_rng(seed), True)
-        widths = [np.log(hp_factors(h, *TARGET, MASS)) for h in (hp, claimed, real)]
+        widths = [np.log(compute_interval_factors(h, *TARGET, MASS)) for h in (hp, claimed, real)]
         regrets = [h.expected_regret(*TARGET) for h in (hp, claimed, real)]
         return *(float(v) for w in widths for v in w), *regrets
 
@@ -101,16 +101,16 @@ def test_a_sweep_narrows_rate_and_batch_as_was_said() -> None:
 def test_the_plan_is_the_best_of_the_candidates_and_holds_its_price() -> None:
     hp, fit, noise, _ = evidence(0)
     plan = plan_next(hp, fit, *TARGET, run_noise=noise, mass=MASS, at_most=5e12)
-    places = candidates(hp, *TARGET, 5e12)
+    places = list_candidates(hp, *TARGET, 5e12)
     assert (plan.N, plan.D) in places
     assert plan.C <= 5e12 * (1 + 1e-9)
-    assert plan.loss_half[1] == min(after_run(hp, fit, noise, *p, *TARGET, MASS) for p in places)
-    assert plan.loss_half[0] == loss_half(fit, noise, *TARGET, MASS)
+    assert plan.loss_half[1] == min(simulate_run(hp, fit, noise, *p, *TARGET, MASS) for p in places)
+    assert plan.loss_half[0] == compute_loss_half_width(fit, noise, *TARGET, MASS)
     assert (plan.lr, plan.batch_tokens) == tuple(float(v) for v in hp.law(plan.N, plan.D))
     assert plan.sweep.C == pytest.approx(9 * 6 * plan.sweep.N * plan.sweep.D)
-    assert plan.sweep.expected_regret[1] == min(after_sweep(hp, fit, *p).expected_regret(*TARGET) for p in places)
-    assert next_of(asdict(plan)) == plan
-    assert str(next_of(asdict(plan))) == str(plan)
+    assert plan.sweep.expected_regret[1] == min(simulate_sweep(hp, fit, *p).expected_regret(*TARGET) for p in places)
+    assert parse_next_run(asdict(plan)) == plan
+    assert str(parse_next_run(asdict(plan))) == str(plan)
 
 
 def test_batches_are_whole_sequences_all_different() -> None:
@@ -126,13 +126,13 @@ def test_batches_are_whole_sequences_all_different() -> None:
 def test_the_limit_is_three_times_the_largest_run_and_a_tenth_of_the_target() -> None:
     hp = evidence(0)[0]
     largest = 6 * 4e5 * 1.8e6
-    assert default_limit(hp, *TARGET) == pytest.approx(3 * largest)
-    assert default_limit(hp, 8e5, 5e6) == pytest.approx(0.1 * 6 * 8e5 * 5e6)
+    assert compute_default_limit(hp, *TARGET) == pytest.approx(3 * largest)
+    assert compute_default_limit(hp, 8e5, 5e6) == pytest.approx(0.1 * 6 * 8e5 * 5e6)
     for target in (TARGET, (8e5, 5e6), (4e5, 1e9), (1e9, 2e6)):
-        for N, D in candidates(hp, *target):
+        for N, D in list_candidates(hp, *target):
             assert N <= target[0] * (1 + 1e-9)
             assert D <= max(target[1], 1.8e6)
-            assert 6 * N * D <= default_limit(hp, *target) * (1 + 1e-9)
+            assert 6 * N * D <= compute_default_limit(hp, *target) * (1 + 1e-9)
 
 
 def test_a_larger_run_narrows_more() -> None:
@@ -148,7 +148,7 @@ def test_a_limit_below_any_sensible_run_is_refused_with_what_it_takes() -> None:
     with pytest.raises(ValueError, match=r"needs .* FLOPs or more, got at most 100"):
         plan_next(hp, fit, *TARGET, run_noise=noise, at_most=100.0)
     with pytest.raises(ValueError, match="at_most must be positive"):
-        candidates(hp, *TARGET, -1.0)
+        list_candidates(hp, *TARGET, -1.0)
 
 
 def test_a_run_smaller_than_every_other_is_hardly_a_gain() -> None:
@@ -156,9 +156,9 @@ def test_a_run_smaller_than_every_other_is_hardly_a_gain() -> None:
     left = []
     for seed in range(8):
         hp, fit, noise, _ = evidence(seed)
-        (place,) = candidates(hp, 4.5e5, 2e6, 3e10)
-        then = after_run(hp, fit, noise, *place, 4.5e5, 2e6, MASS)
-        left.append(then / loss_half(fit, noise, 4.5e5, 2e6, MASS))
+        (place,) = list_candidates(hp, 4.5e5, 2e6, 3e10)
+        then = simulate_run(hp, fit, noise, *place, 4.5e5, 2e6, MASS)
+        left.append(then / compute_loss_half_width(fit, noise, 4.5e5, 2e6, MASS))
     assert 0.9 < np.median(left) < 1.1
 
 
@@ -172,9 +172,9 @@ def test_no_gain_is_said_to_be_none() -> None:
 
 def test_the_mup_prior_is_kept_when_runs_are_added() -> None:
     lone = evidence(2, sizes=(1e5,), tokens=(2e5, 6e5))
-    assert after_sweep(lone[0], lone[1], 1e5, 1.8e6).law.lr_N == pytest.approx(0.0, abs=0.01)
+    assert simulate_sweep(lone[0], lone[1], 1e5, 1.8e6).law.lr_N == pytest.approx(0.0, abs=0.01)
     plain = evidence(2, LARGE, sizes=(1e8,), tokens=(2e9, 8e9), parametrization="standard")
-    assert after_sweep(plain[0], plain[1], 1e8, 3e10).law.lr_N == pytest.approx(-0.6, abs=0.01)
+    assert simulate_sweep(plain[0], plain[1], 1e8, 3e10).law.lr_N == pytest.approx(-0.6, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -196,4 +196,4 @@ def test_anything_else_is_no_count(text: str) -> None:
     [(7e9, "7B"), (6.979e9, "6.98B"), (999.4, "999"), (999.7, "1K"), (999_700.0, "1M"), (1.4e12, "1.4T"), (2e15, "2e+15"), (1024, "1.02K")],
 )  # fmt: skip
 def test_counts_are_said_in_three_digits(value: float, text: str) -> None:
-    assert say_count(value) == text
+    assert format_count(value) == text

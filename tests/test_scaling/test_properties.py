@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaling.common.arrays import Array
-from scaling.curves.in_progress import Finished, cooldown, learn_prior, predict_end
+from scaling.curves.in_progress import FinishedRun, learn_prior, predict_end
+from scaling.curves.schedules import make_cooldown_schedule
 from scaling.curves.loss_curve import fit_curve
-from scaling.fitting.forms import PARAMETERS, fit_form
+from scaling.fitting.forms import PARAMETER_COUNTS, fit_form
 from scaling.fitting.isoflop import fit_isoflop
 from scaling.fitting.loss_law import fit_loss_law
 from scaling.fitting.lr_batch_law import fit_hp_law
@@ -71,12 +72,12 @@ def test_a_curve_keeps_its_exponent_in_other_units(tokens: float, nats: float, s
     assert float(other.predict(1e11 * 10**tokens)) == pytest.approx(q * float(one.predict(1e11)), rel=1e-4)
 
 
-def ended(seed: int, unit: float = 1.0, nats: float = 1.0) -> Finished:
+def ended(seed: int, unit: float = 1.0, nats: float = 1.0) -> FinishedRun:
     rng = np.random.default_rng(seed)
     slope, gain = 0.6 * math.exp(0.2 * rng.standard_normal()), 0.05 + 0.01 * rng.standard_normal()
     trunk = 2 + slope * (T[:25] / 1e9) ** -0.4
     loss = np.r_[trunk, (2 + slope) * (1 - gain)] * np.exp(1e-3 * rng.standard_normal(26))
-    return Finished(unit * np.r_[T[:25], 1e9], nats * loss, cooldown(unit * 1e9))
+    return FinishedRun(unit * np.r_[T[:25], 1e9], nats * loss, make_cooldown_schedule(unit * 1e9))
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
@@ -91,7 +92,7 @@ def test_a_forecast_with_siblings_knows_neither_units_nor_the_order_of_runs_and_
     there = [ended(i, unit, q) for i in order]
     one = predict_end(t, loss, 1e9, schedule=run.schedule, prior=learn_prior(here), siblings=here)
     other = predict_end(
-        unit * t[shuffled], q * loss[shuffled], unit * 1e9, schedule=cooldown(unit * 1e9), prior=learn_prior(there), siblings=there
+        unit * t[shuffled], q * loss[shuffled], unit * 1e9, schedule=make_cooldown_schedule(unit * 1e9), prior=learn_prior(there), siblings=there
     )  # fmt: skip
     assert (other.mean / q, other.sd / q) == pytest.approx((one.mean, one.sd), rel=1e-6)
 
@@ -104,7 +105,7 @@ def test_n_and_d_have_units_of_their_own_in_every_form(n: float, d: float, seed:
     U, n, d = np.minimum(D, 8e9), 10**n, 10**d
     truth = DataConstrainedLaw(LAW.E, LAW.A, LAW.B, LAW.alpha, LAW.beta, 12.0, 6.0)
     loss = truth(N, D, U) * np.exp(0.002 * np.random.default_rng(seed).standard_normal(N.size))
-    for form in PARAMETERS:
+    for form in PARAMETER_COUNTS:
         one = fit_form(form, N, D, loss, unique=U)
         other = fit_form(form, N * n, D * d, loss, unique=U * d)
         assert other.objective == pytest.approx(one.objective, rel=1e-3)
@@ -116,7 +117,7 @@ def test_n_and_d_have_units_of_their_own_in_every_form(n: float, d: float, seed:
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
-@given(st.permutations(range(42)), st.sampled_from(list(PARAMETERS)), st.integers(2, 3))
+@given(st.permutations(range(42)), st.sampled_from(list(PARAMETER_COUNTS)), st.integers(2, 3))
 def test_duplication_of_all_rows_leaves_a_form_where_it_is(order: list[int], form: str, copies: int) -> None:
     N, D, loss = runs(1)
     rows = np.tile(order, copies)

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from scaling.laws.published import LAWS, names, published
+from scaling.laws.published import PUBLISHED_LAWS, list_published_laws, get_published_law
 
 
 def test_step_law_at_a_billion_parameters_and_a_hundred_billion_tokens() -> None:
-    lr, batch = published("step-law")(1e9, 1e11)
+    lr, batch = get_published_law("step-law")(1e9, 1e11)
     assert lr is not None
     assert batch is not None
     # by hand: ln lr = ln 1.79 - .713 * 20.72327 + .307 * 25.32844; ln B = ln .58 + .571 * 25.32844
@@ -14,7 +14,7 @@ def test_step_law_at_a_billion_parameters_and_a_hundred_billion_tokens() -> None
 
 
 def test_deepseek_depends_on_compute_alone() -> None:
-    law = published("deepseek")
+    law = get_published_law("deepseek")
     one, other = law(1e9, 1e11), law(1e10, 1e10)
     for a, b in zip(one, other, strict=True):
         assert a is not None
@@ -28,16 +28,16 @@ def test_deepseek_depends_on_compute_alone() -> None:
 
 
 def test_kaplan_says_nothing_of_the_batch_and_its_rate_is_never_negative() -> None:
-    lr, batch = published("kaplan")([np.e**16, 1e12], 1e10)
+    lr, batch = get_published_law("kaplan")([np.e**16, 1e12], 1e10)
     assert batch is None
     assert lr is not None
     assert lr == pytest.approx([0.003239 - 0.0001395 * 16, 0.0])
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+@pytest.mark.parametrize("law", PUBLISHED_LAWS, ids=lambda law: law.name)
 def test_every_law_broadcasts_and_moves_by_the_exponents_it_states(law: object) -> None:
-    assert law in LAWS
-    known = published(law.name)  # type: ignore[attr-defined]
+    assert law in PUBLISHED_LAWS
+    known = get_published_law(law.name)  # type: ignore[attr-defined]
     N, D = np.array([1e8, 1e9])[:, None], np.array([1e9, 1e10, 1e11])
     for name, values in zip(("lr", "batch_tokens"), known(N, D), strict=True):
         if values is None:
@@ -49,19 +49,19 @@ def test_every_law_broadcasts_and_moves_by_the_exponents_it_states(law: object) 
             assert np.log10(values[0, 1] / values[0, 0]) == pytest.approx(stated["D"])
     assert known.lr or known.batch_tokens or known.exponents
     assert "arXiv" in known.source
-    assert known.sure
+    assert known.confidence
 
 
 def test_a_range_is_known_or_not() -> None:
-    law = published("step-law")
+    law = get_published_law("step-law")
     assert law.covers(1e9, 1e10) is True
     assert law.covers(7e9, 1e10) is False
-    assert published("power-lines").covers(1e9, 1e10) is None
+    assert get_published_law("power-lines").covers(1e9, 1e10) is None
 
 
 def test_names_are_unique_and_a_wrong_one_gets_the_nearest() -> None:
-    assert len(set(names())) == len(names()) == len(LAWS)
+    assert len(set(list_published_laws())) == len(list_published_laws()) == len(PUBLISHED_LAWS)
     with pytest.raises(ValueError, match=r"did you mean step-law\? known are step-law, deepseek"):
-        published("steplaw")
+        get_published_law("steplaw")
     with pytest.raises(ValueError, match="positive finite D"):
-        published("step-law")(1e9, 0.0)
+        get_published_law("step-law")(1e9, 0.0)

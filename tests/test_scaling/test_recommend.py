@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scaling.advice.flags import optimum_doubts
+from scaling.advice.flags import flag_optimum
 from scaling.advice.recommendation import Recommendation, recommend
-from scaling.common.quantities import say_count
+from scaling.common.quantities import format_count
 from scaling.fitting.loss_law import FitError
-from scaling.fitting.lr_batch_law import fit_hp_law, loss_fit
+from scaling.fitting.lr_batch_law import fit_hp_law, fit_loss_floors
 from scaling.laws.formulas import HPLaw
 from scaling.runs.table import check_runs
 from tests.test_scaling.test_lr_batch_law import FLOOR, MUP, sweep
@@ -313,11 +313,11 @@ def test_a_compute_optimum_elsewhere_by_the_plain_law_is_noted_and_one_without_b
     near, far = recommend(RUNS, C=2e13), recommend(RUNS, C=1e17)
     assert "optimum-forms" not in codes(near)
     assert codes(far)["optimum-forms"] is False
-    fit, _ = loss_fit(fit_hp_law(RUNS))
+    fit, _ = fit_loss_floors(fit_hp_law(RUNS))
     plain = float(fit.law.optimum(1e17)[0])
     note = next(f.text for f in far.flags if f.code == "optimum-forms")
-    assert f"is {say_count(plain)}, by the averaged forms {say_count(far.N)}" in note
+    assert f"is {format_count(plain)}, by the averaged forms {format_count(far.N)}" in note
     worse = float(fit.predict(plain, 1e17 / 6 / plain) / fit.predict(far.N, far.D) - 1)
     assert f"{100 * worse:.2f} % lower" in note
     loose = dataclasses.replace(fit.optimum(2e13), bounded=False)
-    assert [(f.code, f.serious) for f in optimum_doubts(fit, 2e13, loose)] == [("optimum", True)]
+    assert [(f.code, f.serious) for f in flag_optimum(fit, 2e13, loose)] == [("optimum", True)]

@@ -15,12 +15,12 @@ import pandas as pd
 import pytest
 
 from scaling.advice.recommendation import Recommendation, recommend
-from scaling.curves.backtest import RunCurve, check_forecasts, study_curves, table_curves
+from scaling.curves.backtest import RunCurve, check_forecasts, read_study_curves, read_table_curves
 from scaling.fitting.lr_batch_law import fit_hp_law
-from scaling.laws.published import names, published
+from scaling.laws.published import list_published_laws, get_published_law
 from scaling.report import figures, tables
 from scaling.report.figures import TargetCurve
-from scaling.report.html import gather, render
+from scaling.report.html import fit_everything, render_report
 from scaling.runs.table import check_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -66,7 +66,7 @@ def test_the_page_says_the_recommendation_and_whether_it_held() -> None:
     answer = recommend(runs, N=6e5, D=3e6)
     held = TargetCurve("warm", [1e5, 1e6], [3.0, 2.5], 3e6, answer.loss)
     missed = TargetCurve("scratch", [1e5, 1e6], [3.0, 2.5], 3e6, 2 * answer.loss)
-    page = render(
+    page = render_report(
         "planted", runs, recommendation=answer, targets=[held, missed], warm_start={"speed-up in tokens": 1.24}
     )
     assert page.index("inside the interval") < page.index("outside the interval")
@@ -91,7 +91,7 @@ def test_the_page_says_the_recommendation_and_whether_it_held() -> None:
 
 
 def test_every_figure_is_well_formed_and_nothing_is_fetched_or_run() -> None:
-    page = render("planted", planted(), curves=curves())
+    page = render_report("planted", planted(), curves=curves())
     for svg in svgs(page):
         root = ElementTree.fromstring(svg)
         links = [v for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
@@ -109,7 +109,7 @@ def test_text_from_the_table_and_the_notes_is_escaped() -> None:
     answer = recommend(runs, N=6e5, D=3e6)
     answer = dataclasses.replace(answer, provenance=answer.provenance | {evil: evil}, next_run={evil: evil})
     target = TargetCurve(evil, [1e5, 1e6], [3.0, 2.5], 3e6, 2.0)
-    page = render(f"a <b> {evil}", runs, recommendation=answer, targets=[target], warm_start={evil: evil})
+    page = render_report(f"a <b> {evil}", runs, recommendation=answer, targets=[target], warm_start={evil: evil})
     assert "<script" not in page
     assert "a &lt;b&gt;" in page
     assert page.count("&lt;script&gt;") > 8
@@ -119,14 +119,14 @@ def test_text_from_the_table_and_the_notes_is_escaped() -> None:
 
 def test_one_group_is_drawn_without_laws_it_cannot_have() -> None:
     runs = planted((1e4,))
-    page = render("one", runs[runs["D"] == 1e5])
+    page = render_report("one", runs[runs["D"] == 1e5])
     assert "No loss law: a loss law needs at least 3 runs" in page
     assert "Compute-optimal sizes, three ways" not in titles(page)
     assert len(svgs(page)) == 1 + 1 + 2 + 1
 
 
 def test_a_column_that_does_not_vary_has_no_bowl() -> None:
-    there = titles(render("one lr", planted(lr=0.003)))
+    there = titles(render_report("one lr", planted(lr=0.003)))
     assert "Loss against learning rate" not in there
     assert "Loss against batch, tokens per step" in there
 
@@ -134,7 +134,7 @@ def test_a_column_that_does_not_vary_has_no_bowl() -> None:
 def test_a_table_of_sizes_tokens_and_losses_is_enough() -> None:
     runs = planted()
     best = runs.loc[runs.groupby(["N", "D"])["loss"].idxmin(), ["N", "D", "loss"]]
-    page = render("bare", check_runs(best))
+    page = render_report("bare", check_runs(best))
     assert "missing: lr, batch_tokens" in page
     assert "Forms of the loss law" in titles(page)
 
@@ -142,24 +142,24 @@ def test_a_table_of_sizes_tokens_and_losses_is_enough() -> None:
 def test_nothing_usable_is_refused_with_the_reasons() -> None:
     runs = planted()
     with pytest.raises(ValueError, match=r"got none of 9 \(9 diverged\)"):
-        render("lost", runs[runs["diverged"]])
+        render_report("lost", runs[runs["diverged"]])
 
 
 def test_rows_kept_out_of_laws_move_no_law_and_are_counted() -> None:
     runs = planted()
     odd = runs.tail(8).assign(loss=0.5, diverged=False, final=False, excluded="not final: <a point>")
-    clean, more = gather(runs), gather(pd.concat([runs, odd], ignore_index=True))
+    clean, more = fit_everything(runs), fit_everything(pd.concat([runs, odd], ignore_index=True))
     assert not isinstance(clean.law, str)
     assert not isinstance(more.law, str)
     assert more.law.law == clean.law.law
     assert len(more.left_out) == 8
-    table = tables.excluded(pd.concat([runs, odd], ignore_index=True))
+    table = tables.tabulate_exclusions(pd.concat([runs, odd], ignore_index=True))
     assert table is not None
     assert {row[0]: row[1] for row in table.rows} == {"diverged": "9", "not final: <a point>": "8"}
 
 
 def test_the_same_table_gives_the_same_page() -> None:
-    one, two = (render("planted", planted((1e4, 4e4)), curves=curves()) for _ in range(2))
+    one, two = (render_report("planted", planted((1e4, 4e4)), curves=curves()) for _ in range(2))
     assert one == two
 
 
@@ -168,7 +168,7 @@ def test_a_note_of_an_older_version_is_drawn() -> None:
     plain = recommend(runs, N=6e5, D=3e6).to_dict()
     for new in ("next_run", "beside", "run_ids", "N_interval", "D_interval"):
         plain.pop(new, None)
-    page = render("old", runs, recommendation=Recommendation.from_dict(plain))
+    page = render_report("old", runs, recommendation=Recommendation.from_dict(plain))
     assert "What to run next" not in page
 
 
@@ -178,7 +178,7 @@ def test_the_next_run_is_told_in_words() -> None:
         "lr_factor": [1.6, 1.3], "batch_factor": [2.0, 1.7],
     }  # fmt: skip
     said = dict(
-        tables.next_run(
+        tables.describe_next_run(
             {"N": 1.5e5, "D": 2e6, "lr": 2.1e-3, "batch_tokens": 640.0, "loss_half": [0.031, 0.018], "sweep": sweep}
         )
     )
@@ -188,10 +188,10 @@ def test_the_next_run_is_told_in_words() -> None:
 
 
 def test_under_mup_published_rates_are_not_compared() -> None:
-    laws = [published(name) for name in names()]
+    laws = [get_published_law(name) for name in list_published_laws()]
     hp = fit_hp_law(planted())
     for mup, shown in ((False, {"step-law", "deepseek", "kaplan"}), (True, {"step-law", "deepseek"})):
-        table = tables.published(laws, hp, 4e8, 1e10, mup)
+        table = tables.tabulate_published(laws, hp, 4e8, 1e10, mup)
         assert table is not None
         assert {row[0] for row in table.rows[1:]} == shown
         assert all(bool(row[1]) is not mup for row in table.rows[1:])
@@ -214,10 +214,10 @@ def test_planted_curves_are_forecast_from_half_and_no_run_sees_its_own_end() -> 
 def test_a_tables_own_curves_are_found_and_rungs_of_a_ladder_are_none() -> None:
     rows = [(c.run_id, c.N, t, y) for c in curves() for t, y in zip(c.tokens, c.loss, strict=True)]
     runs = check_runs(pd.DataFrame(rows, columns=["run_id", "N", "D", "loss"]).assign(final=False))
-    found = table_curves(runs)
+    found = read_table_curves(runs)
     assert {c.run_id for c in found} == {c.run_id for c in curves()}
     assert all(c.D == 1e6 and c.tokens.size == 25 for c in found)
-    assert table_curves(runs.assign(rung=0)) == []
+    assert read_table_curves(runs.assign(rung=0)) == []
 
 
 class Store:
@@ -234,7 +234,7 @@ class Store:
 def test_a_studys_curves_stop_where_the_cooldown_branches_off() -> None:
     """Beyond that the trunk goes on to a rung that is not in the table yet."""
     rows = {"run_id": ["a", "a"], "N": 100, "D": [500, 1000], "loss": [4.1, 3.5], "rung": [0, 1]}
-    (found,) = study_curves(cast(Any, Store()), check_runs(pd.DataFrame(rows)))
+    (found,) = read_study_curves(cast(Any, Store()), check_runs(pd.DataFrame(rows)))
     assert found.tokens.tolist() == [100, 200, 400, 700, 1000]
     assert found.loss.tolist() == [4.9, 4.8, 4.6, 4.3, 3.5]
     assert found.schedule is not None
@@ -243,10 +243,10 @@ def test_a_studys_curves_stop_where_the_cooldown_branches_off() -> None:
 
 def test_colours_tell_sizes_apart_and_few_keeps_the_ends() -> None:
     for sizes in (range(1, 5), range(1, 40)):
-        colours = figures.palette(float(N) for N in sizes)
+        colours = figures.assign_colours(float(N) for N in sizes)
         assert len(set(colours.values())) == len(sizes)
-    assert figures.few(list(range(100)), 4) == [0, 33, 66, 99]
-    assert figures.few([3.0, 1.0, 2.0], 4) == [1.0, 2.0, 3.0]
+    assert figures.pick_few(list(range(100)), 4) == [0, 33, 66, 99]
+    assert figures.pick_few([3.0, 1.0, 2.0], 4) == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize(("value", "text"), [(12_345_678, "12.3M"), (1e9, "1B"), (512, "512"), (34_816, "34.8K")])

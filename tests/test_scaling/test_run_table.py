@@ -1,4 +1,4 @@
-"""The run table: what is written comes back to the last bit, every mistake is named, unfit rows stay but are not used."""
+"""Tables come back bit by bit, every mistake is reported, and unusable rows stay in the table but out of laws."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scaling.runs.io import load_runs, save_runs
 from scaling.runs.table import check_runs, usable
 
 
-def table() -> pd.DataFrame:
+def make_table() -> pd.DataFrame:
     return pd.DataFrame(
         {"N": [1e6, 2e6], "D": [1e7, 1e7], "loss": [3.0, 2.5], "lr": [0.01, 0.02], "batch_tokens": [256, 512]}
     )
@@ -24,9 +24,9 @@ def table() -> pd.DataFrame:
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl", ".json"])
 def test_a_file_comes_back_as_it_was(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"runs{suffix}"
-    save_runs(table(), path)
+    save_runs(make_table(), path)
     runs = load_runs(path)
-    pd.testing.assert_frame_equal(runs[list(table())], table().astype(float))
+    pd.testing.assert_frame_equal(runs[list(make_table())], make_table().astype(float))
     assert runs["role"].tolist() == ["proxy", "proxy"]
 
 
@@ -48,54 +48,56 @@ def test_every_bit_of_a_checked_table_comes_back(suffix: str, tmp_path: Path) ->
     )
     path = tmp_path / f"runs{suffix}"
     save_runs(runs, path)
-    there = load_runs(path)
+    loaded = load_runs(path)
     for name in ("N", "D", "loss", "lr"):
-        assert np.array_equal(there[name].to_numpy(), runs[name].to_numpy(), equal_nan=True), name
+        assert np.array_equal(loaded[name].to_numpy(), runs[name].to_numpy(), equal_nan=True), name
     for name in ("run_id", "role", "diverged", "final", "excluded"):
-        assert there[name].tolist() == runs[name].tolist(), name
+        assert loaded[name].tolist() == runs[name].tolist(), name
 
 
 def test_all_mistakes_of_a_table_are_named_at_once() -> None:
-    wrong = table().rename(columns={"loss": "losss"}).assign(N=[-1.0, 2e6], lr=["fast", "0.02"], final=[True, "maybe"])
+    wrong = (
+        make_table().rename(columns={"loss": "losss"}).assign(N=[-1.0, 2e6], lr=["fast", "0.02"], final=[True, "maybe"])
+    )
     with pytest.raises(ValueError, match="cannot be used") as error:
         check_runs(wrong, origin="runs.csv")
-    said = str(error.value)
-    assert "no column loss (is it losss? rename it)" in said
-    assert "row 0, column N: needed a positive number, got -1.0" in said
-    assert "row 0, column lr: needed a positive number, got 'fast'" in said
-    assert "row 1, column final: needed true or false, got 'maybe'" in said
+    message = str(error.value)
+    assert "no column loss (is it losss? rename it)" in message
+    assert "row 0, column N: needed a positive number, got -1.0" in message
+    assert "row 0, column lr: needed a positive number, got 'fast'" in message
+    assert "row 1, column final: needed true or false, got 'maybe'" in message
 
 
 def test_a_missing_loss_is_a_diverged_run_and_a_missing_size_is_a_mistake() -> None:
-    runs = check_runs(table().assign(loss=[3.0, math.nan]))
+    runs = check_runs(make_table().assign(loss=[3.0, math.nan]))
     assert runs["diverged"].tolist() == [False, True]
     with pytest.raises(ValueError, match="row 1, column D"):
-        check_runs(table().assign(D=[1e7, math.nan]))
+        check_runs(make_table().assign(D=[1e7, math.nan]))
 
 
 @pytest.mark.parametrize("value", [math.inf, 0.0, -3.0])
 @pytest.mark.parametrize("name", ["N", "D", "lr", "batch_tokens"])
 def test_a_size_that_is_not_positive_and_finite_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"row 1, column {name}: needed a positive number"):
-        check_runs(table().astype(float).assign(**{name: [1.0, value]}))
+        check_runs(make_table().astype(float).assign(**{name: [1.0, value]}))
 
 
 @pytest.mark.parametrize(("cell", "hint"), [("1,000,000", True), ("1_000", True), ("1 000", True), ("1,5", False)])
-def test_separators_of_thousands_are_refused_with_row_and_column(cell: str, hint: bool) -> None:
+def test_thousands_separators_are_refused_with_row_and_column(cell: str, hint: bool) -> None:
     with pytest.raises(ValueError, match="row 1, column N: needed a positive number, got") as error:
-        check_runs(table().assign(N=["1e6", cell]))
-    assert ("without separators of thousands" in str(error.value)) is hint
+        check_runs(make_table().assign(N=["1e6", cell]))
+    assert ("without thousands separators" in str(error.value)) is hint
 
 
 def test_truth_written_as_text_is_read_as_truth() -> None:
-    """As plain Python `bool("False")` is True."""
-    runs = check_runs(table().assign(diverged=["False", "true"], final=["1", "no"]))
+    """In plain Python, `bool("False")` is True."""
+    runs = check_runs(make_table().assign(diverged=["False", "true"], final=["1", "no"]))
     assert runs["diverged"].tolist() == [False, True]
     assert runs["final"].tolist() == [True, False]
 
 
 def test_laws_get_no_excluded_row_and_of_targets_those_from_scratch() -> None:
-    seven = pd.DataFrame(
+    runs_of_each_kind = pd.DataFrame(
         {
             "N": 1e6,
             "D": 1e7,
@@ -106,22 +108,22 @@ def test_laws_get_no_excluded_row_and_of_targets_those_from_scratch() -> None:
             "excluded": ["", "", "", "", "a spike in the data", "", ""],
         }
     )
-    runs = check_runs(seven)
+    runs = check_runs(runs_of_each_kind)
     unknown = "target whose start is not recorded"
     assert runs["excluded"].tolist() == ["", "diverged", "not final", unknown, "a spike in the data", "", "warm start"]
     assert usable(runs)["loss"].tolist() == [3.0, 3.4]
-    assert len(runs) == 7, "what is not used is not thrown away"
-    unchecked = seven.drop(columns="excluded").assign(diverged=seven["loss"].isna())
+    assert len(runs) == 7, "no row is dropped"
+    unchecked = runs_of_each_kind.drop(columns="excluded").assign(diverged=runs_of_each_kind["loss"].isna())
     assert usable(unchecked)["loss"].tolist() == [3.0, 3.3, 3.4]
-    assert usable(check_runs(seven.drop(columns="arm")))["loss"].tolist() == [3.0], (
-        "a table without the column is as before"
+    assert usable(check_runs(runs_of_each_kind.drop(columns="arm")))["loss"].tolist() == [3.0], (
+        "without the column `arm`, no target is used"
     )
     assert check_runs(runs)["excluded"].tolist() == runs["excluded"].tolist()
-    assert len(usable(table())) == 2, "a bare table is all used"
+    assert len(usable(make_table())) == 2, "without these columns, all rows are used"
 
 
 def test_an_excluded_row_may_lack_what_a_used_one_needs() -> None:
-    runs = check_runs(table().assign(D=[1e7, math.nan], final=[True, False]))
+    runs = check_runs(make_table().assign(D=[1e7, math.nan], final=[True, False]))
     assert len(usable(runs)) == 1
 
 
@@ -132,15 +134,15 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needed a table of runs \(\.csv, .* got .*runs\.tsv"):
         load_runs(tmp_path / "runs.tsv")
     with pytest.raises(ValueError, match=r"\.jsonl or \.json, got runs\.xlsx"):
-        save_runs(table(), tmp_path / "runs.xlsx")
+        save_runs(make_table(), tmp_path / "runs.xlsx")
     with pytest.raises(ValueError, match="folder that exists"):
-        save_runs(table(), tmp_path / "nowhere" / "runs.csv")
+        save_runs(make_table(), tmp_path / "nowhere" / "runs.csv")
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
-        ("a.csv", "N,D,loss\n1,2,3\n1,2,000,3\n", "row 1: needed 3 cells, got 4: a separator of thousands"),
+        ("a.csv", "N,D,loss\n1,2,3\n1,2,000,3\n", "row 1: needed 3 cells, got 4: a thousands separator"),
         ("a.csv", "N,N,loss\n1,2,3\n", "column N appears twice"),
         ("a.csv", "", "no rows"),
         ("a.jsonl", '{"N": 1}\n{"N": \n[1]\n', r"line 2: not JSON[\s\S]*line 3: needed an object"),
@@ -150,9 +152,9 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
         ("a.parquet", "not parquet", "cannot be read as parquet"),
     ],
 )
-def test_a_file_that_is_no_table_is_refused(name: str, text: str, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_table_is_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         load_runs(tmp_path / name)
 
 

@@ -1,4 +1,4 @@
-"""The record: what is logged comes back as it was, from several processes, whatever MLflow does to types."""
+"""What is logged to MLflow comes back unchanged, from several processes, whatever MLflow does to types."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ from typing import Any
 import pytest
 
 from scaling.common.measurement import Measurement
-from scaling.runs.importer import import_runs, quarantine
+from scaling.runs.importer import import_runs, summarize_exclusions
 from scaling.runs.io import load_runs
 from scaling.runs.table import usable
 from scaling.tracking import records
 from scaling.tracking.client import connect
-from scaling.tracking.experiment import child_run, finish, forget_study, study_run
-from scaling.tracking.log import log_records, metrics_of, now_ms, read_curve, read_note, result_of, write_note
+from scaling.tracking.experiment import find_or_create_child_run, find_or_create_study_run, forget_study, set_run_status
+from scaling.tracking.log import (
+    log_records,
+    now_ms,
+    point_to_metrics,
+    read_curve,
+    read_note,
+    result_to_metrics,
+    write_note,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
@@ -28,13 +36,13 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store that is made once: a fresh one costs two seconds of migrations."""
+    """Create the store once, because a fresh one costs two seconds of migrations."""
     return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
 
 
 def log_two_configurations(uri: str, study: str, folder: Path) -> str:
     client = connect(uri)
-    parent = study_run(client, study, artifacts=folder, params={"seed": 0})
+    parent = find_or_create_study_run(client, study, artifacts=folder, params={"seed": 0})
     for config, lr in enumerate((0.01, 0.5)):
         params = {
             "N": 1000,
@@ -45,16 +53,16 @@ def log_two_configurations(uri: str, study: str, folder: Path) -> str:
             "config": config,
             "none": None,
         }
-        run = child_run(client, parent, f"config-{config:04d}", role="proxy", params=params)
+        run = find_or_create_child_run(client, parent, f"config-{config:04d}", role="proxy", params=params)
         points = [Measurement(t, 4.0 - t / 1000, lr=lr, train_loss=math.nan) for t in (1000, 2000, 3000)]
-        curve = [(metrics_of(p), p.tokens, now_ms()) for p in points]
+        curve = [(point_to_metrics(p), p.tokens, now_ms()) for p in points]
         log_records(client, run, curve, {})
         rungs = [(0, 3000, 1.5), (1, 9000, 1.25)] if config == 0 else [(0, 3000, math.nan)]
         for rung, tokens, loss in rungs:
             path = None if math.isnan(loss) else folder / f"{config}-{tokens}.pt"
-            metrics, tags = result_of(rung=rung, tokens=tokens, loss=loss, seconds=2.0, checkpoint=path)
+            metrics, tags = result_to_metrics(rung=rung, tokens=tokens, loss=loss, seconds=2.0, checkpoint=path)
             log_records(client, run, [(metrics, tokens, now_ms())], tags)
-        finish(client, run)
+        set_run_status(client, run)
     return parent
 
 
@@ -105,7 +113,9 @@ def test_an_unknown_study_is_refused_with_the_nearest_name(uri: str, tmp_path: P
 @pytest.mark.slow
 def test_six_processes_may_open_a_fresh_store_at_once(tmp_path: Path) -> None:
     """Without the lock all six fail."""
-    code = "import sys; from scaling import tracking; c = tracking.connect(sys.argv[1]); print(len(c.search_experiments()))"
+    code = (
+        "import sys; from scaling.tracking.client import connect; print(len(connect(sys.argv[1]).search_experiments()))"
+    )
     command = [sys.executable, "-W", "ignore", "-c", code, f"sqlite:///{tmp_path}/mlflow.db"]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(6)]
     out = [p.communicate() for p in running]
@@ -114,7 +124,11 @@ def test_six_processes_may_open_a_fresh_store_at_once(tmp_path: Path) -> None:
 
 
 def log_foreign_runs(uri: str, experiment: str, rows: int = 6) -> tuple[Any, list[str]]:
-    """(client, run ids) of another program's runs: the third blew up, the fourth is still running, the last is deleted."""
+    """Log runs as another program would: the third diverged, the fourth is still running, the last is deleted.
+
+    Returns:
+        (client, run ids).
+    """
     from mlflow.entities import Metric, Param, RunTag
 
     client = connect(uri)
@@ -134,17 +148,18 @@ def log_foreign_runs(uri: str, experiment: str, rows: int = 6) -> tuple[Any, lis
     return client, ids
 
 
-def both_ways(uri: str, experiment: str, **options: Any) -> list[records.Record]:
-    """The records as read from the file, which must be those that MLflow's client gives."""
-    path = records._from_sqlite(uri, experiment, options.get("kind"), options.get("metric", "last"))
-    client = records._from_client(uri, experiment, options.get("kind"), options.get("metric", "last"))
-    assert path is not None
-    # a NaN differs from itself, its text does not
-    assert [repr(r) for r in map(ordered, path)] == [repr(r) for r in map(ordered, client)]
-    return path
+def read_both_ways(uri: str, experiment: str, **options: Any) -> list[records.RunRecord]:
+    """Return the records as read from the file, after checking that MLflow's client gives the same."""
+    from_file = records.read_sqlite(uri, experiment, options.get("kind"), options.get("metric", "last"))
+    from_client = records.read_through_client(uri, experiment, options.get("kind"), options.get("metric", "last"))
+    assert from_file is not None
+    # A NaN differs from itself; its text does not.
+    assert [repr(r) for r in map(sort_fields, from_file)] == [repr(r) for r in map(sort_fields, from_client)]
+    return from_file
 
 
-def ordered(record: records.Record) -> list[Any]:
+def sort_fields(record: records.RunRecord) -> list[Any]:
+    """Return the fields of a record, with its dicts as sorted lists."""
     values = (sorted(d.items()) for d in (record.params, record.metrics, record.tags))
     return [record.run_id, record.name, record.status, *values]
 
@@ -152,24 +167,24 @@ def ordered(record: records.Record) -> list[Any]:
 @pytest.mark.parametrize("metric", ["last", "min"])
 def test_the_file_is_read_as_the_client_reads_it(metric: str, uri: str) -> None:
     _, ids = log_foreign_runs(uri, f"two ways {metric}")
-    found = both_ways(uri, f"two ways {metric}", metric=metric)
-    assert [r.run_id for r in found] == ids[:-1]
-    losses = [r.metrics["eval/loss"] for r in found]
+    runs = read_both_ways(uri, f"two ways {metric}", metric=metric)
+    assert [r.run_id for r in runs] == ids[:-1]
+    losses = [r.metrics["eval/loss"] for r in runs]
     expected = [2.0, 2.0, math.nan, 2.0, 2.0] if metric == "min" else [3.0, 3.1, math.nan, 3.3, 3.4]
     assert losses == pytest.approx(expected, nan_ok=True)
-    assert found[0].metrics["norm"] == math.inf
-    assert found[4].tags["who"] == "\u00e9 4"
+    assert runs[0].metrics["norm"] == math.inf
+    assert runs[4].tags["who"] == "\u00e9 4"
 
 
 def test_only_runs_of_one_kind_are_read_when_asked(uri: str, tmp_path: Path) -> None:
     log_two_configurations(uri, "kinds", tmp_path)
-    assert [r.name for r in both_ways(uri, "kinds", kind="run")] == ["config-0000", "config-0001"]
-    assert [r.name for r in both_ways(uri, "kinds", kind="study")] == ["kinds"]
-    assert len(both_ways(uri, "kinds")) == 3
+    assert [r.name for r in read_both_ways(uri, "kinds", kind="run")] == ["config-0000", "config-0001"]
+    assert [r.name for r in read_both_ways(uri, "kinds", kind="study")] == ["kinds"]
+    assert len(read_both_ways(uri, "kinds")) == 3
 
 
 def test_every_change_of_a_store_is_seen_by_the_next_reading(uri: str) -> None:
-    """Also a metric that is written after its run's end. It moves none of the run's own fields, so no cache could see it."""
+    """A metric that is written after the end of its run changes none of the run's own fields, so no cache can notice."""
     client, ids = log_foreign_runs(uri, "changes")
     before = client.get_run(ids[0]).info
     client.log_metric(ids[0], "eval/loss", 1.25, step=7)
@@ -179,18 +194,18 @@ def test_every_change_of_a_store_is_seen_by_the_next_reading(uri: str) -> None:
         after.status,
         after.lifecycle_stage,
     )
-    assert both_ways(uri, "changes")[0].metrics["eval/loss"] == 1.25
+    assert read_both_ways(uri, "changes")[0].metrics["eval/loss"] == 1.25
     client.set_tag(ids[0], "who", "else")
-    assert both_ways(uri, "changes")[0].tags["who"] == "else"
+    assert read_both_ways(uri, "changes")[0].tags["who"] == "else"
     client.log_param(ids[0], "late", "1")
-    assert both_ways(uri, "changes")[0].params["late"] == "1"
+    assert read_both_ways(uri, "changes")[0].params["late"] == "1"
     client.set_terminated(ids[3])
-    assert both_ways(uri, "changes")[3].status == "FINISHED"
+    assert read_both_ways(uri, "changes")[3].status == "FINISHED"
     client.delete_run(ids[1])
-    assert [r.run_id for r in both_ways(uri, "changes")] == [ids[0], *ids[2:5]]
+    assert [r.run_id for r in read_both_ways(uri, "changes")] == [ids[0], *ids[2:5]]
     client.restore_run(ids[5])
     new = client.create_run(client.get_experiment_by_name("changes").experiment_id, start_time=1).info.run_id
-    assert [r.run_id for r in both_ways(uri, "changes")] == [new, ids[0], *ids[2:]]
+    assert [r.run_id for r in read_both_ways(uri, "changes")] == [new, ids[0], *ids[2:]]
 
 
 def test_random_histories_are_read_alike_both_ways(uri: str) -> None:
@@ -212,18 +227,18 @@ def test_random_histories_are_read_alike_both_ways(uri: str) -> None:
         else:
             client.delete_run(ids.pop(r.randrange(len(ids))))
     for metric in ("last", "min"):
-        assert len(both_ways(uri, "random", metric=metric)) == len(ids)
+        assert len(read_both_ways(uri, "random", metric=metric)) == len(ids)
 
 
 def test_a_file_that_is_no_store_is_left_to_the_client(uri: str, tmp_path: Path) -> None:
-    assert records._from_sqlite(f"sqlite:///{tmp_path}/none.db", "x", None, "last") is None
+    assert records.read_sqlite(f"sqlite:///{tmp_path}/none.db", "x", None, "last") is None
     (tmp_path / "text.db").write_text("no database")
-    assert records._from_sqlite(f"sqlite:///{tmp_path}/text.db", "x", None, "last") is None
+    assert records.read_sqlite(f"sqlite:///{tmp_path}/text.db", "x", None, "last") is None
     with sqlite3.connect(tmp_path / "other.db") as other:
         other.execute("CREATE TABLE runs (run_uuid TEXT)")
-    assert records._from_sqlite(f"sqlite:///{tmp_path}/other.db", "x", None, "last") is None
-    assert records._from_sqlite("http://localhost:1", "x", None, "last") is None
-    assert records._from_sqlite(uri, "no such experiment", None, "last") is None
+    assert records.read_sqlite(f"sqlite:///{tmp_path}/other.db", "x", None, "last") is None
+    assert records.read_sqlite("http://localhost:1", "x", None, "last") is None
+    assert records.read_sqlite(uri, "no such experiment", None, "last") is None
     with pytest.raises(ValueError, match="there is no MLflow store at"):
         load_runs("x", tracking_uri=f"sqlite:///{tmp_path}/none.db")
     assert not (tmp_path / "none.db").exists()
@@ -236,13 +251,14 @@ def test_reading_neither_writes_nor_waits_for_a_writer(uri: str, tmp_path: Path)
     path = Path(uri.removeprefix("sqlite:///"))
     before = path.read_bytes()
     writer = sqlite3.connect(path, isolation_level=None)
-    writer.execute("BEGIN IMMEDIATE")  # a writer at work, not yet committing
+    # A writer that has not committed yet.
+    writer.execute("BEGIN IMMEDIATE")
     writer.execute("UPDATE runs SET status = 'FAILED'")
-    found = records._from_sqlite(uri, "busy", None, "last")
+    runs = records.read_sqlite(uri, "busy", None, "last")
     writer.execute("ROLLBACK")
     writer.close()
-    assert found is not None
-    assert [r.status for r in found] == ["FINISHED"] * 3 + ["RUNNING"] + ["FINISHED"]
+    assert runs is not None
+    assert [r.status for r in runs] == ["FINISHED"] * 3 + ["RUNNING"] + ["FINISHED"]
     assert path.read_bytes() == before
 
 
@@ -262,9 +278,9 @@ def test_runs_of_another_program_become_a_run_table(uri: str) -> None:
     assert runs["D"].tolist() == [500 * 8 * 128] * 5
     assert runs["excluded"].tolist() == ["", "", "diverged: no finite loss", "unfinished (running)", ""]
     assert usable(runs)["loss"].tolist() == [3.0, 3.1, 3.4]
-    assert quarantine(runs)[0] == "3 of 5 rows are used by laws"
+    assert summarize_exclusions(runs)[0] == "3 of 5 rows are used by laws"
     lowest, _ = import_runs("foreign", mapping=mapping, tracking_uri=uri, metric="min")
-    assert usable(lowest)["loss"].tolist() == [2.0] * 3, "a low loss before its end does not mend a run that blew up"
+    assert usable(lowest)["loss"].tolist() == [2.0] * 3, "a low loss before the end does not repair a run that diverged"
     with pytest.raises(ValueError, match=r"no column N \(is it params\.params\? --map N=params\.params\)"):
         import_runs("foreign", tracking_uri=uri)
     with pytest.raises(ValueError, match=f"row {ids[0]}, column lr .from tags.who.: needed a number, got '\u00e9 0'"):
@@ -281,10 +297,10 @@ def test_a_study_of_ours_needs_no_mapping(uri: str, tmp_path: Path) -> None:
 
 def test_a_study_that_was_forgotten_and_made_again_has_a_run_of_its_own(uri: str) -> None:
     client = connect(uri)
-    first = study_run(client, "again")
-    assert study_run(client, "again") == first
-    child = child_run(client, first, "config-0", role="proxy", params={})
+    first = find_or_create_study_run(client, "again")
+    assert find_or_create_study_run(client, "again") == first
+    child = find_or_create_child_run(client, first, "config-0", role="proxy", params={})
     forget_study(client, "again")
-    second = study_run(client, "again")
+    second = find_or_create_study_run(client, "again")
     assert second != first
-    assert child_run(client, second, "config-0", role="proxy", params={}) != child
+    assert find_or_create_child_run(client, second, "config-0", role="proxy", params={}) != child

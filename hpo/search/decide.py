@@ -1,0 +1,223 @@
+"""Decide what a search runs next, from its trials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.trial import TrialState
+
+from hpo.samplers.drawing import draw_settings
+from hpo.samplers.protocols import FidelitySampler, Predictor
+from hpo.samplers.registry import resolve_sampler
+from hpo.search.hyperband import Bracket, FreeSlots, Promote, Scores, list_moves
+from hpo.search.ladder import Ladder
+from hpo.search.model_driven import NextTrial, choose_next, compute_spent_cost
+from hpo.search.settings import SearchSettings
+from hpo.search.view import Plan, View, plan_remaining, plan_whole_runs
+from scaling.laws.compute import Fidelity
+
+
+@dataclass(frozen=True)
+class Decider:
+    """Decides what a search runs next, as a function of its trials.
+
+    It keeps no state, so a restart is just asking again. Brackets are the plan if there are iterations or the sampler
+    has no model (`hpo.search.hyperband`); otherwise the model chooses freely (`hpo.search.model_driven`).
+
+    Attributes:
+        settings: The settings of the search.
+        study: Its Optuna study, which the sampler reads.
+        sampler: The sampler.
+        sampler_name: The sampler's name; None if it was given as an object.
+        cost: Cost of one training from the beginning, in any unit.
+    """
+
+    settings: SearchSettings
+    study: optuna.Study
+    sampler: BaseSampler
+    sampler_name: str | None
+    cost: Callable[[Fidelity], float]
+
+    # What is left
+
+    @property
+    def has_end(self) -> bool:
+        """Whether the search ends, after its iterations or its budget."""
+        return self.settings.iterations is not None or self.settings.budget is not None
+
+    def find_target(self, ladder: Ladder) -> Fidelity:
+        """Return where the settings are to be good: by default, the largest size at the largest run."""
+        target = self.settings.target
+        return target if target is not None else Fidelity(self.settings.proxy_sizes[-1], ladder.levels[-1])
+
+    def is_finished(self, view: View) -> bool:
+        """Return whether nothing is left to start or in progress."""
+        if self.settings.iterations is None:
+            return self.is_budget_spent(view) and not view.pending
+        return not view.pending and not self.list_moves(view)
+
+    def is_budget_spent(self, view: View) -> bool:
+        """Return whether the budget that is left does not pay even the cheapest run."""
+        if self.settings.budget is None:
+            return False
+        cheapest = min(
+            self.compute_cost(view.ladder, Fidelity(size, view.ladder.levels[0])) for size in self.settings.proxy_sizes
+        )
+        # The tolerance is for sums of many costs.
+        return self.compute_budget_left(view) < cheapest * (1 - 1e-9)
+
+    def compute_budget_left(self, view: View) -> float:
+        """Return what is left of the budget when all runs in progress have ended; infinity without a budget."""
+        if self.settings.budget is None:
+            return math.inf
+        return self.settings.budget - compute_spent_cost(view, self.cost)
+
+    def compute_cost(self, ladder: Ladder, fidelity: Fidelity) -> float:
+        """Return the cost of an evaluation at a fidelity from the beginning, with all its seeds."""
+        rung = next((k for k, level in enumerate(ladder.levels) if level >= fidelity.D), ladder.top)
+        return ladder.seeds_at(rung) * self.cost(fidelity)
+
+    def plan(self, view: View) -> Plan:
+        """Return what is still to be run in a search that ends."""
+        settings = self.settings
+        if settings.iterations is not None:
+            return plan_remaining(
+                view,
+                settings.proxy_sizes,
+                settings.effective_variant,
+                settings.iterations,
+                resumable=settings.resumable,
+            )
+        top = Fidelity(settings.proxy_sizes[-1], view.ladder.levels[-1])
+        return plan_whole_runs(view, top, max(self.compute_budget_left(view), 0.0) / self.cost(top))
+
+    # What to run next
+
+    @property
+    def is_model_driven(self) -> bool:
+        """Whether the sampler's model chooses rungs and continuations, too, because there are no brackets."""
+        return self.settings.iterations is None and isinstance(self.sampler, FidelitySampler)
+
+    def list_moves(self, view: View, scores: Scores | None = None) -> list[Promote | FreeSlots]:
+        """Return what may be run in a search with brackets.
+
+        Args:
+            view: The search.
+            scores: Ranks promotions, see `make_scores`. Whether there are any moves does not depend on it.
+        """
+        settings = self.settings
+        return list_moves(
+            view.entries,
+            view.ladder,
+            variant=settings.effective_variant,
+            sizes=len(settings.proxy_sizes),
+            iterations=settings.iterations,
+            asynchronous=settings.asynchronous,
+            scores=scores,
+        )
+
+    def make_scores(self, view: View) -> Scores | None:
+        """Return the function that predicts the losses of configurations at the target; None if the ranks decide."""
+        sampler = self.sampler
+        if self.settings.promote == "rank" or not isinstance(sampler, Predictor):
+            return None
+
+        def predict(configs: Sequence[int]) -> Sequence[float] | None:
+            params = [{name: view.trials[c].params[name] for name in self.settings.space} for c in configs]
+            losses = sampler.predict(self.study, self.settings.space, params, self.find_target(view.ladder))
+            return None if losses is None else [float(x) for x in losses]
+
+        return predict
+
+    def choose_promotion(self, view: View, moves: Sequence[Promote | FreeSlots]) -> NextTrial | None:
+        """Return the first promotion among the moves; None if new configurations are to be started, or nothing."""
+        if not moves or not isinstance(moves[0], Promote):
+            return None
+        move = moves[0]
+        bracket = next(e.bracket for e in view.entries if e.config == move.config)
+        below = view.evaluations.get((move.config, move.rung - 1))
+        return NextTrial(view.trials[move.config].params, move.rung, bracket, move.config, below)
+
+    def list_brackets(self, view: View, moves: Sequence[Promote | FreeSlots]) -> list[Bracket]:
+        """Return the brackets with room for new configurations, the cheapest first.
+
+        In a model-driven search there is one bracket, at the lowest rung of the smallest size, for enqueued trials.
+        """
+        if self.is_model_driven:
+            return [Bracket(0, 0, 0)]
+        brackets = (move.bracket for move in moves if isinstance(move, FreeSlots))
+        return sorted(brackets, key=lambda b: self.compute_cost(view.ladder, self._find_fidelity(view, b)))
+
+    def choose_configuration(self, view: View, brackets: Sequence[Bracket]) -> NextTrial:
+        """Return the next trial if nothing is promoted and no trial is enqueued.
+
+        Args:
+            view: The search.
+            brackets: What `list_brackets` returned, at least one.
+
+        Returns:
+            The trial; without parameters if the sampler chooses them when it starts.
+        """
+        if isinstance(self.sampler, FidelitySampler):
+            return self._ask_model(view, self.sampler, brackets)
+        random = self.make_random_sampler(len(view.trials))
+        params = {} if random is None else draw_settings(self.settings.space, self.study, random)
+        return NextTrial(params, brackets[0].start, brackets[0])
+
+    def _ask_model(self, view: View, sampler: FidelitySampler, brackets: Sequence[Bracket]) -> NextTrial:
+        def cost(fidelity: Fidelity) -> float:
+            return self.compute_cost(view.ladder, fidelity)
+
+        target = self.find_target(view.ladder)
+        if self.is_model_driven:
+            return choose_next(
+                view,
+                sampler,
+                self.study,
+                self.settings.space,
+                sizes=self.settings.proxy_sizes,
+                cost=cost,
+                target=target,
+                resumable=self.settings.resumable,
+                left=self.compute_budget_left(view),
+            )
+        slots = [self._find_fidelity(view, bracket) for bracket in brackets]
+        params, chosen = sampler.propose(self.study, self.settings.space, slots, cost, target)
+        return NextTrial(params, brackets[chosen].start, brackets[chosen])
+
+    def _find_fidelity(self, view: View, bracket: Bracket) -> Fidelity:
+        """Return the size and tokens at which the configurations of a bracket start."""
+        return Fidelity(self.settings.proxy_sizes[bracket.size], view.ladder.levels[bracket.start])
+
+    # The parameters of a trial
+
+    def make_sampler(self, number: int) -> BaseSampler:
+        """Return the sampler that chooses the parameters of the trial with a given number.
+
+        Optuna's samplers that were given by name are made for each trial, with a seed of its own, so that neither a
+        restart nor a second worker repeats what was drawn.
+        """
+        random = self.make_random_sampler(number)
+        if random is not None:
+            return random
+        if self.sampler_name not in ("tpe", "gp"):
+            return self.sampler
+        return resolve_sampler(self.sampler_name, self._make_seed(number))
+
+    def make_random_sampler(self, number: int) -> RandomSampler | None:
+        """Return what draws the parameters of a trial at random, from a stream of its own; None if they are not random.
+
+        Optuna's quasi-random sampler also starts at random, until a trial is complete.
+        """
+        is_random = self.sampler_name == "random"
+        if self.sampler_name == "qmc":
+            is_random = not self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return RandomSampler(seed=self._make_seed(number)) if is_random else None
+
+    def _make_seed(self, number: int) -> int:
+        return int(np.random.SeedSequence([self.settings.seed, number]).generate_state(1)[0])

@@ -1,11 +1,12 @@
-"""Damaged and hostile files, as many as wanted, for everything that reads files of others: is each read, or refused cleanly?
+"""Feed damaged and hostile files to everything that reads files of others: is each read, or refused cleanly?
 
     OMP_NUM_THREADS=1 python -m benchmarks.fuzz --target all --inputs 100000
     OMP_NUM_THREADS=1 python -m benchmarks.fuzz --target journal --inputs 5000 --engine plain --seed 3
 
-Prints inputs per second, how many were read, refusals by kind, and crashes, each with an input that is kept in --out. The engine is
-atheris (guided by coverage) where it is installed, else mutations drawn from the seed: input i of a seed is always the same.
-Inputs run in processes of their own, so that one that ends, hangs or takes too much memory is found, too. Exit code 1: crashes.
+Prints inputs per second, how many were read, refusals by kind, and crashes, each with an input that is kept in --out.
+The engine is atheris (guided by coverage) if it is installed, else mutations drawn from the seed: input i of a seed is
+always the same. Inputs run in separate processes, so that one that exits, hangs or takes too much memory is found, too.
+Exit code 1: crashes.
 """
 
 from __future__ import annotations
@@ -31,97 +32,141 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.fuzz_targets import Kind
 
-SECONDS = 20.0  # for one input
-MEMORY = 4 << 30  # bytes, beyond what the libraries take
-BATCH = 1000  # inputs of one process
-KEPT = 2  # inputs of one crash
-SHM = Path(
-    "/dev/shm"
-)  # in memory, where there is one: journals and checkpoints are synchronized to disk, which takes most of the time
+# Seconds for one input.
+MAX_SECONDS = 20.0
+# Bytes beyond what the libraries take.
+MAX_MEMORY = 4 << 30
+# Inputs of one process.
+BATCH = 1000
+# Inputs of one crash that are kept.
+KEPT = 2
+# In memory if possible: journals and checkpoints are synchronized to disk, which takes most of the time.
+SHM = Path("/dev/shm")
 NAMES = ("study", "runs", "journal", "checkpoint")
 WORDS = (
-    b"nan", b"inf", b"-inf", b"-1", b"0", b"1e400", b"9" * 400, b"null", b"true", b"{}", b"[]", b"[" * 3000, b"{" * 50, b"''", b'""', b'"""', b"\\u0000",
-    b"\x00", b"\xff\xfe", b"\xc3\x28", b"\n", b"\r\n", b",", b".", b"{lr.__class__}", b"{lr!r}", b"__class__", b"../", b"proxies:ProxyFamily",
-    b'"op_code":99,', b"2026-01-01T00:00:00", b"<script>", b"=", b"R", b"b", b"\x81", b"\x93", b"\x94", b"r\xff\xff\xff\x7f", b"c__builtin__\neval\n",
-)  # fmt: skip
+    b"nan",
+    b"inf",
+    b"-inf",
+    b"-1",
+    b"0",
+    b"1e400",
+    b"9" * 400,
+    b"null",
+    b"true",
+    b"{}",
+    b"[]",
+    b"[" * 3000,
+    b"{" * 50,
+    b"''",
+    b'""',
+    b'"""',
+    b"\\u0000",
+    b"\x00",
+    b"\xff\xfe",
+    b"\xc3\x28",
+    b"\n",
+    b"\r\n",
+    b",",
+    b".",
+    b"{lr.__class__}",
+    b"{lr!r}",
+    b"__class__",
+    b"../",
+    b"proxies:ProxyFamily",
+    b'"op_code":99,',
+    b"2026-01-01T00:00:00",
+    b"<script>",
+    b"=",
+    b"R",
+    b"b",
+    b"\x81",
+    b"\x93",
+    b"\x94",
+    b"r\xff\xff\xff\x7f",
+    b"c__builtin__\neval\n",
+)
 
 
 class Hang(BaseException):
-    """An input took longer than SECONDS."""
+    """An input took longer than MAX_SECONDS."""
 
 
 class Crash(Exception):
-    """What a reader raised that is no clean refusal."""
+    """A reader raised something that is not a clean refusal."""
 
 
-def mutated(draw: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """The bytes with one to four changes: bits, pieces cut out, doubled or moved, numbers and words put in, lines changed places."""
+def mutate(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """Return the bytes with one to four changes to bits, pieces, numbers, words or lines."""
     out = bytearray(data)
-    for _ in range(draw.choice((1, 1, 2, 4))):
-        at, size = draw.randrange(len(out) + 1), draw.choice((1, 2, 8, 64))
-        match draw.randrange(11):
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at, size = rng.randrange(len(out) + 1), rng.choice((1, 2, 8, 64))
+        match rng.randrange(11):
             case 0 if out:
-                out[at % len(out)] ^= 1 << draw.randrange(8)
+                out[at % len(out)] ^= 1 << rng.randrange(8)
             case 1:
-                out[at : at + size] = draw.randbytes(size)
+                out[at : at + size] = rng.randbytes(size)
             case 2:
                 del out[at : at + size]
             case 3:
                 out[at:at] = out[at : at + size]
             case 4:
-                out[at:at] = draw.choice(WORDS)
+                out[at:at] = rng.choice(WORDS)
             case 5:
-                out[at : at + size] = draw.choice(WORDS)
+                out[at : at + size] = rng.choice(WORDS)
             case 6:
-                del out[at:]  # cut short
+                # Truncated.
+                del out[at:]
             case 7:
-                other = draw.choice(others)
-                out[at : at + size] = other[draw.randrange(len(other) + 1) :][: draw.choice((8, 64, 512))]
-            case 8:  # another number
+                other = rng.choice(others)
+                out[at : at + size] = other[rng.randrange(len(other) + 1) :][: rng.choice((8, 64, 512))]
+            # Another number.
+            case 8:
                 digits = [i for i in range(at, min(at + 200, len(out))) if 48 <= out[i] <= 57]
                 if digits:
-                    out[digits[0] : digits[0] + 1] = draw.choice(
+                    out[digits[0] : digits[0] + 1] = rng.choice(
                         (b"-", b"0", b"99", b"1e9", b"1e-9", b".5", b"x", b"null")
                     )
-            case _:  # whole lines
+            # Whole lines.
+            case _:
                 lines = bytes(out).split(b"\n")
-                i, j = draw.randrange(len(lines)), draw.randrange(len(lines))
-                if draw.random() < 0.5:
+                i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
+                if rng.random() < 0.5:
                     lines[i], lines[j] = lines[j], lines[i]
                 else:
-                    lines[i : i + 1] = draw.choice(([], [lines[i], lines[i]], [lines[j]]))
+                    lines[i : i + 1] = rng.choice(([], [lines[i], lines[i]], [lines[j]]))
                 out = bytearray(b"\n".join(lines))
     return bytes(out)
 
 
-def drawn(kinds: Sequence[Kind], seed: int, i: int) -> tuple[Kind, bytes]:
-    """Input i of a seed: its reader and its bytes."""
-    draw = random.Random(f"{seed} {i}")
+def draw_input(kinds: Sequence[Kind], seed: int, i: int) -> tuple[Kind, bytes]:
+    """Return input i of a seed: its reader and its bytes."""
+    rng = random.Random(f"{seed} {i}")
     kind = kinds[i % len(kinds)]
-    return kind, mutated(draw, draw.choice(kind.seeds), [s for k in kinds for s in k.seeds])
+    return kind, mutate(rng, rng.choice(kind.seeds), [s for k in kinds for s in k.seeds])
 
 
-def outcome(kind: Kind, data: bytes, scratch: Path) -> str:
-    """What became of an input, in an empty folder: "read", or the refusal's type. Crash otherwise."""
+def try_input(kind: Kind, data: bytes, scratch: Path) -> str:
+    """Read an input in an empty folder. Return "read" or the type of the refusal; raise Crash for anything else."""
 
-    def hang(*_: object) -> None:
+    def raise_hang(*_: object) -> None:
         raise Hang
 
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    before = signal.signal(signal.SIGALRM, hang)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGALRM, raise_hang)
+    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
     try:
         kind.read(data, scratch)
         return "read"
     except (ValueError, OSError) as error:
-        if str(scratch) in str(error) or "study 'search'" in str(error):  # as the journal's is called
+        # The journal's study is called "search".
+        if str(scratch) in str(error) or "study 'search'" in str(error):
             return type(error).__name__
         raise Crash(f"{type(error).__name__} that names no file: {error}") from error
     except MemoryError as error:
         raise Crash("too much memory") from error
     except Hang as error:
-        raise Crash(f"more than {SECONDS:.0f} s") from error
+        raise Crash(f"more than {MAX_SECONDS:.0f} s") from error
     except Exception as error:
         raise Crash(f"{type(error).__name__}: {error}") from error
     finally:
@@ -130,28 +175,28 @@ def outcome(kind: Kind, data: bytes, scratch: Path) -> str:
 
 
 class Tally:
-    """What became of the inputs of one target; the first few of each crash are kept."""
+    """Counts what became of the inputs of one target, and keeps the first few of each crash."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.counts, self.crashes = out, Counter[str](), Counter[str]()
 
-    def one(self, kind: Kind, data: bytes, scratch: Path) -> None:
+    def try_one(self, kind: Kind, data: bytes, scratch: Path) -> None:
         try:
-            self.counts[f"{kind.name}: {outcome(kind, data, scratch)}"] += 1
+            self.counts[f"{kind.name}: {try_input(kind, data, scratch)}"] += 1
         except Crash as crash:
             cause = crash.__cause__
             frames = traceback.extract_tb(cause.__traceback__) if cause else []
             ours = [f for f in frames if "site-packages" not in f.filename and "/lib/python" not in f.filename]
             where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
-            self.crash(f"{kind.name}: {where}: {type(cause).__name__}", str(crash), kind, data)
+            self.record_crash(f"{kind.name}: {where}: {type(cause).__name__}", str(crash), kind, data)
 
-    def crash(self, what: str, said: str, kind: Kind, data: bytes) -> None:
+    def record_crash(self, what: str, message: str, kind: Kind, data: bytes) -> None:
         self.crashes[what] += 1
         if self.crashes[what] <= KEPT:
             self.out.mkdir(parents=True, exist_ok=True)
             path = self.out / f"{kind.name.replace(' ', '-')}-{abs(hash(what)) % 10**6}-{self.crashes[what]}.bin"
             path.write_bytes(data)
-            print(f"  {what}: {said[:300]!r}\n    {path}", file=sys.stderr, flush=True)
+            print(f"  {what}: {message[:300]!r}\n    {path}", file=sys.stderr, flush=True)
 
     def add(self, other: dict[str, Any]) -> None:
         self.counts.update(other["counts"])
@@ -159,17 +204,19 @@ class Tally:
 
     @property
     def plain(self) -> dict[str, Any]:
+        """The counts as JSON."""
         return {"counts": dict(self.counts), "crashes": dict(self.crashes)}
 
 
 def limit_memory() -> None:
+    """Limit this process to its present memory and MAX_MEMORY more."""
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (now + MAX_MEMORY, now + MAX_MEMORY))
 
 
-def by_plan(kinds: Sequence[Kind], inputs: int, seed: int, scratch: Path, tally: Tally) -> None:
-    """Inputs 0 to inputs - 1 of a seed, in batches, each batch a process."""
+def fuzz_by_seed(kinds: Sequence[Kind], inputs: int, seed: int, scratch: Path, tally: Tally) -> None:
+    """Try inputs 0 to inputs - 1 of a seed in batches, each in a process of its own."""
     at, place = 0, scratch / "at"
     while at < inputs:
         end = min(at + BATCH, inputs)
@@ -182,7 +229,7 @@ def by_plan(kinds: Sequence[Kind], inputs: int, seed: int, scratch: Path, tally:
             mine.crashes.update(tally.crashes)
             for i in range(at, end):
                 place.write_text(str(i))
-                mine.one(*drawn(kinds, seed, i), scratch / "here")
+                mine.try_one(*draw_input(kinds, seed, i), scratch / "here")
             mine.crashes.subtract(tally.crashes)
             answer.write_text(json.dumps(mine.plain))
             os._exit(0)
@@ -190,15 +237,16 @@ def by_plan(kinds: Sequence[Kind], inputs: int, seed: int, scratch: Path, tally:
         if answer.exists():
             tally.add(json.loads(answer.read_text()))
             at = end
-        else:  # what the batch found up to there is lost, its crashes are kept
+        # The counts of the batch are lost, but its crashes are kept.
+        else:
             i = int(place.read_text())
-            tally.crash(f"the process ended, {status}", f"input {i}", *drawn(kinds, seed, i))
+            tally.record_crash(f"the process ended, {status}", f"input {i}", *draw_input(kinds, seed, i))
             tally.counts["with the process that ended"] += i - at
             at = i + 1
 
 
-def by_coverage(kinds: Sequence[Kind], inputs: int, seed: int, scratch: Path, tally: Tally, answer: Path) -> None:
-    """atheris does not return: the last input writes the answer. An input's first byte chooses its reader."""
+def fuzz_by_coverage(kinds: Sequence[Kind], inputs: int, seed: int, scratch: Path, tally: Tally, answer: Path) -> None:
+    """Run atheris, which does not return: the last input writes the answer. The first byte selects the reader."""
     import atheris  # type: ignore[import-not-found]
 
     limit_memory()
@@ -211,24 +259,25 @@ def by_coverage(kinds: Sequence[Kind], inputs: int, seed: int, scratch: Path, ta
     others = [s for k in kinds for s in k.seeds]
     done = 0
 
-    def one(data: bytes) -> None:
+    def try_bytes(data: bytes) -> None:
         nonlocal done
         done += 1
         if data:
-            tally.one(kinds[data[0] % len(kinds)], data[1:], scratch / "here")
+            tally.try_one(kinds[data[0] % len(kinds)], data[1:], scratch / "here")
         if done % BATCH == 0 or done >= inputs:
             answer.write_text(json.dumps(tally.plain))
 
     def change(data: bytes, longest: int, drawn_seed: int) -> bytes:
-        draw = random.Random(drawn_seed)
-        match draw.randrange(4):
+        rng = random.Random(drawn_seed)
+        match rng.randrange(4):
             case 0 if data:
                 return bytes(atheris.Mutate(data, longest))
             case 1 if data:
-                return (data[:1] + mutated(draw, data[1:], others))[:longest]
-            case _:  # what is interesting soon is mostly what fails early: half of the inputs are near a whole file
-                i = draw.randrange(len(kinds))
-                return (bytes([i]) + mutated(draw, draw.choice(kinds[i].seeds), others))[:longest]
+                return (data[:1] + mutate(rng, data[1:], others))[:longest]
+            # Inputs with new coverage are soon mostly those that fail early: so half of all are near a valid file.
+            case _:
+                i = rng.randrange(len(kinds))
+                return (bytes([i]) + mutate(rng, rng.choice(kinds[i].seeds), others))[:longest]
 
     options = [
         f"-runs={inputs}",
@@ -239,12 +288,12 @@ def by_coverage(kinds: Sequence[Kind], inputs: int, seed: int, scratch: Path, ta
         "-mutate_depth=1",
         "-print_final_stats=0",
     ]
-    atheris.Setup(["fuzz", *options, f"-artifact_prefix={tally.out}/", str(corpus)], one, custom_mutator=change)
+    atheris.Setup(["fuzz", *options, f"-artifact_prefix={tally.out}/", str(corpus)], try_bytes, custom_mutator=change)
     atheris.Fuzz()
 
 
 def fuzz(target: str, inputs: int, seed: int, engine: str, out: Path, answer: Path | None = None) -> Tally:
-    """One target; with `answer` atheris, in this process, which it ends."""
+    """Fuzz one target. With `answer`, atheris runs in this process and ends it."""
     tally = Tally(out / target)
     if engine == "atheris" and answer is None:
         with tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None) as folder:
@@ -274,44 +323,46 @@ def fuzz(target: str, inputs: int, seed: int, engine: str, out: Path, answer: Pa
         import atheris
 
         with atheris.instrument_imports(include=["scaling", "hpo", "proxies", "tomllib"]):
-            from benchmarks.fuzz_targets import targets
+            from benchmarks.fuzz_targets import make_targets
     else:
-        from benchmarks.fuzz_targets import targets
-    place = answer.parent if answer else SHM if SHM.is_dir() else None  # atheris leaves its folder to who started it
+        from benchmarks.fuzz_targets import make_targets
+    # atheris leaves its folder to the process that started it.
+    place = answer.parent if answer else SHM if SHM.is_dir() else None
     with tempfile.TemporaryDirectory(dir=place) as folder:
         whole = Path(folder) / "whole"
         whole.mkdir()
-        kinds = targets(target, whole)
+        kinds = make_targets(target, whole)
         for kind in kinds:
             for data in kind.seeds:
-                if (said := outcome(kind, data, Path(folder) / "here")) != "read":
-                    raise RuntimeError(f"a whole {kind.name} should be read, got {said}")
+                if (result := try_input(kind, data, Path(folder) / "here")) != "read":
+                    raise RuntimeError(f"a valid {kind.name} should be read, got {result}")
         if answer is not None:
-            by_coverage(kinds, inputs, seed, Path(folder), tally, answer)
-        by_plan(kinds, inputs, seed, Path(folder), tally)
+            fuzz_by_coverage(kinds, inputs, seed, Path(folder), tally, answer)
+        fuzz_by_seed(kinds, inputs, seed, Path(folder), tally)
     return tally
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=[*NAMES, "all"], default="all")
-    parser.add_argument("--inputs", type=int, default=100_000, help="of each target")
+    parser.add_argument("--inputs", type=int, default=100_000, help="inputs of each target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=["auto", "atheris", "plain"], default="auto")
-    parser.add_argument("--out", type=Path, default=Path("fuzz-crashes"), help="where inputs go that crash")
+    parser.add_argument("--out", type=Path, default=Path("fuzz-crashes"), help="where inputs that crash are kept")
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    engine = given.engine
+    options = parser.parse_args()
+    engine = options.engine
     if engine == "auto":
         engine = "atheris" if importlib.util.find_spec("atheris") else "plain"
     failed = 0
-    for target in NAMES if given.target == "all" else [given.target]:
+    for target in NAMES if options.target == "all" else [options.target]:
         began = time.perf_counter()
-        tally = fuzz(target, given.inputs, given.seed, engine, given.out, given.answer)
-        took, crashes = time.perf_counter() - began, sum(tally.crashes.values())
+        tally = fuzz(target, options.inputs, options.seed, engine, options.out, options.answer)
+        seconds, crashes = time.perf_counter() - began, sum(tally.crashes.values())
         done = sum(tally.counts.values()) + crashes
         print(
-            f"{target}, {engine}: {done:,} inputs, {done / took:,.0f} a second, {crashes} crashes of {len(tally.crashes)} kinds"
+            f"{target}, {engine}: {done:,} inputs, {done / seconds:,.0f} per second, {crashes} crashes of "
+            f"{len(tally.crashes)} kinds"
         )
         for what, count in sorted(tally.counts.items()):
             print(f"  {count:7,}  {what}")

@@ -1,7 +1,7 @@
-"""What is fuzzed: every reader of files that others may have written, each with a few whole files to start from.
+"""What is fuzzed: every reader of files that others may have written, each with a few valid files to start from.
 
-A reader gets bytes and an empty folder. It may read them, or refuse them: a ValueError or OSError whose message names the file.
-Whatever else it raises is a mistake of ours.
+A reader gets bytes and an empty folder. It may read the bytes, or refuse them with a ValueError or OSError whose
+message names the file. Anything else that it raises is a bug.
 """
 
 from __future__ import annotations
@@ -23,22 +23,25 @@ Reader = Callable[[bytes, Path], None]
 
 @dataclass(frozen=True)
 class Kind:
-    """One reader, and whole files for it."""
+    """One reader, and valid files for it."""
 
     name: str
     seeds: tuple[bytes, ...]
     read: Reader
 
 
-def targets(name: str, folder: Path) -> list[Kind]:
-    """The kinds of one target; what they need beside their inputs is made in `folder`."""
-    return {"study": study, "runs": runs, "journal": journal, "checkpoint": checkpoint}[name](folder)
+def make_targets(name: str, folder: Path) -> list[Kind]:
+    """Return the kinds of one target. What they need beside their inputs is created in `folder`."""
+    return {"study": make_study, "runs": make_runs, "journal": make_journal, "checkpoint": make_checkpoint}[name](
+        folder
+    )
 
 
 NAMES = ("study", "runs", "journal", "checkpoint")
 
 
-def written(data: bytes, path: Path) -> Path:
+def write_input(data: bytes, path: Path) -> Path:
+    """Write an input and return its path."""
     path.write_bytes(data)
     return path
 
@@ -95,39 +98,45 @@ tokens = 393_216
 """
 
 
-def study(folder: Path) -> list[Kind]:
-    from hpo.study import config
+def make_study(folder: Path) -> list[Kind]:
     from hpo.study.config import load_study
     from hpo.study.schema import TrainerTable
 
     find = TrainerTable.find
 
-    def ours_only(table: Any) -> Any:  # a mutated name must not run whatever has that name
+    # A mutated name must not import whatever has that name.
+    def find_own(table: Any) -> Any:
         if table.use not in ("proxies:ProxyFamily", "proxies:CommandFamily"):
             raise ImportError("another module")
         return find(table)
 
-    config.say = _
-    TrainerTable.find = ours_only  # type: ignore[method-assign]
-    corpus = written(b"some text of a few words. " * 4000, folder / "corpus.txt")
+    TrainerTable.find = find_own  # type: ignore[method-assign]
+    corpus = write_input(b"some text of a few words. " * 4000, folder / "corpus.txt")
     seeds = (OURS.replace("CORPUS", str(corpus)).encode(), COMMAND.encode())
-    return [Kind("study", seeds, lambda data, here: _(load_study(written(data, here / "x.toml"))))]
+    return [Kind("study", seeds, lambda data, here: ignore(load_study(write_input(data, here / "x.toml"))))]
 
 
-def _(*_: object) -> None:
-    """For a reader whose answer is of no interest."""
+def ignore(*_: object) -> None:
+    """Discard a reader's result."""
 
 
 # --- run tables -------------------------------------------------------------------------------------------------------
 
 ROWS = [
-    {"N": 1e6 * (1 + i % 3), "D": 2e7 * (1 + i % 2), "loss": 3.0 - 0.01 * i, "lr": 2.0 ** -(6 + i % 4), "batch_tokens": 4096, "run_id": f"r{i}"}
+    {
+        "N": 1e6 * (1 + i % 3),
+        "D": 2e7 * (1 + i % 2),
+        "loss": 3.0 - 0.01 * i,
+        "lr": 2.0 ** -(6 + i % 4),
+        "batch_tokens": 4096,
+        "run_id": f"r{i}",
+    }
     for i in range(12)
-]  # fmt: skip
+]
 WANDB = {"N": "params", "D": "tokens:millions", "loss": "val_loss", "batch_tokens": "bs:sequences", "seq_len": "seq"}
 
 
-def runs(folder: Path) -> list[Kind]:
+def make_runs(folder: Path) -> list[Kind]:
     import pandas as pd
 
     from scaling.runs.importer import import_runs, read_mapping
@@ -135,14 +144,19 @@ def runs(folder: Path) -> list[Kind]:
 
     def reader(suffix: str, mapping: Mapping[str, str] | None) -> Reader:
         def read(data: bytes, here: Path) -> None:
-            path = written(data, here / f"x{suffix}")
+            path = write_input(data, here / f"x{suffix}")
             import_runs(path, mapping=mapping) if mapping else load_runs(path)
 
         return read
 
     def wandb(row: dict[str, Any], i: int) -> dict[str, Any]:
         config = {"params": row["N"], "bs": {"value": 16}, "seq": 256, "lr": row["lr"]}
-        return {"Name": f"run {i}", "State": "finished" if i else "crashed", "config": config, "summary": {"val_loss": row["loss"], "tokens": 20 + i}}  # fmt: skip
+        return {
+            "Name": f"run {i}",
+            "State": "finished" if i else "crashed",
+            "config": config,
+            "summary": {"val_loss": row["loss"], "tokens": 20 + i},
+        }
 
     exported = [wandb(row, i) for i, row in enumerate(ROWS)]
     table, parquet = pd.DataFrame(ROWS), io.BytesIO()
@@ -157,14 +171,14 @@ def runs(folder: Path) -> list[Kind]:
         Kind("json", (json.dumps(exported).encode(),), reader(".json", WANDB)),
         Kind("jsonl", ("\n".join(json.dumps(row) for row in ROWS).encode(),), reader(".jsonl", None)),
         Kind("parquet", (parquet.getvalue(),), reader(".parquet", None)),
-        Kind("mapping", (mapping,), lambda data, here: _(read_mapping(written(data, here / "x.toml")))),
+        Kind("mapping", (mapping,), lambda data, here: ignore(read_mapping(write_input(data, here / "x.toml")))),
     ]
 
 
-# --- journals, and what else of a study is read line by line ----------------------------------------------------------
+# --- journals, and other files of a study that are read line by line --------------------------------------------------
 
 
-def journal(folder: Path) -> list[Kind]:
+def make_journal(folder: Path) -> list[Kind]:
     import optuna
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
@@ -179,17 +193,19 @@ def journal(folder: Path) -> list[Kind]:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-    def opened(path: Path, worker: str) -> Search:
-        return Search(space, tokens=(100, 900), sizes=(10.0, 20.0), iterations=1, sampler="random", storage=path, worker=worker)  # fmt: skip
+    def open_search(path: Path, worker: str) -> Search:
+        return Search(
+            space, tokens=(100, 900), sizes=(10.0, 20.0), iterations=1, sampler="random", storage=path, worker=worker
+        )
 
     def read_search(data: bytes, here: Path) -> None:
-        search = opened(written(data, here / "study.journal"), "other")
+        search = open_search(write_input(data, here / "study.journal"), "other")
         search.plan()
-        _(search.progress, search.finished)
+        ignore(search.progress, search.finished)
         if job := search.ask():
             search.tell(job, 1.0)
 
-    draw, search = random.Random(0), opened(folder / "study.journal", "me")
+    rng, search = random.Random(0), open_search(folder / "study.journal", "me")
     for i in range(30):
         job = search.ask()
         if job is None:
@@ -197,7 +213,7 @@ def journal(folder: Path) -> list[Kind]:
         if i % 9 == 4:
             search.stop(job, Stopped(50, 3.0, 2.9, 0.1))
         elif i % 9 != 8:
-            search.tell(job, float("nan") if i % 7 == 6 else draw.random())
+            search.tell(job, float("nan") if i % 7 == 6 else rng.random())
     search.extend(2700)
     whole = (folder / "study.journal").read_bytes()
 
@@ -210,20 +226,23 @@ def journal(folder: Path) -> list[Kind]:
     ]
 
     def read_records(data: bytes, here: Path) -> None:
-        """Nothing may hold up what comes after it, so this reader never refuses."""
-        path = written(data, here / f"1{spool.SPOOL_SUFFIX}")
+        """A damaged record must not hold up those behind it, so this reader never refuses."""
+        path = write_input(data, here / f"1{spool.SPOOL_SUFFIX}")
         if left := sender.send_spooled_records(here, "nowhere"):
             raise AssertionError(f"{left} records of {path.name} cannot be sent")
 
-    vars(sender).update(_mlflow(), say=_)
+    vars(sender).update(make_mlflow())
     plan = {
-        "study": "s", "command": "train --lr {lr} --tokens {tokens}", "values": {"lr": 0.1, "tokens": 100, "N": 1e6}, "tokens": 100,
+        "study": "s",
+        "command": "train --lr {lr} --tokens {tokens}",
+        "values": {"lr": 0.1, "tokens": 100, "N": 1e6},
+        "tokens": 100,
         "because": {"N": 1e6, "D": 100, "lr": 0.1, "loss": 2.0, "loss_interval": [1.9, 2.1], "mass": 0.9},
-    }  # fmt: skip
+    }
     ended = {"loss": 2.0, "tokens": 100, "seconds": 3.0, "left": None}
 
     def read_ended(data: bytes, here: Path) -> None:
-        written(data, here / "scratch.json")
+        write_input(data, here / "scratch.json")
         ArmResult.read(here, "scratch")
 
     def lines(*rows: dict[str, Any]) -> bytes:
@@ -231,35 +250,53 @@ def journal(folder: Path) -> list[Kind]:
 
     return [
         Kind("journal", (whole, whole[: len(whole) // 2]), read_search),
-        Kind("ladders", (lines(row, row | {"tokens": 200, "loss": None}),), lambda data, here: _(read_rows(written(data, here / "ladders.jsonl")))),
+        Kind(
+            "ladders",
+            (lines(row, row | {"tokens": 200, "loss": None}),),
+            lambda data, here: ignore(read_rows(write_input(data, here / "ladders.jsonl"))),
+        ),
         Kind("records", (lines(head, *records),), read_records),
-        Kind("plan", (json.dumps(plan).encode(),), lambda data, here: _(str(read_plan(written(data, here / "plan.json"))))),
+        Kind(
+            "plan",
+            (json.dumps(plan).encode(),),
+            lambda data, here: ignore(str(read_plan(write_input(data, here / "plan.json")))),
+        ),
         Kind("ended", (json.dumps(ended).encode(),), read_ended),
-    ]  # fmt: skip
+    ]
 
 
-def _mlflow() -> dict[str, Any]:
-    """Functions that accept every record of the right kind, in place of those of `scaling.tracking` in the sender."""
+def make_mlflow() -> dict[str, Any]:
+    """Return functions that accept every record of the right kind, in place of those that the sender imports."""
 
     @contextmanager
-    def impatient(_: float = 0.0) -> Iterator[None]:
+    def fail_fast(_: float = 0.0) -> Iterator[None]:
         yield
 
     def log_records(_: Any, __: str, records: Any, tags: Mapping[str, str], params: Mapping[str, str]) -> None:
         assert all(isinstance(v, int | float) for values, step, at in records for v in (step, at, *values.values()))
         assert all(isinstance(v, str) for v in (*tags.values(), *params.values()))
 
-    none = lambda *_, **__: "x"  # noqa: E731
-    return dict(  # noqa: C408
-        impatient=impatient, log_records=log_records, refused=lambda _: False, load=none, _connected=none, connect=none, study_run=none,
-        child_lacking=lambda *given, **_: ("x", given[4]), finish=none, drop_twins=none,
-    )  # fmt: skip
+    def accept(*_: Any, **__: Any) -> str:
+        return "x"
+
+    return {
+        "fail_fast": fail_fast,
+        "log_records": log_records,
+        "is_refusal": lambda _: False,
+        "import_mlflow": accept,
+        "_connect_once": accept,
+        "connect": accept,
+        "find_or_create_study_run": accept,
+        "prepare_child_run": lambda *given, **_: ("x", given[4]),
+        "set_run_status": accept,
+        "delete_empty_duplicates": accept,
+    }
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def checkpoint(folder: Path) -> list[Kind]:
+def make_checkpoint(folder: Path) -> list[Kind]:
     import torch
 
     from proxies.config.proxy import ProxyConfig
@@ -268,8 +305,18 @@ def checkpoint(folder: Path) -> list[Kind]:
     from proxies.training.loop import train
     from proxies.training.shards import TABLE, compute_checksums
 
-    shape: dict[str, Any] = {"n_layers": 1, "d_head": 4, "base_width": 4, "vocab": 256, "seq_len": 8, "ff_mult": 1, "eval_windows": 2, "batch_seqs": 2, "warmup_tokens": 8}  # fmt: skip
-    config = ProxyConfig(d_model=4, corpus=str(written(b"a few words " * 4000, folder / "corpus.txt")), **shape)
+    shape: dict[str, Any] = {
+        "n_layers": 1,
+        "d_head": 4,
+        "base_width": 4,
+        "vocab": 256,
+        "seq_len": 8,
+        "ff_mult": 1,
+        "eval_windows": 2,
+        "batch_seqs": 2,
+        "warmup_tokens": 8,
+    }
+    config = ProxyConfig(d_model=4, corpus=str(write_input(b"a few words " * 4000, folder / "corpus.txt")), **shape)
     for _point in train(config, 160, save=folder / "run.pt"):
         pass
     write_run(load_state(folder / "run.pt"), folder / "run")
@@ -277,26 +324,27 @@ def checkpoint(folder: Path) -> list[Kind]:
     write_grown(open_trained(folder / "run.pt"), large, folder / "grown.pt")
 
     def read(path: Path) -> None:
-        """By all the ways that there are; the first that refuses is as good as any."""
+        """Read a checkpoint in every way that there is; the first refusal counts."""
         load_state(path)
         load_model(path)
         for which in ("annealed", "trunk"):
             trained = open_trained(path, which)  # type: ignore[arg-type]
-            _([t.sum() for t in trained.weights.values()], [t.sum() for t in (trained.moments or {}).values()])
+            ignore([t.sum() for t in trained.weights.values()], [t.sum() for t in (trained.moments or {}).values()])
         points = train(config, 240, resume=path)
         next(points)
         points.close()
 
     def read_file(data: bytes, here: Path) -> None:
-        read(written(data, here / "x.pt"))
+        read(write_input(data, here / "x.pt"))
 
-    def pickled(path: Path) -> bytes:
+    def extract_pickle(path: Path) -> bytes:
         with zipfile.ZipFile(path) as archive:
             return archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
 
-    def packed(data: bytes, like: Path, path: Path) -> Path:
-        """The file `like` with this pickle in it, all checksums right."""
-        writer = torch._C.PyTorchFileWriter(str(path))  # where torch looks for tensors follows from how it writes
+    def pack(data: bytes, like: Path, path: Path) -> Path:
+        """Write the file `like` with this pickle in it and valid checksums."""
+        # torch looks for tensors where its own writer puts them.
+        writer = torch._C.PyTorchFileWriter(str(path))
         with zipfile.ZipFile(like) as archive:
             for name in archive.namelist():
                 record, part = name.partition("/")[2], data if name.endswith("data.pkl") else archive.read(name)
@@ -306,23 +354,23 @@ def checkpoint(folder: Path) -> list[Kind]:
         return path
 
     def read_grown_file(data: bytes, here: Path) -> None:
-        start = read_grown(packed(data, folder / "grown.pt", here / "x.pt"), large)
-        _([t.sum() for t in (start.weights or {}).values()])
+        start = read_grown(pack(data, folder / "grown.pt", here / "x.pt"), large)
+        ignore([t.sum() for t in (start.weights or {}).values()])
 
     header = torch.load(folder / "run" / HEADER, weights_only=True)
     table = folder / "run" / header["data"] / TABLE
     tensors = next(path for path in table.parent.iterdir() if path != table)
 
-    def in_folder(part: Path) -> Reader:
-        """One part of a folder, all checksums right."""
+    def make_part_reader(part: Path) -> Reader:
+        """Return a reader of one part of a folder with valid checksums."""
 
         def read_part(data: bytes, here: Path) -> None:
             path = here / "x"
             shutil.copytree(folder / "run", path)
             if part.name == HEADER:
-                packed(data, folder / "run" / HEADER, path / HEADER)
+                pack(data, folder / "run" / HEADER, path / HEADER)
             else:
-                changed = written(data, path / header["data"] / part.name)
+                changed = write_input(data, path / header["data"] / part.name)
                 write_state(header | {"files": header["files"] | compute_checksums([changed])}, path / HEADER)
             read(path)
 
@@ -330,12 +378,18 @@ def checkpoint(folder: Path) -> list[Kind]:
 
     return [
         Kind("file", ((folder / "run.pt").read_bytes(),), read_file),
-        Kind("pickle of a file", (pickled(folder / "run.pt"),), lambda data, here: read(packed(data, folder / "run.pt", here / "x.pt"))),
-        Kind("pickle of a grown file", (pickled(folder / "grown.pt"),), read_grown_file),
-        Kind("header of a folder", (pickled(folder / "run" / HEADER),), in_folder(folder / "run" / HEADER)),
-        Kind("table of a folder", (table.read_bytes(),), in_folder(table)),
-        Kind("tensors of a folder", (tensors.read_bytes(),), in_folder(tensors)),
-    ]  # fmt: skip
+        Kind(
+            "pickle of a file",
+            (extract_pickle(folder / "run.pt"),),
+            lambda data, here: read(pack(data, folder / "run.pt", here / "x.pt")),
+        ),
+        Kind("pickle of a grown file", (extract_pickle(folder / "grown.pt"),), read_grown_file),
+        Kind(
+            "header of a folder", (extract_pickle(folder / "run" / HEADER),), make_part_reader(folder / "run" / HEADER)
+        ),
+        Kind("table of a folder", (table.read_bytes(),), make_part_reader(table)),
+        Kind("tensors of a folder", (tensors.read_bytes(),), make_part_reader(tensors)),
+    ]
 
 
 warnings.simplefilter("ignore")

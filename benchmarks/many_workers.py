@@ -1,10 +1,12 @@
-"""Many workers on one study: trials a second by storage, how busy they are, and whether any decision was taken twice.
+"""Many workers on one study: trials per second by storage, how busy workers are, and whether a decision is taken twice.
 
-    python -m benchmarks.many_workers                               # journal and PostgreSQL, with and without Optuna's proxy; 1, 8, 32
+    # Journal and PostgreSQL, with and without Optuna's proxy; 1, 8 and 32 workers.
+    python -m benchmarks.many_workers
     python -m benchmarks.many_workers --storage journal --workers 32 --trials 500 --seconds 0.1
 
-PostgreSQL is made afresh in a temporary folder and started there; its programs are looked for on the PATH and where Debian puts them.
-Workers are processes that ask, sleep and tell. With --seconds S a trial sleeps between S / 3.2 and 3.2 S, a factor of ten, log-uniform.
+PostgreSQL gets a new database in a temporary folder and is started there. Its programs are looked for on the PATH and
+where Debian puts them. Workers are processes that ask, sleep and tell. With --seconds S a trial sleeps between S /
+3.2 and 3.2 S, a factor of ten, log-uniform.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import optuna
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial
 
-from benchmarks.servers import postgresql, proxy
+from benchmarks.servers import serve_postgresql, serve_proxy
 from hpo.search.hyperband import compute_rung_sizes
 from hpo.search.search import Search
 from hpo.storage.leases import LeaseLost
@@ -36,18 +38,26 @@ TOKENS = (1_000, 27_000)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a crowd of workers did."""
+class CrowdResult:
+    """What many workers on one study did.
 
-    trials: int  # results
-    seconds: float  # from the first ask to the last tell
-    busy: float  # share of the workers' time that was training, until the first found nothing left to start
-    asking: float  # mean seconds of an ask
+    Attributes:
+        trials: Number of results.
+        seconds: From the first ask to the last tell.
+        busy: Share of the workers' time that was training, until the first worker found nothing left to start.
+        asking: Mean seconds of an ask.
+        faults: What `find_faults` found.
+    """
+
+    trials: int
+    seconds: float
+    busy: float
+    asking: float
     faults: list[str]
 
 
-def search(storage: str, **changes: Any) -> Search:
-    """A random search, several sizes, promotions as soon as they can be."""
+def open_search(storage: str, **changes: Any) -> Search:
+    """Open a random search with several sizes and asynchronous promotions."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings: dict[str, Any] = {
         "tokens": TOKENS,
@@ -62,20 +72,30 @@ def search(storage: str, **changes: Any) -> Search:
     return Search({"lr": FloatDistribution(1e-4, 1.0, log=True)}, **(settings | changes))
 
 
-def loss_of(params: dict[str, Any], tokens: float) -> float:
+def compute_loss(params: dict[str, Any], tokens: float) -> float:
+    """Return the loss of a simulated training."""
     return 2 + math.log(params["lr"] / 0.01) ** 2 / 20 + float(tokens) ** -0.3
 
 
-def worker(storage: str, name: str, trials: int, seconds: float, results: Any, go: Any) -> None:
-    """Ask, sleep, tell until the study has so many results."""
-    mine = search(storage, worker=name)
+def run_worker(storage: str, name: str, trials: int, seconds: float, results: Any, start: Any) -> None:
+    """Ask, sleep and tell until the study has a number of trials, then put the measured times into a queue.
+
+    Args:
+        storage: Where the study is.
+        name: Name of the worker.
+        trials: Number of trials at which to end.
+        seconds: A trial sleeps about this long.
+        results: Queue for (start, end, seconds slept, seconds asked, number of asks).
+        start: Event to wait for.
+    """
+    search = open_search(storage, worker=name)
     slept, asked, asks = 0.0, 0.0, 0
     rng = random.Random(name)
-    go.wait()
+    start.wait()
     began = ended = time.monotonic()
-    while len(mine.study.get_trials(deepcopy=False)) < trials:
+    while len(search.study.get_trials(deepcopy=False)) < trials:
         before = time.monotonic()
-        job = mine.ask()
+        job = search.ask()
         asked += time.monotonic() - before
         asks += 1
         if job is None:
@@ -84,91 +104,107 @@ def worker(storage: str, name: str, trials: int, seconds: float, results: Any, g
         before = time.monotonic()
         time.sleep(seconds * 10 ** rng.uniform(-0.5, 0.5) if seconds else 0.0)
         slept += time.monotonic() - before
-        with contextlib.suppress(LeaseLost):  # counted by what the study holds
-            mine.tell(job, loss_of(job.params, job.fidelity.D))
+        # A result that comes too late does not count; only what the study holds does.
+        with contextlib.suppress(LeaseLost):
+            search.tell(job, compute_loss(job.params, job.fidelity.D))
         ended = time.monotonic()
     results.put((began, ended, slept, asked, asks))
 
 
-def crowd(storage: str, workers: int, trials: int, seconds: float) -> Seen:
-    """So many workers on a new study, in processes of their own."""
-    study = search(storage)
+def run_workers(storage: str, workers: int, trials: int, seconds: float) -> CrowdResult:
+    """Run many workers on a new study, each in a process of its own.
+
+    Args:
+        storage: Where to create the study.
+        workers: Number of workers.
+        trials: Number of trials at which they end.
+        seconds: A trial sleeps about this long.
+    """
+    search = open_search(storage)
     context = multiprocessing.get_context("spawn" if storage.startswith("grpc") else "fork")
-    results, go = context.Queue(), context.Event()
-    given = [(storage, f"host-{i}/1/1.0", trials, seconds, results, go) for i in range(workers)]
-    running = [context.Process(target=worker, args=args) for args in given]
-    for process in running:
+    results, start = context.Queue(), context.Event()
+    arguments = [(storage, f"host-{i}/1/1.0", trials, seconds, results, start) for i in range(workers)]
+    processes = [context.Process(target=run_worker, args=args) for args in arguments]
+    for process in processes:
         process.start()
     time.sleep(1.0 + 0.1 * workers)
-    go.set()
-    rows = [results.get(timeout=600) for _ in running]
-    for process in running:
+    start.set()
+    rows = [results.get(timeout=600) for _ in processes]
+    for process in processes:
         process.join()
     first, last = min(r[0] for r in rows), max(r[1] for r in rows)
-    done = [t for t in study.study.get_trials(deepcopy=False) if t.state.is_finished()]
-    return Seen(
+    done = [t for t in search.study.get_trials(deepcopy=False) if t.state.is_finished()]
+    return CrowdResult(
         len(done),
         last - first,
         sum(r[2] for r in rows) / sum(r[1] - r[0] for r in rows),
         sum(r[3] for r in rows) / sum(r[4] for r in rows),
-        faults(study, study.study.get_trials(deepcopy=False)),
+        find_faults(search, search.study.get_trials(deepcopy=False)),
     )
 
 
-def faults(study: Search, trials: list[FrozenTrial]) -> list[str]:
-    """What must not be: an evaluation twice, a promotion without the run below, a rung with more than its share, one left over."""
-    said = []
-    ours = [t for t in trials if "bracket" in t.user_attrs]
-    twice = [k for k, n in Counter((t.user_attrs["config"], t.user_attrs["rung"]) for t in ours).items() if n > 1]
+def find_faults(search: Search, trials: list[FrozenTrial]) -> list[str]:
+    """Return a line for each fault in a study.
+
+    Faults are an evaluation that was run twice, a promotion without a result at the rung below, or before it, and a
+    rung with more runs than it has places.
+    """
+    faults = []
+    evaluated = [t for t in trials if "bracket" in t.user_attrs]
+    counts = Counter((t.user_attrs["config"], t.user_attrs["rung"]) for t in evaluated)
+    twice = [evaluation for evaluation, n in counts.items() if n > 1]
     if twice:
-        said.append(f"evaluated twice: {twice}")
-    at = {(t.user_attrs["config"], t.user_attrs["rung"]): t for t in ours}
-    starts = {t.user_attrs["config"]: t.user_attrs["rung"] for t in reversed(ours)}
-    for (config, rung), t in at.items():
-        below = at.get((config, rung - 1))
+        faults.append(f"evaluated twice: {twice}")
+    by_evaluation = {(t.user_attrs["config"], t.user_attrs["rung"]): t for t in evaluated}
+    starts = {t.user_attrs["config"]: t.user_attrs["rung"] for t in reversed(evaluated)}
+    for (config, rung), trial in by_evaluation.items():
+        below = by_evaluation.get((config, rung - 1))
         if rung > starts[config] and (below is None or below.datetime_complete is None):
-            said.append(f"promoted without a result below: configuration {config} at rung {rung}")
-        elif rung > starts[config] and t.datetime_start is not None and below is not None:
+            faults.append(f"promoted without a result below: configuration {config} at rung {rung}")
+        elif rung > starts[config] and trial.datetime_start is not None and below is not None:
             assert below.datetime_complete is not None
-            if (below.datetime_complete - t.datetime_start).total_seconds() > 0.05:
-                said.append(f"promoted before its result: configuration {config} at rung {rung}")
-    by_rung = Counter((tuple(t.user_attrs["bracket"]), t.user_attrs["rung"]) for t in ours)
+            if (below.datetime_complete - trial.datetime_start).total_seconds() > 0.05:
+                faults.append(f"promoted before its result: configuration {config} at rung {rung}")
+    by_rung = Counter((tuple(t.user_attrs["bracket"]), t.user_attrs["rung"]) for t in evaluated)
     for (bracket, rung), n in by_rung.items():
         start = bracket[-1]
-        most = compute_rung_sizes(start, study.ladder.top, study.ladder.eta)[rung - start]
-        if n > most and (rung == start or not study.asynchronous):  # ahead of time some rise that prove wrong
-            said.append(f"bracket {bracket} has {n} runs at rung {rung}, more than {most}")
-    return said
+        most = compute_rung_sizes(start, search.ladder.top, search.ladder.eta)[rung - start]
+        # Asynchronous promotions may prove wrong, so that more than `most` were promoted.
+        if n > most and (rung == start or not search.asynchronous):
+            faults.append(f"bracket {bracket} has {n} runs at rung {rung}, more than {most}")
+    return faults
 
 
 @contextlib.contextmanager
-def opened(kind: str) -> Iterator[str]:
-    """A fresh storage of that kind, by its URL or path."""
+def create_storage(kind: str) -> Iterator[str]:
+    """Yield the path or URL of a new storage, one of STORAGES."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         storage = str(folder / "study.journal")
         if kind.endswith("postgresql"):
-            storage = stack.enter_context(postgresql(folder))
+            storage = stack.enter_context(serve_postgresql(folder))
         if kind.startswith("grpc"):
-            storage = stack.enter_context(proxy(storage))
+            storage = stack.enter_context(serve_proxy(storage))
         yield storage
 
 
 def main() -> None:
+    """Measure every storage with every number of workers, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--storage", nargs="+", choices=STORAGES, default=list(STORAGES))
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=0.0, help="a trial sleeps about this long")
-    given = parser.parse_args()
+    options = parser.parse_args()
     print("storage           workers  trials/s  busy  seconds/ask  faults")
-    for kind in given.storage:
-        for count in given.workers:
-            with opened(kind) as storage:
-                seen = crowd(storage, count, given.trials, given.seconds)
-            rate = seen.trials / seen.seconds
+    for kind in options.storage:
+        for count in options.workers:
+            with create_storage(kind) as storage:
+                result = run_workers(storage, count, options.trials, options.seconds)
+            rate = result.trials / result.seconds
             print(
-                f"{kind:<17} {count:>7} {rate:>9.1f} {seen.busy:>5.2f} {seen.asking:>12.3f}  {seen.faults or 'none'}",
+                f"{kind:<17} {count:>7} {rate:>9.1f} {result.busy:>5.2f} {result.asking:>12.3f}  "
+                f"{result.faults or 'none'}",
                 flush=True,
             )
 

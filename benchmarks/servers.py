@@ -1,4 +1,4 @@
-"""Servers of one's own, that can be killed and started again: PostgreSQL, Optuna's gRPC proxy, `mlflow server`."""
+"""Servers that a test or benchmark can kill and start again: PostgreSQL, Optuna's gRPC proxy, `mlflow server`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,30 @@ from pathlib import Path
 from scaling.tracking.client import connect
 
 
-class MLflow:
-    """`mlflow server` on a file, which can be killed, stopped and started again at the same address."""
+class MLflowServer:
+    """`mlflow server` on a file, which can be killed, stopped and started again at the same address.
+
+    Attributes:
+        store: URL of the file.
+        log: The file of its output.
+        port: Its port on this host.
+        uri: Its address.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.store, self.log = f"sqlite:///{folder}/mlflow.db", folder / "server.log"
-        self.port = free_port()
+        self.port = find_free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         connect(self.store)
 
     def start(self) -> None:
+        """Start the server and wait until it answers. RuntimeError if it does not within five minutes."""
         options = ["--backend-store-uri", self.store, "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-m", "mlflow", "server", *options],
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # half of its start
+                # Job execution takes half of its start.
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -47,35 +56,44 @@ class MLflow:
         raise RuntimeError(f"the server did not answer in five minutes: {self.log.read_text()[-2000:]}")
 
     def signal(self, number: int) -> None:
+        """Send a signal to all processes of the server."""
         os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
+        """Kill all processes of the server."""
         self.signal(signal.SIGKILL)
         self.process.wait()
 
 
 @contextlib.contextmanager
-def postgresql(folder: Path, port: int | None = None) -> Iterator[str]:
-    """A fresh server of PostgreSQL; the URL of its database. Stopped in the end."""
-    with PostgreSQL(folder, port or free_port()) as server:
+def serve_postgresql(folder: Path, port: int | None = None) -> Iterator[str]:
+    """Yield the URL of the database of a new PostgreSQL server, which is stopped at the end."""
+    with PostgreSQLServer(folder, port or find_free_port()) as server:
         yield server.url
 
 
-class PostgreSQL:
-    """A PostgreSQL server of one's own, that can be killed and started again."""
+class PostgreSQLServer:
+    """A PostgreSQL server that can be killed and started again.
+
+    Attributes:
+        folder: Where its files are.
+        port: Its port on this host.
+        url: URL of its database.
+    """
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.port = folder / "postgresql", port
         self.url = f"postgresql+psycopg2://muscale@127.0.0.1:{port}/postgres"
-        found = [shutil.which("postgres"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres")))]
-        programs = [Path(p).resolve().parent for p in found if p]
-        if not programs:
+        candidates = [shutil.which("postgres"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres")))]
+        folders = [Path(path).resolve().parent for path in candidates if path]
+        if not folders:
             raise RuntimeError("needed PostgreSQL's programs (initdb, postgres), found none: install postgresql")
-        self.programs = programs[-1]
+        self.programs = folders[-1]
 
-    def __enter__(self) -> PostgreSQL:
+    def __enter__(self) -> PostgreSQLServer:
         self.folder.mkdir(mode=0o700)
-        if os.geteuid() == 0:  # its programs refuse to run as root
+        # Its programs refuse to run as root, so they run as the user postgres, who must be able to reach the folder.
+        if os.geteuid() == 0:
             shutil.chown(self.folder, "postgres")
             for parent in self.folder.parents:
                 if parent != Path("/") and parent.stat().st_mode & 0o1 == 0:
@@ -88,7 +106,7 @@ class PostgreSQL:
         self.kill()
 
     def start(self) -> None:
-        """And wait until it answers."""
+        """Start the server and wait until it answers. RuntimeError if it does not within a minute."""
         words = [str(self.programs / "postgres"), "-D", str(self.folder), "-p", str(self.port), "-k", str(self.folder)]
         words += ["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"]
         with (self.folder / "log").open("ab") as log:
@@ -102,7 +120,7 @@ class PostgreSQL:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """kill -9, of all its processes."""
+        """Kill all processes of the server."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -112,17 +130,16 @@ class PostgreSQL:
 
     @staticmethod
     def _as_user(words: list[str]) -> list[str]:
-        return (
-            ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", *words]
-            if os.geteuid() == 0
-            else words
-        )
+        """Return a command that runs as the user postgres if this process is root."""
+        if os.geteuid() != 0:
+            return words
+        return ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", *words]
 
 
 @contextlib.contextmanager
-def proxy(storage: str) -> Iterator[str]:
-    """Optuna's gRPC proxy in front of a storage; its URL."""
-    port = free_port()
+def serve_proxy(storage: str) -> Iterator[str]:
+    """Yield the URL of Optuna's gRPC proxy in front of a storage."""
+    port = find_free_port()
     code = (
         "import sys; from hpo.storage.connect import open_storage; from optuna.storages import run_grpc_proxy_server; "
         "run_grpc_proxy_server(open_storage(sys.argv[1], None, 'x')[0], host='127.0.0.1', port=int(sys.argv[2]))"
@@ -137,7 +154,8 @@ def proxy(storage: str) -> Iterator[str]:
         process.wait()
 
 
-def free_port() -> int:
+def find_free_port() -> int:
+    """Return a port on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

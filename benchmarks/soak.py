@@ -34,7 +34,7 @@ import psutil
 from optuna.trial import FrozenTrial
 from pydantic import BaseModel, ConfigDict
 
-from benchmarks.servers import MLflow, PostgreSQL, free_port
+from benchmarks.servers import MLflowServer, PostgreSQLServer, find_free_port
 from hpo.storage.connect import open_storage
 from hpo.storage.journal import Journal
 from hpo.storage.retry import get_storage_errors
@@ -171,8 +171,8 @@ class World:
     storage: str | None  # None: the journal
     uri: str
     rng: random.Random
-    mlflow: MLflow | None = None
-    postgresql: PostgreSQL | None = None
+    mlflow: MLflowServer | None = None
+    postgresql: PostgreSQLServer | None = None
     launchers: list[subprocess.Popen[bytes]] = field(default_factory=list)
     codes: Counter[int] = field(default_factory=Counter)
     done: Counter[str] = field(default_factory=Counter)  # faults
@@ -579,12 +579,12 @@ def world_of(storage: str, seed: int, *, mlflow_server: bool = True, folder: Pat
             here.chmod(0o711)
         world = World(here / "work", None, f"sqlite:///{here}/mlflow.db", random.Random(seed))
         if mlflow_server:
-            world.mlflow = MLflow(here)
+            world.mlflow = MLflowServer(here)
             world.mlflow.start()
             world.uri = world.mlflow.uri
             stack.callback(world.mlflow.kill)
         if storage == "postgresql":
-            world.postgresql = stack.enter_context(PostgreSQL(here, free_port()))
+            world.postgresql = stack.enter_context(PostgreSQLServer(here, find_free_port()))
             world.storage = world.postgresql.url
         try:
             yield world

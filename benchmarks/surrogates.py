@@ -57,7 +57,8 @@ def searches(bench: ModuleType, problem: Any, sampler: str, seeds: Sequence[int]
 def fits(problem: Any, surrogate: str, seeds: Sequence[int], times: int) -> list[float]:
     """Median rank correlation, nlpd and seconds per fit, each fitted to 20 * times runs."""
     from hpo.surrogate.deep_kernels import fit_deep_kernels, fit_nngp_kernel
-    from hpo.surrogate.gp import compute_fidelity_coordinates, fit_bowl_kernel, fit_surrogate
+    from hpo.surrogate.fitting import fit_bowl_kernel, fit_surrogate
+    from hpo.surrogate.inputs import compute_fidelity_coordinates
 
     fitter = {"bowl": fit_bowl_kernel, "deep": fit_deep_kernels, "nngp": fit_nngp_kernel}[surrogate]
     cube, scores = Cube(problem.space()), []

@@ -1,4 +1,4 @@
-"""How to spend compute on trials: multi-fidelity Bayesian optimization and incremental Hyperband on an ordinary Optuna study."""
+"""Spend compute on trials: multi-fidelity Bayesian optimization and incremental Hyperband on an ordinary Optuna study."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hpo.study.config import StudyConfig as StudyConfig
     from hpo.study.config import load_study as load_study
 
+# Public name -> module. Names are imported when they are first used, so that `import hpo` is fast.
 _HOME = {
     "Job": "hpo.search.view",
     "Ladder": "hpo.search.ladder",

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaling.common.cli import DryRun, Json, Uri, make_app, refusing, say
+from scaling.common.cli import DryRun, Json, Uri, make_app, refusing
 from scaling.common.signals import ignore_signals
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hpo.launch.estimate import Estimate
+    from hpo.search.search import Search
+    from hpo.study.config import StudyConfig
+    from hpo.study.files import StudyFiles
+    from hpo.study.trainer import Trainer
+    from scaling.laws.compute import Fidelity
 
 app = make_app(__doc__)
+logger = logging.getLogger("muscale.hpo")
 
 Study = Annotated[str, typer.Argument(metavar="STUDY.toml | NAME", help="a study file, or the name of one in studies/")]
 Storage = Annotated[
@@ -25,16 +34,16 @@ Storage = Annotated[
         help="where the study is kept: postgresql://..., grpc://HOST:PORT, ...; default: its journal file",
     ),
 ]
-Count = Annotated[int | None, typer.Option("--workers", min=1, help="how many; default: the study's")]
+Count = Annotated[int | None, typer.Option("--workers", min=1, help="how many workers; default: the study's")]
 Executor = Annotated[
-    str, typer.Option(metavar="local|ray", help="where workers run: processes here, or a Ray cluster's nodes")
+    str, typer.Option(metavar="local|ray", help="where workers run: processes here, or nodes of a Ray cluster")
 ]
-Address = Annotated[str, typer.Option(metavar="HOST:PORT", help="of the Ray cluster; auto: the one of this machine")]
+Address = Annotated[str, typer.Option(metavar="HOST:PORT", help="head of the Ray cluster; auto: this machine's")]
 
 
 @app.command()
 def validate(study: Study) -> None:
-    """Check a study file and all that it names; exit code 2 with every mistake by field name.
+    """Check a study file and everything it names; exit with code 2 and list every mistake by field name.
 
     Example: hpo validate studies/quickstart.toml
     """
@@ -44,8 +53,9 @@ def validate(study: Study) -> None:
     with refusing():
         path = find_study_file(study)
         config, trainer = load_study(path)
-        trainer.manifest()  # reads the data: what cannot be read is refused, too
-    typer.echo(f"{path}: good")
+        # This reads the data, so that data that cannot be read are refused, too.
+        trainer.manifest()
+    typer.echo(f"{path} is valid")
     show_example(config, trainer)
 
 
@@ -67,22 +77,23 @@ def launch(
     from hpo.launch.launcher import supervise
     from hpo.study.config import load_study
     from hpo.study.files import StudyFiles
-    from hpo.study.lifecycle import create_study, open_search, refuse_existing, can_resume
+    from hpo.study.lifecycle import can_resume, create_study, open_search, refuse_existing
     from scaling.common.studies import find_study_file
 
-    ray = ray_at(executor, address)
+    ray = choose_cluster(executor, address)
     with refusing():
         files = StudyFiles(find_study_file(study))
         config, trainer = load_study(files.toml)
         config = config.with_workers(count)
-        trainer.manifest()  # reads the data: what cannot be read is refused before anything is written
+        # This reads the data, so that data that cannot be read are refused before anything is written.
+        trainer.manifest()
         show_example(config, trainer)
         if not dry_run:
             refuse_existing(files, uri=tracking_uri)
         cost = estimate_cost(open_search(config, trainer, None), config, trainer)
-    typer.echo(f"{files.name}: {describe(cost)}", err=True)
+    show_cost(files, cost)
     if not can_resume(trainer):
-        say("  a longer run cannot go on from a shorter one with this trainer: promotions start afresh")
+        logger.info("  this trainer cannot continue a longer run from a shorter one: promotions start from scratch")
     if dry_run:
         return
     with refusing():
@@ -100,18 +111,18 @@ def resume(
     dry_run: DryRun = False,
     tracking_uri: Uri = None,
 ) -> None:
-    """Go on with a study that was stopped, at the same budget: nothing is lost, nothing runs twice.
+    """Continue a study that was stopped, at the same budget: nothing is lost, and nothing runs twice.
 
     Example: hpo resume quickstart
     """
-    go_on(study, None, count, storage, ray_at(executor, address), dry_run, tracking_uri)
+    continue_study(study, None, count, storage, choose_cluster(executor, address), dry_run, tracking_uri)
 
 
 @app.command()
 def extend(
     study: Study,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", help="the new largest run: the old one times a power of eta")
+        int, typer.Option("--max-tokens", help="the new longest run: the old one times a power of eta")
     ],
     count: Count = None,
     storage: Storage = None,
@@ -120,11 +131,11 @@ def extend(
     dry_run: DryRun = False,
     tracking_uri: Uri = None,
 ) -> None:
-    """Raise a study's largest run and pay only the difference.
+    """Raise a study's longest run and pay only the difference.
 
     Example: hpo extend quickstart --max-tokens 1105920
     """
-    go_on(study, max_tokens, count, storage, ray_at(executor, address), dry_run, tracking_uri)
+    continue_study(study, max_tokens, count, storage, choose_cluster(executor, address), dry_run, tracking_uri)
 
 
 @app.command()
@@ -134,19 +145,22 @@ def worker(
     storage: Storage = None,
     tracking_uri: Uri = None,
 ) -> None:
-    """One worker of a study that was launched; any number may be started and stopped at any time, here or on other machines that
+    """Run one worker of a launched study. Any number may start and stop at any time, here or on other machines that
     see its folder.
 
     Example: hpo worker quickstart --storage postgresql://me@server/studies
     """
-    from hpo.confirm import runs
+    from hpo.confirm.runs import run_confirmation_worker
     from hpo.study.files import StudyFiles
     from hpo.worker.loop import run_worker
     from scaling.common.studies import find_study_file
 
     with refusing():
         files = StudyFiles(find_study_file(study))
-        code = runs.run_confirmation_worker(files, uri=tracking_uri) if confirm else run_worker(files, uri=tracking_uri, storage=storage)
+        if confirm:
+            code = run_confirmation_worker(files, uri=tracking_uri)
+        else:
+            code = run_worker(files, uri=tracking_uri, storage=storage)
     # One more signal while Python shuts down is no error to show.
     ignore_signals()
     raise typer.Exit(code)
@@ -154,7 +168,7 @@ def worker(
 
 @app.command()
 def status(study: Study, storage: Storage = None, as_json: Json = False) -> None:
-    """How far a study is, what it spent, and what resuming and raising saved.
+    """Show how far a study is, what it spent, and what resuming, raising and early stopping saved.
 
     Example: hpo status quickstart
     """
@@ -162,30 +176,29 @@ def status(study: Study, storage: Storage = None, as_json: Json = False) -> None
 
     from hpo.launch.progress import format_spending
 
-    search, _ = open_existing(study, storage)
-    now = search.progress
+    search, files = open_existing(study, storage)
+    progress, is_finished = search.progress, search.finished
     if as_json:
-        typer.echo(json.dumps(asdict(now) | {"finished": search.finished}))
+        typer.echo(json.dumps(asdict(progress) | {"finished": is_finished}))
         return
-    planned = f" of {now.planned}" if now.planned else ""
-    typer.echo(
-        f"{now.done}{planned} evaluations done, {now.running} running, {now.diverged} diverged, {now.configurations} configurations"
-    )
-    typer.echo(format_spending(now))
-    typer.echo("finished" if search.finished else f"unfinished: `hpo resume {study}` goes on")
+    typer.echo(f"study {files.name}: " + ("finished" if is_finished else f"unfinished, `hpo resume {study}` continues"))
+    planned = f" of {progress.planned}" if progress.planned else ""
+    typer.echo(f"  {progress.done}{planned} evaluations done, {progress.running} running, {progress.diverged} diverged")
+    typer.echo(f"  {progress.configurations} configurations")
+    typer.echo(format_spending(progress))
 
 
 @app.command()
 def best(study: Study, storage: Storage = None, as_json: Json = False) -> None:
-    """The search's own answer for the target, how much of its lead may be noise, which rungs tell of the target, and what `hpo
-    confirm` found.
+    """Show the search's answer for the target, how much of its lead may be noise, how well each rung predicts the
+    target, and what `hpo confirm` found.
 
     --json prints the parameters alone.
 
     Example: hpo best quickstart --json
     """
     from hpo.confirm.runs import read_confirmation
-    from hpo.confirm.verdict import describe_confirmation, is_current, describe_lead
+    from hpo.confirm.verdict import describe_confirmation, describe_lead, format_fidelity, is_current
 
     search, files = open_existing(study, storage)
     with refusing():
@@ -193,21 +206,21 @@ def best(study: Study, storage: Storage = None, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(answer))
         return
-    typer.echo(f"for N {search.target.N:,.0f}, D {search.target.D:,.0f}:")
+    with refusing():
+        confirmation = read_confirmation(files)
+    typer.echo(f"best settings for the target, {format_fidelity(search.target)}:")
+    width = max(map(len, answer))
     for name, value in answer.items():
-        typer.echo(f"  {name} = {value:.4g}" if isinstance(value, float) else f"  {name} = {value}")
+        typer.echo(f"  {name:<{width}} = " + (f"{value:.4g}" if isinstance(value, float) else str(value)))
     typer.echo(describe_lead(search, answer, files.name))
-    for at, found in search.usefulness().items():
-        warning = "" if found > 0.5 else ": its ranks say little about the target" if found > 0.1 else ": it misleads"
-        typer.echo(f"N {at.N:,.0f}, D {at.D:,.0f}: losses go with the target's by {found:.2f}{warning}")
-    confirmed = read_confirmation(files)
-    if confirmed:
-        of = (
-            "confirmed"
-            if is_current(confirmed, search, answer)
-            else "not of today's answer and size, but of an earlier one:"
-        )
-        typer.echo(f"{of} {describe_confirmation(confirmed)}")
+    show_correlations(search.usefulness())
+    if confirmation is not None:
+        if is_current(confirmation, search, answer):
+            typer.echo(f"confirmed {describe_confirmation(confirmation)}")
+        else:
+            typer.echo(
+                f"an earlier answer, or one at another size, was confirmed {describe_confirmation(confirmation)}"
+            )
 
 
 @app.command()
@@ -223,16 +236,17 @@ def confirm(
     as_json: Json = False,
     tracking_uri: Uri = None,
 ) -> None:
-    """Train the search's answer and its runner-up at the largest run on fresh seeds, and say whether the lead held.
+    """Train the search's answer and its runner-up at the largest run on fresh seeds, and report whether the lead held.
 
-    Run it again to go on with one that was stopped, or with more seeds: what is trained is kept.
+    Run it again to continue one that was stopped, or to add seeds: finished runs are kept.
 
     Example: hpo confirm quickstart --seeds 5
     """
     from dataclasses import asdict
 
     from hpo.confirm.runs import conclude, estimate_confirmation, locate_confirmation, make_plan, supervise
-    from hpo.confirm.verdict import describe_confirmation
+    from hpo.confirm.verdict import describe_confirmation, format_fidelity
+    from hpo.launch.estimate import format_work
     from hpo.study import lifecycle
     from hpo.study.config import load_study
     from hpo.study.files import StudyFiles
@@ -243,12 +257,15 @@ def confirm(
         config, trainer = load_study(files.toml)
         search = lifecycle.open_existing(files, config, trainer, storage=storage)
         show_example(config, trainer)
-        plan = make_plan(search, locate_confirmation(files), seeds, against)
-        cost = estimate_confirmation(plan, locate_confirmation(files), config, trainer)
-    say(f"{files.name}: {plan.answer} against {plan.rival}, {seeds} fresh seeds each at {plan.at}")
-    say(f"{files.name}: {cost.evaluations} of {len(plan.runs)} runs left, {describe_work(cost)}")
+        paths = locate_confirmation(files)
+        plan = make_plan(search, paths, seeds, against)
+        cost = estimate_confirmation(plan, paths, config, trainer)
+    logger.info(f"study {files.name}: {seeds} fresh seeds each at {format_fidelity(plan.fidelity)}")
+    logger.info(f"  answer     {plan.answer}")
+    logger.info(f"  runner-up  {plan.rival}")
+    logger.info(f"  {cost.evaluations} of {len(plan.runs)} runs left, {format_work(cost)}")
     if not search.finished:
-        say("the search is not finished: its answer may change")
+        logger.warning("the search is not finished: its answer may change")
     if dry_run:
         if as_json:
             typer.echo(plan.model_dump_json())
@@ -258,8 +275,8 @@ def confirm(
         if code:
             raise typer.Exit(code)
     with refusing():
-        outcome = asdict(conclude(files, plan, uri=tracking_uri))
-    typer.echo(json.dumps(outcome) if as_json else describe_confirmation(outcome))
+        confirmation = conclude(files, plan, uri=tracking_uri)
+    typer.echo(json.dumps(asdict(confirmation)) if as_json else describe_confirmation(confirmation))
 
 
 @app.command()
@@ -269,12 +286,13 @@ def forget(
     storage: Storage = None,
     tracking_uri: Uri = None,
 ) -> None:
-    """Remove what a study made (its folder with all checkpoints, its runs in MLflow, itself where --storage keeps it), so that it can be launched afresh.
+    """Delete what a study created, so that it can be launched from scratch: its folder with all checkpoints, its runs
+    in MLflow, and itself in the database that --storage names.
 
     Example: hpo forget quickstart --yes
     """
-    from hpo.study import lifecycle
     from hpo.study.files import StudyFiles
+    from hpo.study.lifecycle import delete_study
     from scaling.common.studies import find_study_file
 
     with refusing():
@@ -282,12 +300,12 @@ def forget(
     if not yes:
         typer.confirm(f"remove {files.folder} and the runs of study {files.name!r} in MLflow?", abort=True)
     with refusing():
-        gone = lifecycle.delete_study(files, uri=tracking_uri, storage=storage)
-    typer.echo(f"{files.name}: " + ("removed" if gone else "there was nothing to remove"))
+        existed = delete_study(files, uri=tracking_uri, storage=storage)
+    typer.echo(f"{files.name}: " + ("removed" if existed else "there was nothing to remove"))
 
 
-def ray_at(executor: str, address: str) -> str | None:
-    """The address of the Ray cluster that is asked for, if one is; refused where there is none."""
+def choose_cluster(executor: str, address: str) -> str | None:
+    """Return the address of the Ray cluster to run on, or None to run locally. Refuse an address without a cluster."""
     with refusing():
         if executor not in ("local", "ray"):
             raise ValueError(f"needed --executor local or ray, got {executor!r}")
@@ -299,7 +317,7 @@ def ray_at(executor: str, address: str) -> str | None:
             return address
 
 
-def go_on(
+def continue_study(
     study: str,
     max_tokens: int | None,
     count: int | None,
@@ -308,13 +326,14 @@ def go_on(
     dry_run: bool,
     tracking_uri: str | None,
 ) -> None:
+    """Run what is left of a study, after raising its longest run to `max_tokens` unless that is None."""
     from hpo.launch.estimate import estimate_cost
     from hpo.launch.launcher import send_pending_records, supervise
     from hpo.storage.retry import retry_storage
     from hpo.study import lifecycle
     from hpo.study.config import load_study
     from hpo.study.files import StudyFiles
-    from hpo.study.mlflow_run import record_ending, update_study_run, record_target
+    from hpo.study.mlflow_run import record_ending, record_target, update_study_run
     from scaling.common.studies import find_study_file
 
     with refusing():
@@ -332,18 +351,20 @@ def go_on(
             update_study_run(files.name, tracking_uri, record_target(config, trainer))
             if max_tokens is not None:
                 search.extend(max_tokens)
-    typer.echo(f"{files.name}: {describe(cost)}", err=True)
+    if cost.evaluations or dry_run:
+        show_cost(files, cost)
     if dry_run:
         return
     if not cost.evaluations:
         send_pending_records(files, tracking_uri)
         update_study_run(files.name, tracking_uri, record_ending(search))
-        typer.echo(f"nothing left to run; `hpo extend {files.name} --max-tokens ...` raises its budget", err=True)
+        logger.info(f"nothing left to run; `hpo extend {files.name} --max-tokens ...` raises its budget")
         return
     finish(supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray), files.name)
 
 
-def open_existing(study: str, storage: str | None) -> tuple[Any, Any]:
+def open_existing(study: str, storage: str | None) -> tuple[Search, StudyFiles]:
+    """Return the search and the files of a launched study. Refuse one that is not."""
     from hpo.study import lifecycle
     from hpo.study.config import load_study
     from hpo.study.files import StudyFiles
@@ -356,32 +377,46 @@ def open_existing(study: str, storage: str | None) -> tuple[Any, Any]:
     return search, files
 
 
-def show_example(config: Any, trainer: Any) -> None:
-    """What the smallest run with middling settings executes, of a trainer that is another program."""
-    if hasattr(trainer, "example"):
+def show_example(config: StudyConfig, trainer: Trainer) -> None:
+    """Log the command that a trainer which is another program would run for the smallest run with middling settings."""
+    example: Any = getattr(trainer, "example", None)
+    if example is not None:
         from scaling.laws.compute import Fidelity
 
         smallest = Fidelity(min(trainer.sizes), config.search.tokens.min)
-        say(f"  runs, for example: {trainer.example(config.probes[1], smallest)}")
+        logger.info(f"  runs, for example: {example(config.probes[1], smallest)}")
 
 
-def describe(cost: Estimate) -> str:
-    if not cost.counted:
-        return f"a budget for {cost.evaluations} of the largest runs (the last may be shorter), spent as the model sees fit: {describe_work(cost)}"
-    return f"{cost.evaluations} evaluations of {cost.configurations} configurations to run, {describe_work(cost)}"
+def show_cost(files: StudyFiles, cost: Estimate) -> None:
+    """Log what is left of a study."""
+    from hpo.launch.estimate import format_runs, format_work
+
+    logger.info(f"study {files.name}: {format_runs(cost)}")
+    logger.info(f"  {format_work(cost)}")
 
 
-def describe_work(cost: Estimate) -> str:
-    return f"{cost.tokens:,} tokens, {cost.flops:.2e} FLOPs, about {cost.seconds / 60:.1f} minutes here"
+def show_correlations(correlations: Mapping[Fidelity, float]) -> None:
+    """Print how well the losses of each rung predict those of the target; nothing without a model."""
+    if not correlations:
+        return
+    n_width = max(len(f"{at.N:,.0f}") for at in correlations)
+    d_width = max(len(f"{at.D:,.0f}") for at in correlations)
+    typer.echo("correlation of losses with the target's, by the model:")
+    typer.echo(f"  {'N':>{n_width}}  {'D':>{d_width}}")
+    for at, correlation in correlations.items():
+        remark = "" if correlation > 0.5 else "  weak" if correlation > 0.1 else "  misleading"
+        typer.echo(f"  {at.N:>{n_width},.0f}  {at.D:>{d_width},.0f}  {correlation:.2f}{remark}")
 
 
 def finish(code: int, name: str) -> None:
+    """End the command with an exit code, and suggest what to do next if it is 0."""
     if code == 0:
-        typer.echo(f"done; next: `scaling fit {name}`, `scaling recommend {name} --target`", err=True)
+        logger.info(f"done; next: `scaling fit {name}`, `scaling recommend {name} --target`")
     raise typer.Exit(code)
 
 
 def main() -> None:
+    """Run the `hpo` command."""
     app()
 
 

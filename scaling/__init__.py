@@ -1,6 +1,6 @@
-"""What past runs say about larger runs: the run table, laws fitted to it, recommendations with intervals.
+"""Read past runs, fit scaling laws to them, and recommend settings for a larger run, with intervals.
 
-Names are imported when first used, so that `scaling --help` answers at once.
+Names are imported when they are first used, so that `scaling --help` is fast.
 """
 
 from __future__ import annotations

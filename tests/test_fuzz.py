@@ -1,4 +1,4 @@
-"""A few hundred damaged files for every reader; benchmarks/fuzz.py runs as many as wanted."""
+"""A few hundred damaged files for every reader; benchmarks/fuzz.py runs as many as you like."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import NAMES, Crash, drawn, outcome
-from benchmarks.fuzz_targets import Kind, targets
+from benchmarks.fuzz import NAMES, Crash, draw_input, try_input
+from benchmarks.fuzz_targets import Kind, make_targets
 
 INPUTS = {"study": 200, "runs": 200, "journal": 200, "checkpoint": 120}
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -22,31 +22,30 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def target(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, list[Kind]]]:
-    """One target with what it needs; what it puts in place of other parts is taken back."""
-    from hpo.study import config
+    """Yield one target with what it needs; functions that it replaces are restored afterwards."""
     from hpo.study.schema import TrainerTable
     from scaling.tracking import sender
 
-    find, before = TrainerTable.find, [(module, dict(vars(module))) for module in (config, sender)]
-    yield request.param, targets(request.param, tmp_path_factory.mktemp(request.param))
+    find, before = TrainerTable.find, dict(vars(sender))
+    yield request.param, make_targets(request.param, tmp_path_factory.mktemp(request.param))
     TrainerTable.find = find  # type: ignore[method-assign]
-    for module, names in before:
-        vars(module).update(names)
+    vars(sender).update(before)
 
 
-def test_whole_files_are_read_and_damaged_ones_read_or_refused_by_name(
+def test_valid_files_are_read_and_damaged_ones_read_or_refused_by_name(
     target: tuple[str, list[Kind]], tmp_path: Path
 ) -> None:
     name, kinds = target
     for kind in kinds:
-        assert [outcome(kind, data, tmp_path / "here") for data in kind.seeds] == ["read"] * len(kind.seeds)
-    found = Counter(outcome(*drawn(kinds, 7, i), tmp_path / "here") for i in range(INPUTS[name]))
-    assert found["read"] >= 1  # or the changes would be so coarse that they test only the first check
-    assert found.total() - found["read"] > INPUTS[name] / 4
+        assert [try_input(kind, data, tmp_path / "here") for data in kind.seeds] == ["read"] * len(kind.seeds)
+    results = Counter(try_input(*draw_input(kinds, 7, i), tmp_path / "here") for i in range(INPUTS[name]))
+    # Otherwise the changes would be so coarse that they only test the first check.
+    assert results["read"] >= 1
+    assert results.total() - results["read"] > INPUTS[name] / 4
 
 
 def test_any_bytes_at_all_are_refused(target: tuple[str, list[Kind]], tmp_path: Path) -> None:
-    """Not only what is near a whole file; what has no head, no columns and no checksum cannot be read."""
+    """Not only inputs near a valid file: what has no header, no columns and no checksum cannot be read."""
     _, kinds = target
 
     @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
@@ -55,7 +54,7 @@ def test_any_bytes_at_all_are_refused(target: tuple[str, list[Kind]], tmp_path: 
         st.one_of(st.binary(max_size=300), st.text(max_size=200).map(lambda t: t.encode(errors="replace"))),
     )
     def check(kind: Kind, data: bytes) -> None:
-        assert outcome(kind, data, tmp_path / "here") != "read" or kind.name in (
+        assert try_input(kind, data, tmp_path / "here") != "read" or kind.name in (
             "records",
             "journal",
             "ladders",
@@ -85,13 +84,13 @@ def test_json_of_any_shape_is_a_table_or_refused_by_name(tmp_path: Path, value: 
         load_runs(here / "x.json")
 
     kind = Kind("json", (), read)
-    outcome(kind, json.dumps([value] if not isinstance(value, list) else value).encode(), tmp_path / "here")
+    try_input(kind, json.dumps([value] if not isinstance(value, list) else value).encode(), tmp_path / "here")
 
 
-def test_a_reader_that_crashes_is_told_from_one_that_refuses(tmp_path: Path) -> None:
-    """The judge itself: a KeyError, a refusal that names nothing, and one that does."""
+def test_a_reader_that_crashes_is_distinguished_from_one_that_refuses(tmp_path: Path) -> None:
+    """Test the judge: a KeyError, a refusal that names no file, and one that does."""
 
-    def raising(error: Exception) -> Kind:
+    def make_raising(error: Exception) -> Kind:
         def read(data: bytes, here: Path) -> None:
             raise error
 
@@ -99,14 +98,14 @@ def test_a_reader_that_crashes_is_told_from_one_that_refuses(tmp_path: Path) -> 
 
     for error in (KeyError("x"), ValueError("bad"), OSError(22, "Invalid"), MemoryError(), RecursionError("deep")):
         with pytest.raises(Crash):
-            outcome(raising(error), b"", tmp_path / "here")
-    assert outcome(raising(ValueError(f"{tmp_path}/here/x is bad")), b"", tmp_path / "here") == "ValueError"
-    assert outcome(Kind("fake", (), lambda *_: None), b"", tmp_path / "here") == "read"
+            try_input(make_raising(error), b"", tmp_path / "here")
+    assert try_input(make_raising(ValueError(f"{tmp_path}/here/x is bad")), b"", tmp_path / "here") == "ValueError"
+    assert try_input(Kind("fake", (), lambda *_: None), b"", tmp_path / "here") == "read"
 
 
 def test_an_input_of_a_seed_is_always_the_same_and_seeds_differ() -> None:
     kinds = [Kind("a", (b"some text 123\n" * 9,), lambda *_: None), Kind("b", (b"{}", b"[1]"), lambda *_: None)]
-    first = [drawn(kinds, 1, i) for i in range(50)]
-    assert [drawn(kinds, 1, i) for i in range(50)] == first
-    assert [drawn(kinds, 2, i) for i in range(50)] != first
+    first = [draw_input(kinds, 1, i) for i in range(50)]
+    assert [draw_input(kinds, 1, i) for i in range(50)] == first
+    assert [draw_input(kinds, 2, i) for i in range(50)] != first
     assert len({data for _, data in first}) > 40

@@ -51,7 +51,10 @@ mlflow_warns = pytest.mark.filterwarnings(
         ("sqlite:////a/b.db", "sqlite:////a/b.db"),
         ("http://127.0.0.1:5000/#/experiments?a=b", "http://127.0.0.1:5000/#/experiments?a=b"),
         ("postgresql://me@h/d", "postgresql://me@h/d"),
-        ("postgresql+psycopg2://me:p@h:5432/d?sslmode=require", "postgresql+psycopg2://me:***@h:5432/d?sslmode=require"),
+        (
+            "postgresql+psycopg2://me:p@h:5432/d?sslmode=require",
+            "postgresql+psycopg2://me:***@h:5432/d?sslmode=require",
+        ),
         ("postgresql://me:p@s/w:rd@h/d", "postgresql://me:***@h/d"),
         ("postgresql://me@host:p@h/d", "postgresql://me@host:***@h/d"),
         ("mysql://:p@h/d", "mysql://:***@h/d"),
@@ -63,7 +66,7 @@ mlflow_warns = pytest.mark.filterwarnings(
         ("fetch a://u:p@h and b://u:q@h, please", "fetch a://u:***@h and b://u:***@h, please"),
         ("tokens=5 key=7 --eos-token=x", "tokens=5 key=7 --eos-token=x"),
     ],
-)  # fmt: skip
+)
 def test_a_url_is_shown_without_its_credentials(text: str, shown: str) -> None:
     assert redact_passwords(text) == shown
     assert redact_passwords(shown) == shown
@@ -85,10 +88,13 @@ def test_a_password_of_any_characters_is_hidden_as_sqlalchemy_hides_it(
 
 def test_settings_that_are_credentials_are_named_and_no_others() -> None:
     table = {
-        "trainer": {"tokenizer": "bpe", "environment": {"HF_TOKEN": "x", "TOKENIZERS_PARALLELISM": "0", "STORE": f"s3://a:{HUSH}@h"}},
+        "trainer": {
+            "tokenizer": "bpe",
+            "environment": {"HF_TOKEN": "x", "TOKENIZERS_PARALLELISM": "0", "STORE": f"s3://a:{HUSH}@h"},
+        },
         "list": [{"api_key": "y"}, {"eos_token": "</s>", "password": ""}],
         "tokens": {"min": 1},
-    }  # fmt: skip
+    }
     assert [line.split(":")[0] for line in find_secrets(table)] == [
         "trainer.environment.HF_TOKEN",
         "trainer.environment.STORE",
@@ -116,9 +122,12 @@ def test_a_study_or_plan_with_a_credential_is_refused_before_it_is_recorded(tmp_
 
 
 PLAN: dict[str, Any] = {
-    "study": "s", "command": "train --lr {lr} --tokens {tokens}", "values": {"lr": 0.1, "tokens": 100, "N": 1e6}, "tokens": 100,
+    "study": "s",
+    "command": "train --lr {lr} --tokens {tokens}",
+    "values": {"lr": 0.1, "tokens": 100, "N": 1e6},
+    "tokens": 100,
     "because": {"N": 1e6, "D": 100, "lr": 0.1, "loss": 2.0, "loss_interval": [1.9, 2.1], "mass": 0.9},
-}  # fmt: skip
+}
 
 
 @mlflow_warns
@@ -425,7 +434,8 @@ def test_only_the_restricted_readers_unpickle() -> None:
     assert text == {"proxies/training/shards.py"}
 
 
-# --- run folders from an attacker who can compute checksums ------------------------------------------------------------
+# --- run folders from an attacker who can compute checksums
+# ------------------------------------------------------------
 
 
 class FolderTrap:
@@ -446,12 +456,26 @@ METADATA = pickle_text("torch.distributed.checkpoint.metadata") + pickle_text("M
 TRAPS = {
     "os.mkdir": pickle_text("posix") + pickle_text("mkdir") + b"\x93" + pickle_text("ran") + b"\x85R.",
     "builtins.eval": pickle_text("builtins") + pickle_text("eval") + b"\x93" + pickle_text("1") + b"\x85R.",
-    "a module that torch has imported": pickle_text("torch.distributed.checkpoint.filesystem") + pickle_text("os.mkdir") + b"\x93" + pickle_text("ran") + b"\x85R.",
+    "a module that torch has imported": pickle_text("torch.distributed.checkpoint.filesystem")
+    + pickle_text("os.mkdir")
+    + b"\x93"
+    + pickle_text("ran")
+    + b"\x85R.",
     "torch's own loader": pickle_text("torch") + pickle_text("load") + b"\x93" + pickle_text("x.pt") + b"\x85R.",
-    "a writer": pickle_text("torch.distributed.checkpoint.filesystem") + pickle_text("FileSystemWriter") + b"\x93" + pickle_text("ran") + b"\x85R.",
-    "a bytes entry": pickle_text("torch.distributed.checkpoint.metadata") + pickle_text("BytesStorageMetadata") + b"\x93)\x81.",
+    "a writer": pickle_text("torch.distributed.checkpoint.filesystem")
+    + pickle_text("FileSystemWriter")
+    + b"\x93"
+    + pickle_text("ran")
+    + b"\x85R.",
+    "a bytes entry": pickle_text("torch.distributed.checkpoint.metadata")
+    + pickle_text("BytesStorageMetadata")
+    + b"\x93)\x81.",
     "an attribute of a class": METADATA + b"N}" + pickle_text("planner_data") + b"K\x01s\x86b.",
-    "an attribute of a function": pickle_text("torch.serialization") + pickle_text("_get_layout") + b"\x93}" + pickle_text("x") + b"K\x01sb.",
+    "an attribute of a function": pickle_text("torch.serialization")
+    + pickle_text("_get_layout")
+    + b"\x93}"
+    + pickle_text("x")
+    + b"K\x01sb.",
     "a persistent object": b"Pid\n.",
     "an extension": b"\x82\x01.",
     "a memo of 34 GB": b"Nr\xff\xff\xff\x7f.",
@@ -459,7 +483,7 @@ TRAPS = {
     "nothing": b"N.",
     "a stack that is empty": b"R.",
     "a depth": b"]" * 50_000 + b"a" * 49_999 + b".",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("which", TRAPS)

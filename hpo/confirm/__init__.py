@@ -1,1 +1,1 @@
-"""Repeat the best configurations on fresh random seeds: contenders, runs, statistics, verdict. Imports every other room."""
+"""Repeat the best configurations on fresh seeds: contenders, runs, statistics, verdict. Imports every other room."""

@@ -49,9 +49,7 @@ def find_largest_run(search: Search) -> Fidelity:
     return Fidelity(search.sizes[-1], search.ladder.levels[-1])
 
 
-def choose_contenders(
-    search: Search, best: dict[str, Any], against: int | None = None
-) -> tuple[Contender, Contender]:
+def choose_contenders(search: Search, best: dict[str, Any], against: int | None = None) -> tuple[Contender, Contender]:
     """Return the search's answer, and the best other settings at the highest fidelity (largest N, then D).
 
     Other settings are at least 2 % of the range away in some parameter, because a model's answer often lies just beside

@@ -1,16 +1,17 @@
-"""Describe how much of the winner's lead is noise, from the record and from a confirmation.
+"""How much of the answer's lead is noise: what the record says, and the verdict of a confirmation.
 
-Settings that were chosen by their losses on some seeds look better on those seeds than on others ("Hyperparameters in
-Reinforcement Learning and How To Tune Them", Eimer, Lindauer, Raileanu 2023, arXiv 2306.01324). So tune on some seeds
-and report on others: hpo.confirm.runs trains the answer and its runner-up again.
+Settings that were selected by their losses on some seeds look better on those seeds than on others ("Hyperparameters in
+Reinforcement Learning and How To Tune Them", Eimer, Lindauer, Raileanu 2023, arXiv 2306.01324): tune on some seeds,
+report on others. `hpo.confirm.runs` trains the answer and its runner-up again.
 """
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,99 +27,142 @@ from hpo.launch.progress import format_params
 from hpo.samplers.unit_cube import Cube
 from hpo.storage.trial_attributes import read_config
 from hpo.study.mlflow_run import list_outcomes
+from scaling.common.arrays import Array
 from scaling.laws.compute import Fidelity
 
 if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
+
     from hpo.search.search import Search
 
+# Width of the output in the terminal.
+LINE_LENGTH = 80
+# Whether the answer's lead held on fresh seeds.
+Held = Literal["yes", "no", "undecided"]
 
-def describe_lead(search: Search, best: dict[str, Any], name: str) -> str:
-    """Describe the winner's lead in the record, and how credible it is.
+
+@runtime_checkable
+class ComparingSampler(Protocol):
+    """A sampler with a model that can predict how far apart two settings are."""
+
+    def difference(
+        self,
+        study: optuna.Study,
+        space: dict[str, BaseDistribution],
+        a: dict[str, Any],
+        b: dict[str, Any],
+        target: Fidelity,
+    ) -> tuple[float, float] | None:
+        """Return mean and standard deviation of b's loss minus a's at a fidelity; None while there is no model."""
+
+
+def describe_lead(search: Search, best: dict[str, Any], study: str) -> str:
+    """Return what the record says about the answer's lead, and how much of it to believe.
 
     Args:
         search: The search.
-        best: The answer, from `search.best()`.
-        name: The study's name, for the commands in the text.
+        best: Its answer, as `search.best()` returns it.
+        study: The study's name, for the command that the text suggests.
 
     Returns:
-        A few lines.
+        A few lines for the terminal.
     """
-    top = find_largest_run(search)
-    lines = []
-    table = read_top_rung_losses(search)
-    if len(table) >= 2 and len(next(iter(table.values()))) >= 2:
-        lead = estimate_lead_from_seeds(list(table.values()))
-        first, second = sorted(table, key=lambda c: float(np.mean(table[c])))[:2]
-        lines.append(
-            f"the record: configuration {first} leads configuration {second} by {lead.observed:.4f} nats at "
-            f"{format_fidelity(top)}; "
-            f"standard error {lead.error:.4f} from {len(next(iter(table.values())))} seeds each of {len(table)} "
-            f"configurations\n  {describe_probability(lead)} (empirical Bayes; overconfident if a lower rung "
-            f"chose them: see `hpo confirm {name}`)"
-        )
+    largest = find_largest_run(search)
+    paragraphs = []
+    losses = read_top_rung_losses(search)
+    if len(losses) >= 2 and len(next(iter(losses.values()))) >= 2:
+        paragraphs.append(_describe_lead_of_seeds(losses, largest, study))
     try:
         answer, rival = choose_contenders(search, best)
     except ValueError as error:
-        return "\n".join([*lines, f"no lead: {error}"])
-    difference = getattr(search.study.sampler, "difference", None)
+        return "\n".join([*paragraphs, f"no lead: {error}"])
     measured = math.nan if answer.loss is None or rival.loss is None else rival.loss - answer.loss
-    for fidelity in dict.fromkeys((search.target, top)):
-        posterior = difference and difference(search.study, search.space, answer.params, rival.params, fidelity)
+    paragraphs += _describe_lead_of_model(search, answer, rival, measured)
+    if not paragraphs:
+        value = f": {measured:.4f} nats" if math.isfinite(measured) else ""
+        paragraphs.append(
+            f"lead over {rival}{value}\n"
+            "  one seed per configuration cannot tell how much of it is noise;\n"
+            f"  `hpo confirm {study}` can, by training both on fresh seeds"
+        )
+    return "\n".join(paragraphs)
+
+
+def _describe_lead_of_seeds(losses: Mapping[int, list[float]], largest: Fidelity, study: str) -> str:
+    """Return what the losses of several seeds at the largest run say about the lead."""
+    lead = estimate_lead_from_seeds(list(losses.values()))
+    first, second = sorted(losses, key=lambda config: float(np.mean(losses[config])))[:2]
+    seeds = len(next(iter(losses.values())))
+    return (
+        f"lead by the record at {format_fidelity(largest)}, {seeds} seeds each of {len(losses)} configurations:\n"
+        f"  configuration {first} leads configuration {second} by {lead.observed:.4f} nats, "
+        f"standard error {lead.error:.4f}\n"
+        f"  {format_probability(lead)}\n"
+        "  (empirical Bayes; overconfident if a lower rung selected these configurations:\n"
+        f"  `hpo confirm {study}` checks it)"
+    )
+
+
+def _describe_lead_of_model(search: Search, answer: Contender, rival: Contender, measured: float) -> list[str]:
+    """Return what the sampler's model says about the lead, as lines; none without a model."""
+    sampler, largest = search.study.sampler, find_largest_run(search)
+    if not isinstance(sampler, ComparingSampler):
+        return []
+    lines = []
+    for fidelity in dict.fromkeys((search.target, largest)):
+        posterior = sampler.difference(search.study, search.space, answer.params, rival.params, fidelity)
         if posterior is None:
             continue
-        lead = estimate_lead_from_model(posterior, measured if fidelity == top else math.nan)
-        measurement = f"; measured {measured:.4f}" if math.isfinite(lead.observed) else ""
-        beyond = "" if fidelity == search.target else ", whose optimum may differ from the target's,"
+        lead = estimate_lead_from_model(posterior, measured if fidelity == largest else math.nan)
+        value = f"; measured {measured:.4f}" if math.isfinite(lead.observed) else ""
+        place = "target" if fidelity == search.target else "largest run"
         lines.append(
-            f"the model: at {format_fidelity(fidelity)}{beyond} this leads {rival} by {lead.expected:.4f} "
-            f"+- {lead.error:.4f} "
-            f"nats{measurement}\n  {describe_probability(lead)}"
+            f"  at the {place} ({format_fidelity(fidelity)}): {lead.expected:.4f} +- {lead.error:.4f} nats{value}"
         )
-    if not lines:
-        measurement = f" ({measured:.4f} nats)" if math.isfinite(measured) else ""
-        lines.append(
-            f"one seed per configuration does not show how much of the lead{measurement} over {rival} is noise; "
-            f"`hpo confirm {name}` trains both with fresh seeds"
-        )
-    return "\n".join(lines)
+        lines.append(f"    {format_probability(lead)}")
+        if fidelity != search.target:
+            lines.append("    (its optimum may differ from the target's)")
+    return [f"lead over {rival}, by the model:", *lines] if lines else []
 
 
-def describe_probability(lead: Lead) -> str:
-    """Describe how likely a lead is real, and how much of it is expected to remain."""
-    text = f"truly better with probability {lead.probability:.2f}"
+def format_probability(lead: Lead) -> str:
+    """Return how much of a lead to believe, as part of a line of output."""
+    text = f"better with probability {lead.probability:.2f}"
     if 0 <= lead.noise_share <= 1:
         text += (
-            f"; {lead.noise_share:.0%} of the lead is expected to be noise, {lead.expected:.4f} to remain on new seeds"
+            f"; {lead.noise_share:.0%} of the lead is expected to be noise,\n"
+            f"    which leaves {lead.expected:.4f} nats on new seeds"
         )
     return text
 
 
 def format_fidelity(fidelity: Fidelity) -> str:
-    """Format N and D as text."""
+    """Return N and D in one phrase: `N 4,944, D 24,576`."""
     return f"N {fidelity.N:,.0f}, D {fidelity.D:,.0f}"
 
 
 def read_top_rung_losses(search: Search) -> dict[int, list[float]]:
     """Return the losses by seed of each configuration that finished the largest run on more than one seed."""
-    top = find_largest_run(search)
+    largest = find_largest_run(search)
     return {
         read_config(t): t.user_attrs["losses"]
         for t in list_outcomes(search)
         if t.value is not None
-        and (t.user_attrs["N"], t.user_attrs["tokens"]) == (top.N, top.D)
+        and (t.user_attrs["N"], t.user_attrs["tokens"]) == (largest.N, largest.D)
         and len(t.user_attrs.get("losses") or []) > 1
     }
 
 
 @dataclass(frozen=True)
 class ContenderResult:
-    """One side of a confirmation.
+    """The result of one contender of a confirmation.
 
     Attributes:
-        params: Its settings.
-        config: Its number in the record, or None.
-        losses: Its losses on the fresh seeds; None where it diverged.
-        interval: Their mean with its interval; None if any diverged.
+        params: The searched parameters.
+        config: The number of their configuration; None if no trial of the search has trained them.
+        losses: The losses on the fresh seeds; None where the run diverged.
+        interval: Their mean and 95 % interval; None if any run diverged.
     """
 
     params: dict[str, Any]
@@ -129,19 +173,19 @@ class ContenderResult:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """The answer and its runner-up on the same fresh seeds.
+    """The result of a confirmation: both contenders on the same fresh seeds. Its fields are stored as JSON.
 
     Attributes:
-        N: Parameters of the model.
+        N: Parameters of the proxy.
         D: Tokens of each run.
-        seeds: The number of seeds.
-        answer: The search's answer.
-        rival: The runner-up.
-        difference: The runner-up's loss minus the answer's, paired by seed: positive if the lead held. None if any
-            diverged.
-        search_lead: The same difference in the search's own record, if it has both at this size.
+        seeds: How many fresh seeds.
+        answer: The result of the search's answer.
+        rival: The result of the runner-up.
+        difference: Loss of the runner-up minus loss of the answer, paired by seed, so positive if the lead held. None
+            if any run diverged.
+        search_lead: The same difference in the search's own record; None if it has not both at this size.
         held: Whether the lead held.
-        verdict: The outcome as a sentence.
+        verdict: The same in a sentence.
     """
 
     N: float
@@ -151,54 +195,42 @@ class Confirmation:
     rival: ContenderResult
     difference: Interval | None
     search_lead: float | None
-    held: Literal["yes", "no", "undecided"]
+    held: Held
     verdict: str
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """N and D of the runs."""
+        return Fidelity(self.N, self.D)
 
 
 def compare_losses(
     answer: Contender, rival: Contender, fidelity: Fidelity, losses: Sequence[float], rival_losses: Sequence[float]
 ) -> Confirmation:
-    """Compare the answer with its runner-up.
+    """Return the verdict of a confirmation.
 
     Args:
         answer: The search's answer.
         rival: The runner-up.
-        fidelity: The size of each run.
-        losses: The answer's losses by seed, NaN where it diverged; at least 2.
-        rival_losses: The runner-up's, on the same seeds.
+        fidelity: N and D of the runs.
+        losses: Losses of the answer by seed, NaN where it diverged. At least 2.
+        rival_losses: Losses of the runner-up, in the same order of seeds.
 
     Returns:
-        The outcome.
+        The confirmation.
     """
     a, b = np.asarray(losses, float), np.asarray(rival_losses, float)
-    bad_a, bad_b = int(np.isnan(a).sum()), int(np.isnan(b).sum())
-    n = a.size
-    difference = None
-    held: Literal["yes", "no", "undecided"] = "undecided"
-    if bad_a and bad_b:
-        verdict = f"undecided: both diverged, the answer on {bad_a} and the runner-up on {bad_b} of {n} fresh seeds"
-    elif bad_a or bad_b:
-        held = "no" if bad_a else "yes"
-        who, count = ("answer", bad_a) if bad_a else ("runner-up", bad_b)
-        verdict = f"the lead {'did not hold' if bad_a else 'held'}: the {who} diverged on {count} of {n} fresh seeds"
+    diverged, rival_diverged = int(np.isnan(a).sum()), int(np.isnan(b).sum())
+    difference = None if diverged or rival_diverged else compute_t_interval(b - a)
+    held: Held
+    if difference is None:
+        held, verdict = _judge_divergence(diverged, rival_diverged, a.size)
     else:
-        difference = compute_t_interval(b - a)
-        spread = f"(95 % interval {difference.low:.4f} to {difference.high:.4f})"
-        if difference.low > 0:
-            held, verdict = "yes", f"the lead held: {difference.mean:.4f} nats on {n} fresh seeds {spread}"
-        elif difference.high < 0:
-            held = "no"
-            gain = f"{-difference.mean:.4f} nats better on {n} fresh seeds {spread}"
-            verdict = f"the lead did not hold: the runner-up is {gain}"
-        else:
-            verdict = (
-                f"undecided: the lead is {difference.mean:.4f} nats on {n} fresh seeds {spread}, which cannot be "
-                "distinguished from zero: use either, or more seeds"
-            )
+        held, verdict = _judge_difference(difference, a.size)
     return Confirmation(
         N=fidelity.N,
         D=int(fidelity.D),
-        seeds=n,
+        seeds=a.size,
         answer=_summarize_losses(answer, a),
         rival=_summarize_losses(rival, b),
         difference=difference,
@@ -208,7 +240,35 @@ def compare_losses(
     )
 
 
-def _summarize_losses(contender: Contender, losses: np.ndarray[Any, np.dtype[np.float64]]) -> ContenderResult:
+def _judge_divergence(diverged: int, rival_diverged: int, seeds: int) -> tuple[Held, str]:
+    """Return the verdict when some runs diverged."""
+    if diverged and rival_diverged:
+        verdict = (
+            f"undecided: both diverged, the answer on {diverged} and the runner-up on {rival_diverged} of {seeds} "
+            "fresh seeds"
+        )
+        return "undecided", verdict
+    if diverged:
+        return "no", f"the lead did not hold: the answer diverged on {diverged} of {seeds} fresh seeds"
+    return "yes", f"the lead held: the runner-up diverged on {rival_diverged} of {seeds} fresh seeds"
+
+
+def _judge_difference(difference: Interval, seeds: int) -> tuple[Held, str]:
+    """Return the verdict from the paired difference."""
+    spread = f"(95 % interval {difference.low:.4f} to {difference.high:.4f})"
+    if difference.low > 0:
+        return "yes", f"the lead held: {difference.mean:.4f} nats on {seeds} fresh seeds {spread}"
+    if difference.high < 0:
+        better = f"the runner-up is {-difference.mean:.4f} nats better on {seeds} fresh seeds"
+        return "no", f"the lead did not hold: {better} {spread}"
+    verdict = (
+        f"undecided: the lead is {difference.mean:.4f} nats on {seeds} fresh seeds {spread}, which cannot be told from "
+        "zero: take either, or use more seeds"
+    )
+    return "undecided", verdict
+
+
+def _summarize_losses(contender: Contender, losses: Array) -> ContenderResult:
     finite = np.isfinite(losses)
     return ContenderResult(
         contender.params,
@@ -218,25 +278,29 @@ def _summarize_losses(contender: Contender, losses: np.ndarray[Any, np.dtype[np.
     )
 
 
-def is_current(value: Mapping[str, Any], search: Search, best: dict[str, Any]) -> bool:
-    """Return whether a stored confirmation is of this answer at the present largest run."""
-    top, cube = find_largest_run(search), Cube(search.space)
-    distance = float(np.abs(cube.to_unit(value["answer"]["params"]) - cube.to_unit(best)).max())
-    return (value["N"], value["D"]) == (top.N, top.D) and distance <= SAME_SETTINGS_DISTANCE
+def is_current(confirmation: Confirmation, search: Search, best: dict[str, Any]) -> bool:
+    """Return whether a confirmation is about the search's present answer at its present largest run.
+
+    Args:
+        confirmation: A stored confirmation.
+        search: The search.
+        best: Its answer, as `search.best()` returns it.
+    """
+    cube = Cube(search.space)
+    distance = float(np.abs(cube.to_unit(confirmation.answer.params) - cube.to_unit(best)).max())
+    return confirmation.fidelity == find_largest_run(search) and distance <= SAME_SETTINGS_DISTANCE
 
 
-def describe_confirmation(value: Mapping[str, Any]) -> str:
-    """Format a stored confirmation as lines of text."""
-    lines = [f"on {value['seeds']} fresh seeds at {format_fidelity(Fidelity(value['N'], value['D']))}:"]
-    for who, side in (("answer", value["answer"]), ("runner-up", value["rival"])):
-        bad = sum(x is None for x in side["losses"])
-        i = side["interval"]
-        loss = (
-            f"diverged on {bad}"
-            if i is None
-            else f"loss {i['mean']:.4f} (95 % interval {i['low']:.4f} to {i['high']:.4f})"
-        )
-        lines.append(f"  {who:<10}{format_params(side['params'])}  {loss}")
-    if value["search_lead"] is not None:
-        lines.append(f"  the search's own runs had a lead of {value['search_lead']:.4f}")
-    return "\n".join([*lines, value["verdict"]])
+def describe_confirmation(confirmation: Confirmation) -> str:
+    """Return a confirmation as a few lines for the terminal."""
+    lines = [f"on {confirmation.seeds} fresh seeds at {format_fidelity(confirmation.fidelity)}:"]
+    for name, result in (("answer", confirmation.answer), ("runner-up", confirmation.rival)):
+        interval = result.interval
+        if interval is None:
+            loss = f"diverged on {sum(x is None for x in result.losses)}"
+        else:
+            loss = f"loss {interval.mean:.4f} (95 % interval {interval.low:.4f} to {interval.high:.4f})"
+        lines += [f"  {name:<9}  {format_params(result.params)}", f"             {loss}"]
+    if confirmation.search_lead is not None:
+        lines.append(f"  lead in the search's own runs: {confirmation.search_lead:.4f} nats")
+    return "\n".join([*lines, *textwrap.wrap(confirmation.verdict, LINE_LENGTH)])

@@ -1,9 +1,9 @@
-"""Where the optimum is believed to lie before anything was run: a published law, or last month's study.
+"""Beliefs about where the optimum lies before any run: from a published law, or from an earlier study.
 
     x*(N, D) = value (N / N_0)^a (D / D_0)^b
 
-for any parameter that is searched on a log scale. The surrogate then starts from a bowl with this centre instead of
-from nothing; the process models what is left, so that data move the centre and may turn the bowl over.
+for any parameter that is searched on a log scale. The prior mean of the surrogate is then a bowl with this centre
+instead of zero. The process models the residuals, so the data can move the centre and even invert the bowl.
 """
 
 from __future__ import annotations
@@ -23,12 +23,20 @@ from scaling.laws.compute import Fidelity
 if TYPE_CHECKING:
     from scaling.fitting.lr_batch_law import HPFit
 
-BOWL_SHARE = 0.7  # of the losses' spread within a level that the believed bowl makes out; assumed
+# Share of the spread of the losses within a level that the believed bowl explains. Assumed, not measured.
+BOWL_SHARE = 0.7
 
 
 @dataclass(frozen=True)
 class OptimumLaw:
-    """A power law of one parameter's optimum. at: N_0 and D_0, where the optimum is `value`."""
+    """A power law of the optimum of one parameter.
+
+    Attributes:
+        value: The optimum at the fidelity `at`.
+        at: N_0 and D_0.
+        exponent_N: Exponent of N.
+        exponent_D: Exponent of D.
+    """
 
     value: float
     at: Fidelity
@@ -43,29 +51,41 @@ class OptimumLaw:
             raise ValueError(f"a law's exponents must be finite, got {self.exponent_N} and {self.exponent_D}")
 
     def __call__(self, at: Fidelity) -> float:
+        """Return the optimum at a fidelity."""
         return float(self.value * (at.N / self.at.N) ** self.exponent_N * (at.D / self.at.D) ** self.exponent_D)
 
 
-Belief = Mapping[str, OptimumLaw]  # by parameter
+# Laws by parameter.
+Belief = Mapping[str, OptimumLaw]
 
 
 def make_belief(fit: HPFit, at: Fidelity, *, lr: str = "lr", batch: str | None = None) -> dict[str, OptimumLaw]:
-    """The laws of learning rate and batch size (in tokens) that `scaling.fit_hp_law` found, as a belief.
+    """Turn a fitted law of learning rate and batch size into a belief.
 
-    at: a fidelity within the fitted runs' reach. lr, batch: the parameters' names; None: not searched, or not in tokens.
+    Args:
+        fit: The result of `scaling.fit_hp_law`.
+        at: A fidelity within the range of the fitted runs.
+        lr: Name of the parameter that is the learning rate.
+        batch: Name of the parameter that is the batch size in tokens; None if it is not searched, or not in tokens.
     """
     tenfold = (Fidelity(at.N * 10, at.D), Fidelity(at.N, at.D * 10))
-    here = fit.law(at.N, at.D)
-    there = [fit.law(f.N, f.D) for f in tenfold]
+    optimum = fit.law(at.N, at.D)
+    tenfold_optima = [fit.law(f.N, f.D) for f in tenfold]
     return {
-        name: OptimumLaw(float(here[i]), at, *(math.log10(float(other[i]) / float(here[i])) for other in there))
+        name: OptimumLaw(
+            float(optimum[i]), at, *(math.log10(float(other[i]) / float(optimum[i])) for other in tenfold_optima)
+        )
         for i, name in ((0, lr), (1, batch))
         if name is not None
     }
 
 
 def check_belief(belief: Belief, cube: Cube) -> None:
-    """ValueError that names every parameter that is not in the space or not on a log scale."""
+    """Check that every parameter of a belief is searched on a log scale.
+
+    Raises:
+        ValueError: Some are not; the message names them all.
+    """
     wrong = [
         f"{name} is not searched" if name not in cube.distributions else f"{name} is not searched on a log scale"
         for name in belief
@@ -76,32 +96,43 @@ def check_belief(belief: Belief, cube: Cube) -> None:
 
 
 def locate_in_cube(belief: Belief, cube: Cube, at: Fidelity) -> dict[str, float]:
-    """The believed optimum at a fidelity, by parameter, as cube coordinates; they may lie outside [0, 1]."""
-    found = {}
+    """Return the believed optimum at a fidelity as cube coordinates by parameter. They may lie outside [0, 1]."""
+    coordinates = {}
     for name, law in belief.items():
         low, high = cube.get_range(name)
-        found[name] = (math.log(law(at)) - low) / (high - low)
-    return found
+        coordinates[name] = (math.log(law(at)) - low) / (high - low)
+    return coordinates
 
 
 def make_bowl_prior(belief: Belief, cube: Cube, levels: Sequence[Fidelity], target: Fidelity) -> BowlPrior:
-    """The belief as the model wants it. levels: those that span the fidelity coordinates, as in fidelity_coordinates."""
+    """Turn a belief into the prior mean of the surrogate.
+
+    Args:
+        belief: Laws by parameter.
+        cube: The search space.
+        levels: The fidelities that span the coordinates, as in `compute_fidelity_coordinates`.
+        target: The fidelity at the origin of the coordinates.
+
+    Raises:
+        ValueError: A parameter is not searched on a log scale.
+    """
     check_belief(belief, cube)
     offset, columns = 0, {}
     for name, distribution in cube.distributions.items():
         columns[name] = offset
         offset += len(distribution.choices) if isinstance(distribution, CategoricalDistribution) else 1
     sizes = np.log([[f.D, f.N] for f in levels])
-    reach = np.log([target.D, target.N]) - sizes
-    span = np.abs(reach).max(axis=0)
-    below = (
+    below_target = np.log([target.D, target.N]) - sizes
+    span = np.abs(below_target).max(axis=0)
+    # The fidelities at coordinates (1, 0) and (0, 1).
+    axis_ends = (
         Fidelity(target.N, target.D * math.exp(-span[0])),
         Fidelity(target.N * math.exp(-span[1]), target.D),
     )
-    top = locate_in_cube(belief, cube, target)
+    centre = locate_in_cube(belief, cube, target)
     names = list(belief)
-    at_target = np.array([top[name] for name in names])
-    moves = np.array([[locate_in_cube(belief, cube, f)[name] - top[name] for name in names] for f in below])
+    at_target = np.array([centre[name] for name in names])
+    moves = np.array([[locate_in_cube(belief, cube, f)[name] - centre[name] for name in names] for f in axis_ends])
     u = np.random.default_rng(0).random((256, len(names)))
     bowl = ((u - at_target) ** 2).sum(1)
     return BowlPrior(tuple(columns[name] for name in names), at_target, moves, BOWL_SHARE / float(bowl.std()))

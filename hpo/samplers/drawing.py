@@ -1,4 +1,4 @@
-"""Draw settings at random, and complete settings that a user has fixed in part."""
+"""Draw settings at random, and complete settings of which a user has fixed some."""
 
 from __future__ import annotations
 
@@ -13,16 +13,27 @@ from optuna.trial import Trial, TrialState, create_trial
 
 
 def draw_settings(space: Mapping[str, BaseDistribution], study: optuna.Study, sampler: RandomSampler) -> dict[str, Any]:
-    """Parameters for a trial that is not there yet, the same as fill_in would choose."""
-    nobody = create_trial(state=TrialState.RUNNING)
-    return {name: sampler.sample_independent(study, nobody, name, dist) for name, dist in space.items()}
+    """Draw parameters for a trial that does not exist yet, the same that `complete_settings` would choose."""
+    unsaved = create_trial(state=TrialState.RUNNING)
+    return {name: sampler.sample_independent(study, unsaved, name, dist) for name, dist in space.items()}
 
 
 def complete_settings(
     space: Mapping[str, BaseDistribution], study: str, storage: BaseStorage, sampler: BaseSampler, trial_id: int
 ) -> None:
-    """Have an Optuna sampler choose all parameters that a running trial does not have yet."""
-    # A study object of its own, because Optuna caches the list of trials between ask and tell.
+    """Let an Optuna sampler choose all parameters that a running trial does not have yet.
+
+    Args:
+        space: The search space.
+        study: Name of the study.
+        storage: Storage of the study.
+        sampler: The sampler.
+        trial_id: Id of the trial in the storage.
+
+    Raises:
+        ValueError: The space contains a distribution that is not a float, int or categorical one.
+    """
+    # A new study object, because Optuna caches the list of trials between ask and tell.
     trial = Trial(optuna.load_study(study_name=study, storage=storage, sampler=sampler), trial_id)
     for name, dist in space.items():
         if isinstance(dist, FloatDistribution):

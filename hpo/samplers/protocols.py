@@ -1,4 +1,4 @@
-"""How a new configuration gets its parameters: what a sampler may be, and how one is asked."""
+"""The protocols of samplers: what `hpo.Search` calls when it needs the parameters of a new configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scaling.laws.compute import Fidelity
 
 @runtime_checkable
 class FidelitySampler(Protocol):
-    """A sampler that chooses what to run and how far, and has an answer of its own; see hpo.MultiFidelitySampler."""
+    """A sampler that chooses settings and fidelity, and recommends settings itself; see `hpo.MultiFidelitySampler`."""
 
     def propose(
         self,
@@ -28,18 +28,21 @@ class FidelitySampler(Protocol):
         *,
         continues: bool = False,
         limit: float = math.inf,
-    ) -> tuple[dict[str, Any], int]: ...
+    ) -> tuple[dict[str, Any], int]:
+        """Propose settings, and the index of the slot to run them at."""
 
     def is_hopeless(
         self, study: optuna.Study, space: dict[str, BaseDistribution], params: dict[str, Any], target: Fidelity
-    ) -> bool: ...
+    ) -> bool:
+        """Return whether the settings are very unlikely to be better at the target than the recommended ones."""
 
-    def best(self, study: optuna.Study, space: dict[str, BaseDistribution], target: Fidelity) -> dict[str, Any]: ...
+    def best(self, study: optuna.Study, space: dict[str, BaseDistribution], target: Fidelity) -> dict[str, Any]:
+        """Recommend settings for the target."""
 
 
 @runtime_checkable
 class Predictor(Protocol):
-    """A sampler with a model, which can say who should be promoted."""
+    """A sampler with a model that ranks the candidates for promotion."""
 
     def predict(
         self,
@@ -48,14 +51,14 @@ class Predictor(Protocol):
         params: Sequence[dict[str, Any]],
         target: Fidelity,
     ) -> NDArray[np.float64] | None:
-        """The loss of each at the target; None while there is no model yet."""
+        """Predict the losses of settings at the target; None during start-up."""
 
 
 @runtime_checkable
 class UsefulnessEstimator(Protocol):
-    """A sampler with a model, which can say which rungs are worth their cost."""
+    """A sampler with a model that estimates which fidelities are worth their cost."""
 
     def usefulness(
         self, study: optuna.Study, space: dict[str, BaseDistribution], levels: Sequence[Fidelity], target: Fidelity
     ) -> NDArray[np.float64] | None:
-        """How far losses at each level go with those at the target, at most 1; None while there is no model yet."""
+        """Return how well losses at each level predict those at the target, at most 1; None during start-up."""

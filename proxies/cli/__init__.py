@@ -1,1 +1,1 @@
-"""Commands too long for `proxies/__main__.py`. Imports every other room."""
+"""Commands that are too long for `proxies/__main__.py`. Imports all other rooms."""

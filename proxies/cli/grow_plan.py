@@ -232,8 +232,7 @@ def format_answer(question: Question, answer: GrowthAnswer) -> str:
         "",
         f"the gain ends at {format_end(arm['break_even'], ladder)} tokens per parameter;",
         f"  with the base's cost at {format_end(arm['break_even_with_base'], ladder)}",
-        "best lr after growth over scratch's: "
-        f"2^{answer['because']['lr_octaves_from_scratch'][answer['method']]:+.2f}",
+        f"best lr after growth over scratch's: 2^{answer['because']['lr_octaves_from_scratch'][answer['method']]:+.2f}",
         f"measured at {question.small}, {decision['seeds']} seeds: {100 * at['measured']:+.2f} %;",
         "  the real pair's gain is assumed to be "
         f"{factor['value']:.2f} [{factor['low']:.2f}, {factor['high']:.2f}] times that",
@@ -275,7 +274,8 @@ def format_percent(interval: IntervalNote) -> str:
 def format_saving(saving: BoundsNote, horizon: float, ladder: tuple[float, ...], base: float) -> str:
     """Return how many times fewer tokens a warm start needs.
 
-    Outside the ladder only a bound is known: scratch's loss was reached before the first run length, or not by the last.
+    Outside the ladder only a bound is known: scratch's loss was reached before the first run length, or not by the
+        last.
 
     Args:
         saving: Scratch's tokens over the warm run's to the same loss.

@@ -1,8 +1,9 @@
-"""`proxies launch`: the target, planned, trained and scored."""
+"""`proxies launch`: plan, train and score the target run."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,9 +11,12 @@ import typer
 
 from scaling.common.cli import DryRun, Json, Uri, refusing, say
 from scaling.common.signals import exit_code_of, interrupt_on_sigterm
+from scaling.common.studies import find_study_file
 
 if TYPE_CHECKING:
     from proxies.launch.plan import Arm, Engine, LaunchPlan
+
+logger = logging.getLogger("muscale.proxies")
 
 
 def launch(
@@ -20,72 +24,81 @@ def launch(
         str, typer.Argument(metavar="STUDY.toml | NAME | PLAN.json", help="a study with a recommendation, or its plan")
     ],
     arms: Annotated[
-        Literal["both", "warm", "scratch"], typer.Option(help="what to train; a large run wants one")
+        Literal["both", "warm", "scratch"], typer.Option(help="the arms to train; train only one of a large run")
     ] = "both",
     ranks: Annotated[int | None, typer.Option(min=1, help="processes on each node; default: the plan's, 1")] = None,
     engine: Annotated[
         Literal["plain", "ddp", "fsdp2"] | None,
         typer.Option(help="default: plain for one process, else fsdp2 on GPUs and ddp on CPUs"),
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="with --print-command: machines")] = None,
-    max_restarts: Annotated[int | None, typer.Option(min=0, help="of a killed process; default 3")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="machines, with --print-command")] = None,
+    max_restarts: Annotated[
+        int | None, typer.Option(min=0, help="restarts after a process was killed; default: the plan's, 3")
+    ] = None,
     print_command: Annotated[
-        bool, typer.Option("--print-command", help="the command of each node, and nothing else")
+        bool, typer.Option("--print-command", help="print the command of each node, and train nothing")
     ] = False,
-    only: Annotated[Literal["warm", "scratch"] | None, typer.Option(hidden=True, help="train this arm here")] = None,
+    only: Annotated[
+        Literal["warm", "scratch"] | None, typer.Option(hidden=True, help="train this arm in this process")
+    ] = None,
     dry_run: DryRun = False,
     tracking_uri: Uri = None,
     as_json: Json = False,
 ) -> None:
-    """Train the target with its recommended settings: warm-started from the best proxy, and a twin from scratch.
+    """Train the target with its recommended settings: one arm warm-started from the best proxy, and one from scratch.
 
-    Exit code 3: trained, but MLflow was away, so that it is not scored yet; the same command does that later.
+    Exit code 3: trained, but not scored, because MLflow does not answer; run the same command again later.
 
     Example: proxies launch studies/quickstart.toml --dry-run
     """
     from proxies.launch.arms import ArmResult, TrackingUnavailable, format_commands, train_arm
-    from proxies.launch.arms import launch as go
+    from proxies.launch.arms import launch as launch_arms
     from proxies.launch.plan import write_plan
     from proxies.launch.preflight import check_age, check_launch
 
     with refusing():
-        made, path = find_plan(plan, tracking_uri)
+        launch_plan, path = find_plan(plan, tracking_uri)
         if only:
-            check_launch(made, path.parent, [only])
+            check_launch(launch_plan, path.parent, [only])
         else:
-            made = apply_options(made, ranks, nodes, engine, max_restarts)
-            chosen: list[Arm] = list(made.arms) if arms == "both" else [arms]
-            left = [arm for arm in chosen if ArmResult.read(path.parent, arm) is None]
-            say(str(made))
-            check_launch(made, path.parent, left)
-            if remark := check_age(made, path.parent, uri=tracking_uri):
-                say(f"note: {remark}")
-            if made.nodes > 1 and not print_command and not dry_run:
+            launch_plan = apply_options(launch_plan, ranks, nodes, engine, max_restarts)
+            chosen: list[Arm] = list(launch_plan.arms) if arms == "both" else [arms]
+            waiting = [arm for arm in chosen if ArmResult.read(path.parent, arm) is None]
+            # A dry run is only for reading the plan, so --quiet does not hide it there.
+            if dry_run:
+                say(str(launch_plan))
+            else:
+                logger.info(str(launch_plan))
+            check_launch(launch_plan, path.parent, waiting)
+            if remark := check_age(launch_plan, path.parent, uri=tracking_uri):
+                logger.warning(f"note: {remark}")
+            if launch_plan.nodes > 1 and not print_command and not dry_run:
                 raise ValueError(
-                    f"{made.nodes} nodes are not started from here: --print-command says what to run on each"
+                    f"{launch_plan.nodes} nodes cannot be started from here: --print-command shows what to run on each"
                 )
     if only:
         try:
             with refusing(), interrupt_on_sigterm():
-                train_arm(made, only, path.parent, uri=tracking_uri)
+                train_arm(launch_plan, only, path.parent, uri=tracking_uri)
         except KeyboardInterrupt as stop:
             raise typer.Exit(exit_code_of(stop)) from stop
         return
     if print_command or dry_run:
-        write_plan(made, path)
+        write_plan(launch_plan, path)
         say(f"the plan is in {path}: launch it, edit it or move it; nothing was started")
         if print_command:
-            typer.echo(format_commands(made, path, chosen, uri=tracking_uri))
+            typer.echo(format_commands(launch_plan, path, chosen, uri=tracking_uri))
         return
     try:
         with interrupt_on_sigterm():
-            outcome = go(made, path, arms=chosen, uri=tracking_uri)
+            outcome = launch_arms(launch_plan, path, arms=chosen, uri=tracking_uri)
     except KeyboardInterrupt as stop:
-        say(f"stopped; `proxies launch {path}` goes on where it was")
+        say(f"stopped; `proxies launch {path}` continues where it stopped")
         raise typer.Exit(exit_code_of(stop)) from stop
     except TrackingUnavailable as gone:
         say(
-            f"trained, but not scored: {gone}; nothing is lost: `proxies launch {path}` sends the records and scores, training nothing again"
+            f"trained, but not scored: {gone}; nothing is lost: `proxies launch {path}` sends the records and scores, "
+            "without training again"
         )
         raise typer.Exit(3) from gone
     except RuntimeError as error:
@@ -99,31 +112,50 @@ def launch(
 
 
 def find_plan(source: str, uri: str | None) -> tuple[LaunchPlan, Path]:
-    """The plan of a file, or of a study, and its file. One that has begun to train keeps the prediction made before."""
+    """Read a plan from its file, or make the plan of a study.
+
+    A plan whose training has begun is read from its file, so that it keeps the prediction that was launch_plan before.
+
+    Args:
+        source: A plan's file, a study file, or the name of a study in `studies/`.
+        uri: The MLflow store.
+
+    Returns:
+        The plan and its file, which need not exist yet.
+
+    Raises:
+        ValueError: If there is no such file, or no plan can be launch_plan.
+    """
     from proxies.launch.plan import read_plan
     from proxies.launch.planner import make_plan
     from proxies.launch.preflight import has_begun
 
     if source.endswith(".json"):
         return read_plan(Path(source)), Path(source)
-    toml = Path(source) if source.endswith(".toml") else Path("studies") / f"{source}.toml"
-    if not toml.is_file():
-        raise ValueError(f"no study file {toml}")
-    made = make_plan(toml, uri=uri)
-    path = toml.parent / toml.stem / f"target-{made.id}" / "plan.json"
+    toml = find_study_file(source)
+    launch_plan = make_plan(toml, uri=uri)
+    path = toml.parent / toml.stem / f"target-{launch_plan.id}" / "plan.json"
     if path.is_file() and has_begun(path.parent):
         return read_plan(path), path
-    return made, path
+    return launch_plan, path
 
 
 def apply_options(
     plan: LaunchPlan, ranks: int | None, nodes: int | None, engine: Engine | None, max_restarts: int | None
 ) -> LaunchPlan:
-    """The plan as the options want it run."""
+    """Return the plan with other processes.
+
+    Args:
+        plan: The plan.
+        ranks: Processes on each node; None for the plan's.
+        nodes: Machines; None for the plan's.
+        engine: The engine; None for one that fits the number of processes.
+        max_restarts: Restarts of a killed process; None for the plan's.
+    """
     from proxies.launch.plan import LaunchPlan
 
-    given = {"ranks": ranks, "nodes": nodes, "engine": engine, "max_restarts": max_restarts}
-    changes = {name: value for name, value in given.items() if value is not None}
+    options = {"ranks": ranks, "nodes": nodes, "engine": engine, "max_restarts": max_restarts}
+    changes = {name: value for name, value in options.items() if value is not None}
     if not changes:
         return plan
     world = (ranks or plan.ranks) * (nodes or plan.nodes)

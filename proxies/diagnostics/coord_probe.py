@@ -1,6 +1,6 @@
-"""A few steps of training, watched: how large every activation is, and how far eps and decay act. For `proxies check`.
+"""Measure activations, and the effect of epsilon and decay, over a few training steps, for `proxies check`.
 
-The steps are those of an engine (plain, compiled, DDP, FSDP2); what is looked at is a plain twin with the same weights.
+An engine (plain, compiled, DDP, FSDP2) takes the steps; a plain copy with the same weights is measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from proxies.config.proxy import ProxyConfig
 from proxies.data.mixture import open_data
 from proxies.model.dtensors import gather_full
-from proxies.model.mup import strip_wrappers, get_role
+from proxies.model.mup import get_role, strip_wrappers
 from proxies.model.optimizers import make_optimizer, set_lr
 from proxies.model.transformer import Block, Transformer, build, compute_loss, rms_norm
 from proxies.training.distributed import ALONE, Ranks, spawn_ranks, wrap_model
@@ -28,129 +28,162 @@ ProbeEngine = Literal["plain", "compile", "ddp", "fsdp2"]
 PROBE_ENGINES: tuple[ProbeEngine, ...] = ("plain", "compile", "ddp", "fsdp2")
 # Optimizers that divide by sqrt(v) + eps, so that eps must follow the gradients.
 DIVIDE_BY_EPS = ("adamw", "adamw8bit", "ademamix", "schedule-free")
-# Those that multiply weights by 1 - lr * decay. Prodigy has a rate of its own, LAMB scales the decay with the update.
+# Optimizers that multiply weights by 1 - lr * decay. Prodigy has its own rate, and LAMB scales the decay with the
+# update.
 DECAY_BY_RATE = (*DIVIDE_BY_EPS, "lion", "muon", "muon-rms", "soap")
-DECAYED = 0.05  # of a hidden matrix at base size, per step of the decay stress
+# The share of a hidden matrix at base size that decays in each step of the decay stress.
+DECAYED = 0.05
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """One run of a few steps."""
+    """The measurements of one run.
 
-    seen: tuple[dict[str, tuple[float, float]], ...]  # per step from 0: mean |x|, mean |x - x at step 0| by quantity
-    losses: tuple[float, ...]  # training loss of every step, nats per token
+    Attributes:
+        seen: For each step from 0, (mean |x|, mean |x - x at step 0|) by quantity.
+        losses: The training loss of every step, in nats per token.
+    """
+
+    seen: tuple[dict[str, tuple[float, float]], ...]
+    losses: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class ProbeSpec:
-    """One run to be made: which model, what is watched, for how long."""
+    """One run: which model, what is measured, for how long.
+
+    Attributes:
+        config: The proxy.
+        what: What is measured.
+        steps: Training steps.
+        batch_seqs: Sequences of a batch.
+        scales: For "eps" the RMS gradient by role at base size, for "decay" the factor on every decay.
+        double: Whether to compute in float64.
+    """
 
     config: ProxyConfig
     what: Literal["activations", "eps", "decay"]
     steps: int
     batch_seqs: int
-    scales: Mapping[str, float] | None = None  # eps: RMS gradient by role at base size. decay: factor on every decay
-    double: bool = False  # float64
+    scales: Mapping[str, float] | None = None
+    double: bool = False
 
 
 @torch.no_grad()
 def compute_coordinates(model: Transformer, x_bt: Tensor) -> dict[str, Tensor]:
-    """Every quantity of the check, by name, on one batch; branches before they are added to the stream."""
+    """Compute every quantity of the check on one batch, by name; branches before they are added to the stream."""
     rope = model.get_rope(x_bt)
     stream = model.stem(x_bt)
-    seen = {"embedding": stream}
+    quantities = {"embedding": stream}
     for i, block in enumerate(cast(Iterable[Block], model.blocks)):
         normed = rms_norm(stream, block.attn_norm)
-        seen[f"block {i} attention scores"] = block.attention_logits(normed, rope)
-        seen[f"block {i} attention"] = block.attention(normed, rope)
-        stream = block.add(stream, seen[f"block {i} attention"])
-        seen[f"block {i} mlp"] = block.mlp(rms_norm(stream, block.mlp_norm))
-        stream = block.add(stream, seen[f"block {i} mlp"])
-        seen[f"block {i} stream"] = stream
-    seen["logits"] = model.head(stream)
-    return seen
+        quantities[f"block {i} attention scores"] = block.attention_logits(normed, rope)
+        quantities[f"block {i} attention"] = block.attention(normed, rope)
+        stream = block.add_branch(stream, quantities[f"block {i} attention"])
+        quantities[f"block {i} mlp"] = block.mlp(rms_norm(stream, block.mlp_norm))
+        stream = block.add_branch(stream, quantities[f"block {i} mlp"])
+        quantities[f"block {i} stream"] = stream
+    quantities["logits"] = model.head(stream)
+    return quantities
 
 
-def measure_gradient_scales(watch: ProbeSpec) -> dict[str, float]:
-    """RMS gradient of each role, the median over the steps of a plain run in which it is not zero."""
-    model = _start(watch)
-    found: dict[str, list[float]] = {}
+def measure_gradient_scales(spec: ProbeSpec) -> dict[str, float]:
+    """Measure the RMS gradient of each role: the median over the steps of a plain run in which it is not zero."""
+    model = _build_model(spec)
+    norms: dict[str, list[float]] = {}
 
-    def look() -> None:
+    def record_gradients() -> None:
         squares: dict[str, list[Tensor]] = {}
         for name, parameter in model.named_parameters():
             squares.setdefault(get_role(name), []).append(parameter.grad.double().square().flatten())  # type: ignore[union-attr]
         for role, parts in squares.items():
-            found.setdefault(role, []).append(float(torch.cat(parts).mean().sqrt()))
+            norms.setdefault(role, []).append(float(torch.cat(parts).mean().sqrt()))
 
-    _steps(watch, model, make_optimizer(model, watch.config, verified=False), before_step=look)
-    return {role: float(torch.tensor([v for v in values if v > 0] or [0.0]).median()) for role, values in found.items()}
+    _take_steps(spec, model, make_optimizer(model, spec.config, verified=False), before_step=record_gradients)
+    return {role: float(torch.tensor([v for v in values if v > 0] or [0.0]).median()) for role, values in norms.items()}
 
 
-def run_probes(watches: Sequence[ProbeSpec], engine: ProbeEngine = "plain", ranks: int = 2) -> list[ProbeResult]:
-    """Make the runs, in this process or on `ranks` processes of one thread each (gloo)."""
+def run_probes(specs: Sequence[ProbeSpec], engine: ProbeEngine = "plain", ranks: int = 2) -> list[ProbeResult]:
+    """Run the probes in this process, or on `ranks` processes of one thread each (gloo).
+
+    Args:
+        specs: The runs.
+        engine: What takes the steps.
+        ranks: Processes for the engines "ddp" and "fsdp2".
+
+    Returns:
+        The measurements, in the order of `specs`.
+
+    Raises:
+        ValueError: If the engine is unknown, or the ranks cannot divide a batch.
+    """
     if engine not in PROBE_ENGINES:
         raise ValueError(f"needed an engine out of {', '.join(PROBE_ENGINES)}, got {engine!r}")
     if engine == "plain" or engine == "compile":
-        return [_follow(watch, ALONE, compiled=engine == "compile") for watch in watches]
-    if any(watch.batch_seqs % ranks for watch in watches):
+        return [_run_probe(spec, ALONE, compiled=engine == "compile") for spec in specs]
+    if any(spec.batch_seqs % ranks for spec in specs):
         raise ValueError(
-            f"needed batches of a multiple of {ranks} sequences for {ranks} ranks, got {watches[0].batch_seqs}"
+            f"needed batches of a multiple of {ranks} sequences for {ranks} ranks, got {specs[0].batch_seqs}"
         )
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "trails"
-        spawn_ranks(_of_ranks, ranks, engine, list(watches), out)
-        found = json.loads(out.read_text())
+        out = Path(folder) / "results"
+        spawn_ranks(_run_on_rank, ranks, engine, list(specs), out)
+        stored = json.loads(out.read_text())
     return [
         ProbeResult(tuple({k: (at, change) for k, (at, change) in step.items()} for step in seen), tuple(losses))
-        for seen, losses in found
+        for seen, losses in stored
     ]
 
 
-def _of_ranks(ranks: Ranks, watches: Sequence[ProbeSpec], out: Path) -> None:
-    """What one process of several does; the first writes what it saw."""
-    trails = [_follow(watch, ranks) for watch in watches]
+def _run_on_rank(ranks: Ranks, specs: Sequence[ProbeSpec], out: Path) -> None:
+    """Run the probes on one rank; rank 0 writes the measurements."""
+    results = [_run_probe(spec, ranks) for spec in specs]
     if ranks.rank == 0:
-        out.write_text(json.dumps([(trail.seen, trail.losses) for trail in trails]))
+        out.write_text(json.dumps([(result.seen, result.losses) for result in results]))
 
 
 @torch.no_grad()
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Whole weights by their own names, whatever wraps or shards the model. All ranks ask together."""
+    """Return whole weights by their own names, whatever wraps or shards the model. All ranks call this together."""
     return {strip_wrappers(name): gather_full(p).detach().clone() for name, p in model.named_parameters()}
 
 
-def _start(watch: ProbeSpec) -> Transformer:
-    model = build(watch.config)
-    return model.double() if watch.double else model
+def _build_model(spec: ProbeSpec) -> Transformer:
+    model = build(spec.config)
+    return model.double() if spec.double else model
 
 
-def _follow(watch: ProbeSpec, ranks: Ranks, *, compiled: bool = False) -> ProbeResult:
-    twin = _start(watch)
-    model = wrap_model(_start(watch), ranks.engine, torch.device("cpu"))
+def _run_probe(spec: ProbeSpec, ranks: Ranks, *, compiled: bool = False) -> ProbeResult:
+    twin = _build_model(spec)
+    model = wrap_model(_build_model(spec), ranks.engine, torch.device("cpu"))
     if compiled:
-        torch.compiler.reset()  # every model is another one: past eight, calls would go on uncompiled
+        # Every model is a new one, and after eight of them torch would run uncompiled.
+        torch.compiler.reset()
         model = cast(nn.Module, torch.compile(model))
-    optimizer = make_optimizer(model, watch.config, verified=False)  # to find out is what this is for
-    if watch.what == "activations":
-        return _activations(watch, model, optimizer, twin, ranks)
-    assert watch.scales is not None
+    # Whether the optimizer's rule holds is what the check finds out.
+    optimizer = make_optimizer(model, spec.config, verified=False)
+    if spec.what == "activations":
+        return _measure_activations(spec, model, optimizer, twin, ranks)
+    assert spec.scales is not None
     for group in optimizer.param_groups:
-        if watch.what == "eps":
-            group["eps"] *= watch.scales[group["role"]] / watch.config.eps
+        if spec.what == "eps":
+            group["eps"] *= spec.scales[group["role"]] / spec.config.eps
             group["weight_decay"] = 0.0
         else:
-            group["weight_decay"] *= watch.scales["factor"]
-    losses = _steps(watch, model, optimizer, ranks)
-    return ProbeResult((_moved(watch, twin, gather_weights(model), optimizer),), losses)
+            group["weight_decay"] *= spec.scales["factor"]
+    losses = _take_steps(spec, model, optimizer, ranks)
+    return ProbeResult((_measure_movement(spec, twin, gather_weights(model), optimizer),), losses)
 
 
-def _activations(watch: ProbeSpec, model: nn.Module, optimizer: Any, twin: Transformer, ranks: Ranks) -> ProbeResult:
-    probe, _ = open_data(watch.config).windows.batch(watch.steps * watch.batch_seqs, watch.batch_seqs)  # not trained on
+def _measure_activations(
+    spec: ProbeSpec, model: nn.Module, optimizer: Any, twin: Transformer, ranks: Ranks
+) -> ProbeResult:
+    # These windows are not trained on.
+    probe, _ = open_data(spec.config).windows.batch(spec.steps * spec.batch_seqs, spec.batch_seqs)
     first = compute_coordinates(twin, probe)
     seen: list[dict[str, tuple[float, float]]] = []
 
-    def look() -> None:
+    def record_activations() -> None:
         weights = gather_weights(model)
         with torch.no_grad():
             for name, parameter in twin.named_parameters():
@@ -158,13 +191,13 @@ def _activations(watch: ProbeSpec, model: nn.Module, optimizer: Any, twin: Trans
         now = compute_coordinates(twin, probe)
         seen.append({name: (float(x.abs().mean()), float((x - first[name]).abs().mean())) for name, x in now.items()})
 
-    look()
-    losses = _steps(watch, model, optimizer, ranks, after_step=look)
+    record_activations()
+    losses = _take_steps(spec, model, optimizer, ranks, after_step=record_activations)
     return ProbeResult(tuple(seen), losses)
 
 
-def _steps(
-    watch: ProbeSpec,
+def _take_steps(
+    spec: ProbeSpec,
     model: nn.Module,
     optimizer: Any,
     ranks: Ranks = ALONE,
@@ -172,13 +205,13 @@ def _steps(
     before_step: Callable[[], None] | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> tuple[float, ...]:
-    """Steps at the peak rate; rank r takes its part of every batch. The losses are those of the whole batch."""
-    windows = open_data(watch.config).windows
+    """Take steps at the peak rate, each rank on its part of every batch, and return the losses of the whole batches."""
+    windows = open_data(spec.config).windows
     set_lr(optimizer, 1.0)
     losses = []
-    for step in range(watch.steps):
+    for step in range(spec.steps):
         loss = compute_loss(
-            model, *windows.batch(step * watch.batch_seqs, watch.batch_seqs, rank=ranks.rank, ranks=ranks.world)
+            model, *windows.batch(step * spec.batch_seqs, spec.batch_seqs, rank=ranks.rank, ranks=ranks.world)
         )
         loss.backward()  # type: ignore[no-untyped-call]
         if before_step is not None:
@@ -191,13 +224,14 @@ def _steps(
     return tuple(losses)
 
 
-def _moved(
-    watch: ProbeSpec, twin: Transformer, weights: Mapping[str, Tensor], optimizer: Any
+def _measure_movement(
+    spec: ProbeSpec, twin: Transformer, weights: Mapping[str, Tensor], optimizer: Any
 ) -> dict[str, tuple[float, float]]:
-    """eps: mean |w - w at start| over the peak rate, by role. decay: the share of the start that is gone, by role.
+    """Measure how far weights moved under stress, by role, as the second value of each pair (a change).
 
-    In its second place, as a change. The share gone is 1 - <w, w0> / <w0, w0>: what training adds is almost orthogonal
-    to the start. Nothing can be said of the decay of a readout that starts at zero.
+    For "eps" it is mean |w - w0| over the peak rate. For "decay" it is the share of the initial weights that is gone, 1
+    - <w, w0> / <w0, w0>, since what training adds is almost orthogonal to the start. The decay of a readout that starts
+        at zero cannot be measured.
     """
     rates = {group["role"]: group["peak_lr"] for group in optimizer.param_groups}
     decayed = {group["role"] for group in optimizer.param_groups if group["weight_decay"] > 0}
@@ -207,7 +241,7 @@ def _moved(
     moved = {}
     for role, both in pairs.items():
         w0, w = (torch.cat(part) for part in zip(*both, strict=True))
-        if watch.what == "eps":
+        if spec.what == "eps":
             moved[role] = float((w - w0).abs().mean()) / rates[role]
         elif role in decayed and bool(w0.any()):
             moved[role] = 1 - float(w @ w0) / float(w0 @ w0)

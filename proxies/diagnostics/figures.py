@@ -1,4 +1,4 @@
-"""Figures of the two checks, as PNG, PDF or SVG files by the ending of the path."""
+"""Draw the coordinate check and the learning-rate transfer as PNG, PDF or SVG files."""
 
 from __future__ import annotations
 
@@ -18,33 +18,38 @@ COLUMNS = 5
 
 
 def check_figure(path: Path) -> None:
-    """ValueError when a figure cannot be written there, before anything is spent."""
+    """Raise ValueError if a figure cannot be written to `path`, before anything is spent."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"a figure is written as {', '.join(SUFFIXES)}, got {path.name}")
     if not path.parent.is_dir():
-        raise ValueError(f"a figure needs a folder that exists, got {path}: make {path.parent} first")
+        raise ValueError(f"a figure needs an existing folder, got {path}: create {path.parent} first")
 
 
 def draw_check(check: CoordCheck, path: Path) -> None:
-    """One panel per quantity: its size or change against width (then depth), a line per step; steep ones in red."""
+    """Draw one panel per quantity: its size or change against width (then depth), a line per step; steep ones in red.
+
+    Args:
+        check: The outcome of the check.
+        path: The file; its suffix is one of `SUFFIXES`.
+    """
     shown = [s for s in check.slopes if s.what != "early"]
     rows = -(-len(shown) // COLUMNS)
     figure = Figure(figsize=(3.0 * COLUMNS, 2.1 * rows), layout="constrained")
     panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for slope, ax in zip(shown, panels, strict=False):
-        _levels(ax, slope, check.widths if slope.over == "width" else check.depths)
+        _draw_levels(ax, slope, check.widths if slope.over == "width" else check.depths)
     for ax in panels[len(shown) :]:
         ax.set_axis_off()
     verdict = "passed" if check.passed else f"failed: {len(check.failures)} slopes too steep"
     figure.suptitle(
         f"coordinate check, {check.seeds} seeds, lr {check.lr:g} at base width: {verdict}. "
-        "Lines: steps, dark the first, light the last",
+        "Lines: steps, from the first (dark) to the last (light)",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)
 
 
-def _levels(ax: Any, slope: Slope, sizes: tuple[int, ...]) -> None:
+def _draw_levels(ax: Any, slope: Slope, sizes: tuple[int, ...]) -> None:
     values = np.array(slope.levels)
     steps = values.shape[1]
     for step in range(steps):
@@ -57,7 +62,8 @@ def _levels(ax: Any, slope: Slope, sizes: tuple[int, ...]) -> None:
     ax.set_xticks(sizes, [str(s) for s in sizes])
     low, high = ax.get_ylim()
     middle = float(np.sqrt(low * high))
-    ax.set_ylim(min(low, middle / 2), max(high, middle * 2))  # a flat line must look flat
+    # A flat line must look flat.
+    ax.set_ylim(min(low, middle / 2), max(high, middle * 2))
     ax.tick_params(labelsize=7)
     ax.grid(alpha=0.25)
     ax.set_title(
@@ -67,7 +73,12 @@ def _levels(ax: Any, slope: Slope, sizes: tuple[int, ...]) -> None:
 
 
 def draw_transfer(report: Transfer, path: Path) -> None:
-    """Loss against learning rate, a line per size, one panel per arm; and the best rates against size."""
+    """Draw loss against learning rate, a panel per arm and a line per size, and the best rates against size.
+
+    Args:
+        report: The outcome of the transfer test.
+        path: The file; its suffix is one of `SUFFIXES`.
+    """
     arms = report.arms
     figure = Figure(figsize=(4.2 * (len(arms) + 1), 3.6), layout="constrained")
     panels = figure.subplots(1, len(arms) + 1)

@@ -1,6 +1,6 @@
-"""Where the best learning rate lies at each size, and whether it stays: the analysis of a transfer test, pure.
+"""Analyse a transfer test: where the best learning rate lies at each size, and whether it moves.
 
-A rate is the integer j of lr0 * 2^(j/2): half octaves of the grid. docs/math.md §10.
+A rate is the integer j of lr0 * 2^(j/2), so the grid has half octaves (docs/math.md §10). Nothing here trains.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW = 5  # rates that the parabola goes through
-COARSE = 4  # half octaves between the first rates: a factor of 4
-FURTHER = 8  # the penalty is extrapolated to this many times the largest size
+# Rates through which the parabola is fitted.
+WINDOW = 5
+# Half octaves between the first rates: a factor of 4.
+COARSE = 4
+# The penalty is extrapolated to this many times the largest size.
+FURTHER = 8
 DRAWS = 2000
-MASS = 0.95  # of every interval
-# What a parametrization that transfers must show (docs/math.md §10).
+# The probability of every interval.
+MASS = 0.95
+# The goals for a parametrization that transfers (docs/math.md §10).
 MAX_SHIFT, MAX_REGRET, MAX_GAMMA = 0.5, 0.003, 0.1
 
 Floats = NDArray[np.float64]
@@ -25,6 +29,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class BootstrapInterval:
+    """An estimate with its bootstrap interval."""
+
     value: float
     low: float
     high: float
@@ -35,37 +41,57 @@ class BootstrapInterval:
 
 @dataclass(frozen=True)
 class LossParabola:
-    """Loss against log2 lr at one size: a parabola through the best five rates."""
+    """Loss against log2 lr at one size: a parabola through the best five rates.
 
-    size: int  # width or depth
-    best: BootstrapInterval  # log2 of the best lr, as the configuration stores it (at base size)
-    loss: float  # there, nats per token, mean over seeds
-    curvature: float  # loss - least = curvature * octaves²
-    noise: float  # standard deviation of one run about bowl and seed, nats; shared by all sizes
-    rates: tuple[float, ...]  # log2 lr of every rate tried, ascending
-    losses: tuple[float, ...]  # mean over the seeds it was tried with
-    window: tuple[float, float]  # log2 lr of the first and the last of the five
+    Attributes:
+        size: Width or depth.
+        best: log2 of the best lr, as the configuration stores it (at base size).
+        loss: The loss there, in nats per token, mean over seeds.
+        curvature: In nats per octave²: loss - least loss = curvature * octaves².
+        noise: Standard deviation of one run about parabola and seed, in nats; shared by all sizes.
+        rates: log2 lr of every rate tried, ascending.
+        losses: Their losses, mean over the seeds each was tried with.
+        window: log2 lr of the first and the last of the five.
+    """
+
+    size: int
+    best: BootstrapInterval
+    loss: float
+    curvature: float
+    noise: float
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    window: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class TransferArm:
-    """One parametrization over all sizes."""
+    """One parametrization over all sizes.
+
+    Attributes:
+        name: Its name.
+        bowls: The parabola of each size.
+        gamma: The exponent in lr*(size) = lr_inf * size^-gamma.
+        shift: Octaves from the smallest size's best rate to the largest's.
+        regret: Nats that the largest size loses with the smallest size's best rate; inf if it diverges there.
+        penalty: Nats lost at `FURTHER` times the largest size, by gamma and the largest size's curvature.
+    """
 
     name: str
-    bowls: tuple[LossParabola, ...]  # by size
-    gamma: BootstrapInterval  # lr*(size) = lr_inf * size^-gamma
-    shift: BootstrapInterval  # octaves from the smallest size's best rate to the largest's
-    regret: BootstrapInterval  # nats that the largest loses with the smallest's best rate; inf: it diverges there
-    penalty: BootstrapInterval  # nats lost FURTHER times beyond the largest size, by gamma and the largest's curvature
+    bowls: tuple[LossParabola, ...]
+    gamma: BootstrapInterval
+    shift: BootstrapInterval
+    regret: BootstrapInterval
+    penalty: BootstrapInterval
 
     @property
     def relative_regret(self) -> float:
-        """Regret as a share of the largest's loss."""
+        """The regret as a share of the largest size's loss."""
         return self.regret.value / self.bowls[-1].loss
 
     @property
     def misses(self) -> tuple[str, ...]:
-        """Which of the three goals are not met."""
+        """The goals that are not met."""
         met = {
             f"|shift| <= {MAX_SHIFT:g} octaves": abs(self.shift.value) <= MAX_SHIFT,
             f"regret <= {MAX_REGRET:.1%}": self.relative_regret <= MAX_REGRET,
@@ -75,11 +101,19 @@ class TransferArm:
 
 
 def choose_next_rates(losses: Mapping[int, float], start: int = 0, coarse: int = COARSE) -> list[int]:
-    """Which rates to try next, given the loss at those tried (inf: diverged); none once the best five are known.
+    """Choose the rates to try next.
 
-    From three rates `coarse` half octaves apart: outwards while the best is at an end, then inwards to the half
-    octaves around it, then on at the lower end of the best five until what lies beyond both ends is worse. Assumes one
-    minimum.
+    The search starts with three rates `coarse` half octaves apart. It moves outwards while the best is at an end, then
+    inwards to the half octaves around it, then continues at the lower end of the best five until the rates beyond both
+    ends are worse. One minimum is assumed.
+
+    Args:
+        losses: The loss at each rate tried; inf if it diverged.
+        start: The first rate.
+        coarse: Half octaves between the first rates.
+
+    Returns:
+        The rates; empty once the best five are known.
     """
     if not losses:
         return [start - coarse, start, start + coarse]
@@ -104,7 +138,7 @@ def choose_next_rates(losses: Mapping[int, float], start: int = 0, coarse: int =
 
 
 def find_best_window(losses: Mapping[int, float]) -> tuple[int, int]:
-    """First and last of the five neighbouring rates around the best, grown from it towards the lower side."""
+    """Return the first and the last of the five neighbouring rates around the best, extended towards the lower loss."""
     first = last = min(losses, key=lambda j: losses[j])
     while last - first < WINDOW - 1:
         below, above = losses.get(first - 1, math.inf), losses.get(last + 1, math.inf)
@@ -114,19 +148,31 @@ def find_best_window(losses: Mapping[int, float]) -> tuple[int, int]:
     return first, last
 
 
-def fit_arm(name: str, losses: Mapping[int, Mapping[tuple[int, int], float]], log2_lr0: float, *, seed: int = 0) -> TransferArm:
-    """Bowls and what follows from them.
+def fit_arm(
+    name: str, losses: Mapping[int, Mapping[tuple[int, int], float]], log2_lr0: float, *, seed: int = 0
+) -> TransferArm:
+    """Fit the parabolas of one parametrization, and what follows from them.
 
-    losses: per size, (rate, seed of the run) -> final loss, nats; inf where it diverged. Every rate of a size's best
-    five must have been run with the same seeds. Intervals hold 95 %: noise of one run, pooled over sizes from what
-    seeds and parabolas leave, is drawn anew (with the uncertainty of its own size) and all is fitted again.
+    Intervals contain the truth with 95 % probability: the noise of one run, pooled over sizes from the residuals of
+    seeds and parabolas, is drawn again (with the uncertainty of its own size), and everything is fitted again.
 
-    Raises ValueError where there is no bowl: fewer than four rates with a finite loss, or no minimum inside them.
+    Args:
+        name: The arm's name.
+        losses: For each size, (rate, seed) -> final loss in nats per token; inf if it diverged. Every rate of a size's
+            best five must have been run with the same seeds.
+        log2_lr0: log2 of the lr of rate 0.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The arm.
+
+    Raises:
+        ValueError: If a size has fewer than four rates with a finite loss, or no minimum inside them.
     """
     sizes = sorted(losses)
     if len(sizes) < 2:
         raise ValueError(f"needed at least two sizes to compare, got {sizes}: add sizes")
-    blocks = [_block(losses[size], size) for size in sizes]
+    blocks = [_fit_window(losses[size], size) for size in sizes]
     squares = sum(float((block.residuals**2).sum()) for block in blocks)
     freedom = sum(block.freedom for block in blocks)
     noise = math.sqrt(squares / freedom)
@@ -137,28 +183,30 @@ def fit_arm(name: str, losses: Mapping[int, Mapping[tuple[int, int], float]], lo
     bends: list[Floats] = []
     for block in blocks:
         error = generator.standard_normal((DRAWS, len(block.x))) * spread[:, None] / math.sqrt(block.seeds)
-        # A draw whose parabola opens downwards, or whose vertex leaves the window, has its minimum at an end.
-        at, height, bend = _vertices(block.x, np.vstack([block.means, block.means + error]))
+        # If the parabola of a draw opens downwards, or its vertex leaves the window, its minimum is at an end.
+        at, height, bend = _find_vertices(block.x, np.vstack([block.means, block.means + error]))
         if not bend[0] > 0 or not block.x[0] < at[0] < block.x[-1]:
             raise ValueError(
                 f"needed a minimum of the loss inside the rates tried, got none at size {block.size}: "
-                "noise hides it; add seeds or tokens (runs that were kept are not run again)"
+                "noise hides it; add seeds or tokens (stored runs are not repeated)"
             )
         vertices.append(at)
         bottoms.append(height)
         bends.append(bend)
-    log2_lr = log2_lr0 + np.array(vertices) / 2  # size, draw; draw 0 is the fit itself
-    curvature = 4 * np.array(bends)  # per octave²
+    # Size, draw; draw 0 is the fit itself.
+    log2_lr = log2_lr0 + np.array(vertices) / 2
+    # Per octave².
+    curvature = 4 * np.array(bends)
     weight = 1 / np.maximum(log2_lr[:, 1:].std(axis=1), 1e-3)
     gamma = -np.polyfit(np.log2(sizes), log2_lr, 1, w=weight)[0]
-    regret = _regret(losses[sizes[-1]], blocks[-1], np.array(vertices[0]), bottoms[-1], vertices[-1], bends[-1])
+    regret = _compute_regret(losses[sizes[-1]], blocks[-1], np.array(vertices[0]), bottoms[-1], vertices[-1], bends[-1])
     bowls = []
     for i, (size, block) in enumerate(zip(sizes, blocks, strict=True)):
-        means = _means(losses[size])
+        means = _average_seeds(losses[size])
         bowls.append(
             LossParabola(
                 size=size,
-                best=_interval(log2_lr[i]),
+                best=_summarize_draws(log2_lr[i]),
                 loss=float(bottoms[i][0]),
                 curvature=float(curvature[i][0]),
                 noise=noise,
@@ -171,26 +219,26 @@ def fit_arm(name: str, losses: Mapping[int, Mapping[tuple[int, int], float]], lo
     return TransferArm(
         name=name,
         bowls=tuple(bowls),
-        gamma=_interval(gamma),
-        shift=_interval(log2_lr[-1] - log2_lr[0]),
-        regret=_interval(regret),
-        penalty=_interval(np.maximum(curvature[-1], 0) * (gamma * octaves) ** 2),
+        gamma=_summarize_draws(gamma),
+        shift=_summarize_draws(log2_lr[-1] - log2_lr[0]),
+        regret=_summarize_draws(regret),
+        penalty=_summarize_draws(np.maximum(curvature[-1], 0) * (gamma * octaves) ** 2),
     )
 
 
 @dataclass(frozen=True)
 class _FitWindow:
-    """The best five rates of one size, with all their seeds."""
+    """The best five rates x of one size, ascending, with all their seeds. The residuals are [rate, seed]."""
 
     size: int
-    x: Floats  # rates, ascending
+    x: Floats
     means: Floats
-    residuals: Floats  # rate, seed
+    residuals: Floats
     seeds: int
     freedom: int
 
 
-def _block(runs: Mapping[tuple[int, int], float], size: int) -> _FitWindow:
+def _fit_window(runs: Mapping[tuple[int, int], float], size: int) -> _FitWindow:
     seeds = sorted({seed for _, seed in runs})
     full = {j: [runs[j, s] for s in seeds] for j in {j for j, _ in runs} if all((j, s) in runs for s in seeds)}
     first, last = find_best_window({j: float(np.mean(v)) for j, v in full.items()}) if full else (0, 0)
@@ -206,8 +254,8 @@ def _block(runs: Mapping[tuple[int, int], float], size: int) -> _FitWindow:
     return _FitWindow(size, x, means, residuals, len(seeds), y.size - len(seeds) - 2)
 
 
-def _vertices(x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
-    """Place, height and bend of the least point, within x, of the parabola through each row of y [draw, rate]."""
+def _find_vertices(x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return position, height and curvature of the minimum within x of the parabola through each row y [draw, rate]."""
     bend, tilt, level = np.polyfit(x, y.T, 2)
     at = np.clip(-tilt / np.where(bend > 0, 2 * bend, math.nan), x[0], x[-1])
     low, high = (bend * end**2 + tilt * end for end in (x[0], x[-1]))
@@ -215,11 +263,11 @@ def _vertices(x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
     return at, bend * at**2 + tilt * at + level, bend
 
 
-def _regret(
+def _compute_regret(
     runs: Mapping[tuple[int, int], float], block: _FitWindow, at: Floats, least: Floats, best: Floats, bend: Floats
 ) -> Floats:
-    """Loss at rates `at` above the least: by the parabola inside its window, else by what was measured around them."""
-    means = _means(runs)
+    """Return the loss at rates `at` above the least: by the parabola in its window, else by measured neighbours."""
+    means = _average_seeds(runs)
     known = np.array(list(means), float)
     inside = (at >= block.x[0]) & (at <= block.x[-1])
     measured = np.interp(at, known, np.array(list(means.values()))) - least
@@ -227,8 +275,8 @@ def _regret(
     return np.where(inside, np.maximum(bend, 0) * (at - best) ** 2, measured)
 
 
-def _means(runs: Mapping[tuple[int, int], float]) -> dict[int, float]:
-    """Mean over seeds at each rate, ascending; a rate without all seeds is moved by what its seeds are off."""
+def _average_seeds(runs: Mapping[tuple[int, int], float]) -> dict[int, float]:
+    """Average over seeds at each rate, ascending. A rate without all seeds is corrected by the offsets of its seeds."""
     seeds = sorted({seed for _, seed in runs})
     full = [j for j in {j for j, _ in runs} if all((j, s) in runs and math.isfinite(runs[j, s]) for s in seeds)]
     typical = float(np.mean([runs[j, s] for j in full for s in seeds])) if full else 0.0
@@ -239,8 +287,8 @@ def _means(runs: Mapping[tuple[int, int], float]) -> dict[int, float]:
     }
 
 
-def _interval(draws: Floats | Sequence[float]) -> BootstrapInterval:
-    """Draw 0 with the middle of the others."""
+def _summarize_draws(draws: Floats | Sequence[float]) -> BootstrapInterval:
+    """Return draw 0 with the central interval of the others."""
     values = np.asarray(draws, float)
     if not np.isfinite(values).all():
         return BootstrapInterval(float(values[0]), math.nan, math.nan)

@@ -1,4 +1,7 @@
-"""Does the best learning rate transfer? Grids of short runs at several sizes, grown where they are needed, resumable."""
+"""Test whether the best learning rate transfers, with adaptive grids of short runs at several sizes.
+
+Runs that have ended are stored, so an interrupted test is resumed.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 from proxies.config.proxy import ProxyConfig
-from proxies.diagnostics.lr_optimum import FURTHER, MASS, WINDOW, TransferArm, find_best_window, fit_arm, choose_next_rates
+from proxies.diagnostics.lr_optimum import (
+    FURTHER,
+    MASS,
+    WINDOW,
+    TransferArm,
+    choose_next_rates,
+    find_best_window,
+    fit_arm,
+)
 
 Submit = Callable[[Sequence[tuple[ProxyConfig, int]]], Iterator[tuple[int, float]]]
 Over = Literal["width", "depth"]
-Losses = dict[tuple[int, int], float]  # (rate, seed) -> final loss
-TYPICAL_RATES = 8  # tried per size with the first seed; for the cost beforehand
+# (rate, seed) -> final loss
+Losses = dict[tuple[int, int], float]
+# Rates that are typically tried per size with the first seed, for the estimate of the cost.
+TYPICAL_RATES = 8
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What the runs say; the first arm is the study's own, the second its control."""
+    """The outcome of a transfer test.
+
+    Attributes:
+        over: What is varied.
+        tokens: Tokens of each run.
+        seeds: Seeds of each rate.
+        arms: The study's own parametrization, then its control.
+    """
 
     over: Over
     tokens: int
@@ -35,11 +55,12 @@ class Transfer:
 
     @property
     def passed(self) -> bool:
+        """Whether the study's own parametrization meets all goals."""
         return not self.arms[0].misses
 
     @property
     def text(self) -> str:
-        """A table per arm, and a verdict."""
+        """A table per arm, and a verdict, as text."""
         lines = []
         for arm in self.arms:
             lines += [f"{arm.name}: {self.tokens:,} tokens, {self.seeds} seeds, {MASS:.0%} intervals"]
@@ -48,15 +69,17 @@ class Transfer:
                 lines.append(f"{b.size:>8}{b.best!s:>30}{2**b.best.value:10.5f}{b.loss:9.4f}{b.curvature:14.4f}")
             noise = arm.bowls[0].noise
             lines += [
-                f"  gamma {arm.gamma} (best lr ~ {self.over}^-gamma); shift {arm.shift} octaves; noise of a run {noise:.4f} nats",
-                f"  regret of the smallest's rate at the largest {arm.regret} nats = {arm.relative_regret:.2%}; "
-                f"{FURTHER} times further {arm.penalty} nats",
+                f"  gamma {arm.gamma} (best lr ~ {self.over}^-gamma), shift {arm.shift} octaves",
+                f"  noise of a run {noise:.4f} nats",
+                f"  regret at the largest size with the smallest's rate {arm.regret} nats = {arm.relative_regret:.2%}",
+                f"  regret extrapolated to {FURTHER} times the largest size {arm.penalty} nats",
                 f"  {'meets all goals' if not arm.misses else 'misses ' + ', '.join(arm.misses)}",
             ]
         return "\n".join(lines)
 
     @property
     def json(self) -> dict[str, Any]:
+        """The same as JSON. A loss or regret that is null means that the run diverged."""
         from proxies.diagnostics.coord_check import replace_nonfinite
 
         more = {
@@ -64,17 +87,29 @@ class Transfer:
             "misses": {arm.name: list(arm.misses) for arm in self.arms},
             "relative_regret": {arm.name: arm.relative_regret for arm in self.arms},
         }
-        plain: dict[str, Any] = replace_nonfinite(asdict(self) | more)  # a loss or regret that is null: it diverged
+        plain: dict[str, Any] = replace_nonfinite(asdict(self) | more)
         return plain
 
 
 def make_arms(
     config: ProxyConfig, over: Over, sizes: Sequence[int], *, control: bool = True
 ) -> dict[str, dict[int, ProxyConfig]]:
-    """The configurations of each arm by size: over width muP and the standard table, over depth with and without a rule.
+    """Return the configurations of each arm by size.
 
-    The depth rule's base is that of `config`, or the smallest depth where it has none. Raises ValueError for fewer than
-    two sizes and for a size that the family cannot have.
+    Over width the arms are muP and the standard parametrization, over depth a depth rule and none. The base of the
+    depth rule is the configuration's, or the smallest depth if it has none.
+
+    Args:
+        config: The study's own proxy.
+        over: What is varied.
+        sizes: Widths or depths.
+        control: Whether to include the control arm.
+
+    Returns:
+        Configurations by arm and size.
+
+    Raises:
+        ValueError: For fewer than two sizes, or a size that the family cannot have.
     """
     if len(set(sizes)) < 2:
         raise ValueError(f"needed at least two sizes to compare, got {list(sizes)}: add sizes")
@@ -96,7 +131,7 @@ def make_arms(
 
 
 def estimate_cost(arms: Mapping[str, Mapping[int, ProxyConfig]], tokens: int, seeds: int) -> tuple[float, float]:
-    """FLOPs and seconds of one core for a typical number of runs; the speed of each size is measured now."""
+    """Estimate FLOPs and core seconds of a typical number of runs. The speed of each size is measured."""
     from proxies.training.throughput import measure_speed
 
     runs = TYPICAL_RATES + WINDOW * (seeds - 1)
@@ -120,13 +155,27 @@ def transfer(
     workers: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Transfer:
-    """The transfer report: the best learning rate at each size of each arm, and what keeping the smallest's costs.
+    """Find the best learning rate at each size of each arm, and what keeping the smallest size's rate costs.
 
-    Rates are config.lr * 2^(j/2). The first seed finds the best five of each size, the other seeds repeat these; a size
-    begins where the next smaller one ended. The largest size is also run around the smallest's best rate.
+    Rates are config.lr * 2^(j/2). The first seed finds the best five of each size, the other seeds repeat these. A size
+    begins where the next smaller one ended. The largest size is also run around the smallest size's best rate.
 
-    sizes: widths or depths. tokens: of every run, cooldown included. runs: a JSONL file; what it holds is not run
-    again, and every run is added as it ends. workers: processes of one thread each.
+    Args:
+        config: The study's own proxy.
+        sizes: Widths or depths.
+        tokens: Tokens of every run, cooldown included.
+        over: What is varied.
+        seeds: Seeds of each rate.
+        control: Whether to run the control arm, too.
+        runs: A JSONL file. Runs that it holds are not repeated, and every run is added when it ends.
+        workers: Processes, with one thread each.
+        progress: Called with a line of text for every run.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        ValueError: For bad arguments, or if noise hides the minimum at some size.
     """
     from proxies.config.steps import plan_steps
 
@@ -135,41 +184,53 @@ def transfer(
     arms = make_arms(config, over, sizes, control=control)
     for members in arms.values():
         for member in members.values():
-            plan_steps(member, tokens)  # refuses runs too short for their warm-up
-    say = progress or (lambda _: None)
+            # Refuses runs that are too short for their warm-up.
+            plan_steps(member, tokens)
+    report = progress or (lambda _: None)
     store = _RunStore(runs, tokens, config)
-    found: dict[str, dict[int, Losses]] = {}
+    results: dict[str, dict[int, Losses]] = {}
     with open_pool(workers) as submit:
         for name, members in arms.items():
-            found[name] = {}
+            results[name] = {}
             start, coarse = 0, None
             for size, member in members.items():
                 losses: Losses = {}
                 while jobs := _choose_jobs(losses, config.seed, seeds, start, coarse):
-                    _run(jobs, member, tokens, store, submit, losses, partial(_said, say, f"{name}, {over} {size}"))
-                found[name][size] = losses
+                    _run_jobs(
+                        jobs,
+                        member,
+                        tokens,
+                        store,
+                        submit,
+                        losses,
+                        partial(_report_run, report, f"{name}, {over} {size}"),
+                    )
+                results[name][size] = losses
                 first = {j: loss for (j, seed), loss in losses.items() if seed == config.seed}
                 start, coarse = min(first, key=lambda j: first[j]), 2
-            # Where the smallest's best rate falls between those that the largest tried, it is run there, too.
-            arm = fit_arm(name, found[name], math.log2(config.lr))
+            # If the smallest size's best rate lies between rates that the largest tried, the largest is run there, too.
+            arm = fit_arm(name, results[name], math.log2(config.lr))
             at = 2 * (arm.bowls[0].best.value - math.log2(config.lr))
             largest = max(members)
-            losses = found[name][largest]
+            losses = results[name][largest]
             around = [(j, config.seed) for j in (math.floor(at), math.ceil(at)) if (j, config.seed) not in losses]
-            _run(
+            _run_jobs(
                 around,
                 members[largest],
                 tokens,
                 store,
                 submit,
                 losses,
-                partial(_said, say, f"{name}, {over} {largest}"),
+                partial(_report_run, report, f"{name}, {over} {largest}"),
             )
-    return Transfer(over, tokens, seeds, tuple(fit_arm(name, found[name], math.log2(config.lr)) for name in arms))
+    return Transfer(over, tokens, seeds, tuple(fit_arm(name, results[name], math.log2(config.lr)) for name in arms))
 
 
 def _choose_jobs(losses: Losses, seed: int, seeds: int, start: int, coarse: int | None) -> list[tuple[int, int]]:
-    """(rate, seed) to run next: first the grid of the first seed, then the best five with all, then theirs if they move."""
+    """Return (rate, seed) pairs to run next.
+
+    First the grid of the first seed, then the best five rates with all seeds, then more if the best five move.
+    """
     first = {j: loss for (j, s), loss in losses.items() if s == seed}
     if rates := choose_next_rates(first, start, coarse) if coarse else choose_next_rates(first, start):
         return [(j, seed) for j in rates]
@@ -182,37 +243,37 @@ def _choose_jobs(losses: Losses, seed: int, seeds: int, start: int, coarse: int 
     return [(j, s) for j in choose_next_rates(full) for s in others if (j, s) not in losses]
 
 
-def _run(
+def _run_jobs(
     jobs: Sequence[tuple[int, int]],
     member: ProxyConfig,
     tokens: int,
     store: _RunStore,
     submit: Submit,
     losses: Losses,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
-    """Run what the store does not hold, and put the losses of all jobs into `losses`."""
+    """Run the jobs that the store does not hold, and put the losses of all jobs into `losses`."""
     configs = {(j, s): member.model_copy(update={"lr": store.lr0 * 2 ** (j / 2), "seed": s}) for j, s in jobs}
-    left = []
+    pending = []
     for job, config in configs.items():
         known = store.get(config)
         if known is None:
-            left.append(job)
+            pending.append(job)
         else:
             losses[job] = known
-    for index, loss in submit([(configs[job], tokens) for job in left]):
-        job = left[index]
+    for index, loss in submit([(configs[job], tokens) for job in pending]):
+        job = pending[index]
         store.put(configs[job], loss)
         losses[job] = loss
-        say(f"lr {configs[job].lr:.5f}, seed {job[1]}: {loss:.4f}")
+        report(f"lr {configs[job].lr:.5f}, seed {job[1]}: {loss:.4f}")
 
 
-def _said(say: Callable[[str], None], where: str, text: str) -> None:
-    say(f"{where}: {text}")
+def _report_run(report: Callable[[str], None], where: str, text: str) -> None:
+    report(f"{where}: {text}")
 
 
 def train_to_final_loss(config: ProxyConfig, tokens: int) -> float:
-    """Held-out loss of a run after its cooldown, nats per token; inf if it diverged."""
+    """Train a proxy and return its held-out loss after the cooldown, in nats per token; inf if it diverged."""
     from proxies.training.loop import train
 
     *_, last = train(config, tokens)
@@ -221,9 +282,14 @@ def train_to_final_loss(config: ProxyConfig, tokens: int) -> float:
 
 @contextmanager
 def open_pool(workers: int) -> Iterator[Submit]:
-    """A function that runs (config, tokens) pairs and yields (index, loss) as they end: here, or in processes.
+    """Yield a function that runs (config, tokens) pairs and yields (index, loss) as they end.
 
-    One thread each, here too: small matrices are no faster with more, and a loss does not depend on the machine's cores.
+    Runs use one thread each, also in this process: small matrices are no faster with more, and so a loss does not
+        depend on the number of
+    cores.
+
+    Args:
+        workers: Processes; 1 runs in this process.
     """
     import torch
 
@@ -247,7 +313,7 @@ def open_pool(workers: int) -> Iterator[Submit]:
 
 
 class _RunStore:
-    """Runs that have ended, one JSON object per line: settings, tokens, hash of the data, loss (null: diverged)."""
+    """Runs that have ended, one JSON object per line: settings, tokens, hash of the data, loss (null if diverged)."""
 
     def __init__(self, path: Path | None, tokens: int, config: ProxyConfig) -> None:
         from proxies.data.mixture import open_data
@@ -262,35 +328,41 @@ class _RunStore:
                 continue
             try:
                 row = json.loads(line)
-                settings = ProxyConfig.model_validate(row["config"])  # settings younger than the file: their defaults
+                # Settings that are newer than the file have their defaults.
+                settings = ProxyConfig.model_validate(row["config"])
                 loss = math.inf if row["loss"] is None else float(row["loss"])
-                self.known[self._key(settings, row["tokens"], row["data_sha256"])] = loss
+                self.known[self._make_key(settings, row["tokens"], row["data_sha256"])] = loss
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
-                    f"needed one run per line, got something else in line {number} of {path} ({error}): remove that line"
+                    f"needed one run per line, got something else in line {number} of {path} ({error}): "
+                    "remove that line"
                 ) from error
 
     def get(self, config: ProxyConfig) -> float | None:
-        return self.known.get(self._key(config, self.tokens, self.data))
+        """Return the stored loss of a run, or None."""
+        return self.known.get(self._make_key(config, self.tokens, self.data))
 
     def put(self, config: ProxyConfig, loss: float) -> None:
-        self.known[self._key(config, self.tokens, self.data)] = loss
+        """Store the loss of a run."""
+        self.known[self._make_key(config, self.tokens, self.data)] = loss
         if self.path is None:
             return
         row = {"loss": loss if math.isfinite(loss) else None, "tokens": self.tokens, "data_sha256": self.data}
         line = json.dumps(row | {"config": config.model_dump()}, allow_nan=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:  # one write: lines of two processes do not mix
+        # One write, so that lines of two processes do not mix.
+        try:
             os.write(handle, line.encode())
         finally:
             os.close(handle)
 
     @staticmethod
-    def _key(config: ProxyConfig, tokens: int, data: str) -> str:
-        # The data's hash is compared instead of its path; how much memory a run took is no part of it.
+    def _make_key(config: ProxyConfig, tokens: int, data: str) -> str:
+        # The data's hash is compared instead of its path. Settings that only save memory do not matter.
         same = {"corpus", "coordinate_check", "early_points", "micro_seqs", "recompute"}
         if config.m == config.r == 1:
-            same |= {"parametrization", "base_layers", "depth_power"}  # at base width and depth every table is the same
+            # At base width and depth every parametrization is the same.
+            same |= {"parametrization", "base_layers", "depth_power"}
         settings = config.model_dump(exclude=same)
         return sha256(json.dumps([settings, tokens, data], sort_keys=True).encode()).hexdigest()

@@ -1,2 +1,4 @@
-"""Growing a small model: weights, moments, files; and `grow --plan`: the question, its runs, the decision. Imports the rooms
-`config` to `diagnostics`."""
+"""Growth of a small model (weights, moments, files), and `proxies grow --plan` (question, runs, decision).
+
+Imports the rooms `config` to `diagnostics`.
+"""

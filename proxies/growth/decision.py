@@ -1,8 +1,9 @@
-"""Decide whether a warm start is worth it, from paired runs of a small pair of models, for a larger pair of the same growth.
+"""Decide whether a warm start is worth it, from paired runs of a small pair of models, for a larger pair of the same
+growth.
 
-Run lengths are in tokens per parameter of the larger model of a pair (TPP). A ladder holds one run's annealed losses at several
-run lengths; between two of its rungs ln loss is a straight line in ln tokens. How the small pair predicts the real one, and what
-is assumed in that, is in docs/growth.md. These functions are pure.
+Run lengths are in tokens per parameter of the larger model of a pair (TPP). A ladder holds one run's annealed losses at
+several run lengths; between two of its rungs ln loss is a straight line in ln tokens. How the small pair predicts the
+real one, and what is assumed in that, is in docs/growth.md. These functions are pure.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from proxies.growth.answer import DecisionNote
 MASS = 0.95
 # Number of draws behind every interval.
 DRAWS = 2000
-# Prior on the gain of a pair a doubling of the width larger, at equal TPP: gain * e^(LOG_MEAN +- LOG_SD) +- OFFSET_SD, the same
-# at all run lengths. LOG_SD counts as an estimate with PRIOR_FREEDOM degrees of freedom. The prior comes from five small
-# comparisons (docs/growth.md), so it is rough.
+# Prior on the gain of a pair a doubling of the width larger, at equal TPP: gain * e^(LOG_MEAN +- LOG_SD) +- OFFSET_SD,
+# the same at all run lengths. LOG_SD counts as an estimate with PRIOR_FREEDOM degrees of freedom. The prior comes from
+# five small comparisons (docs/growth.md), so it is rough.
 LOG_MEAN, LOG_SD, OFFSET_SD, PRIOR_FREEDOM = -0.3, 0.7, 0.008, 4
 
 Floats = NDArray[np.float64]
@@ -58,9 +59,10 @@ class ArmAt:
         measured: Gain of the small pair, mean over seeds.
         gain: ln L_scratch - ln L_warm at this run length: the share of the loss that is saved.
         gain_with_base: The same, with scratch also trained on the tokens that the base model cost.
-        saving: Scratch's tokens over those of the warm run to the same loss. inf: more than could be seen; 0: never reached.
-        saving_with_base: The same, with the base model's FLOPs counted as tokens of the warm run. NaN: only the interval is
-            known.
+        saving: Scratch's tokens over those of the warm run to the same loss. inf: more than could be seen; 0: never
+            reached.
+        saving_with_base: The same, with the base model's FLOPs counted as tokens of the warm run. NaN: only the
+            interval is known.
     """
 
     horizon: float
@@ -141,8 +143,8 @@ def decide(
 ) -> Decision:
     """Decide for a pair whose larger model is `real_width` wide.
 
-    A warm start is used only if the lower end of its gain's interval is above 0. With several arms, of which the best is taken,
-    the intervals are so wide that all of them hold together.
+    A warm start is used only if the lower end of its gain's interval is above 0. With several arms, of which the best
+    is taken, the intervals are so wide that all of them hold together.
 
     Args:
         pair: The losses of the small pair.
@@ -205,7 +207,8 @@ def check_ladders(pair: Ladders) -> None:
             problems.append(f"{name}: needed at least two run lengths, ascending, got {list(at)}")
         elif losses.shape != (len(pair.scratch), len(at)) or len(losses) < 2:
             problems.append(
-                f"{name}: needed losses of at least two seeds, the same as scratch, at {len(at)} run lengths, got {losses.shape}"
+                f"{name}: needed losses of at least two seeds, the same as scratch, at {len(at)} run lengths, got "
+                f"{losses.shape}"
             )
         elif not (np.isfinite(losses).all() and (losses > 0).all()):
             problems.append(f"{name}: needed positive, finite losses: a run diverged; lower the learning rate")
@@ -218,9 +221,9 @@ def check_ladders(pair: Ladders) -> None:
 def _draw_noise(pair: Ladders, generator: np.random.Generator) -> dict[str, Floats]:
     """Draw the error of each arm's mean gain over seeds, [draw, warm rung]; draw 0 is zero.
 
-    Errors are Student's t at every rung, correlated over rungs and arms as the seeds' gains are: runs of one seed share their
-    trunk, arms share their run from scratch. The variance is pooled over both (runs at 2 and at 20 TPP differ by as much from
-    seed to seed), with the degrees of freedom of correlated variances (Box 1954).
+    Errors are Student's t at every rung, correlated over rungs and arms as the seeds' gains are: runs of one seed share
+    their trunk, arms share their run from scratch. The variance is pooled over both (runs at 2 and at 20 TPP differ by
+    as much from seed to seed), with the degrees of freedom of correlated variances (Box 1954).
     """
     x = np.log(np.array([pair.warm_at]))
     scratch = _interpolate(x, np.log(np.array(pair.scratch_at)), np.log(pair.scratch))
@@ -241,7 +244,10 @@ def _draw_noise(pair: Ladders, generator: np.random.Generator) -> dict[str, Floa
 
 
 def _estimate_log_sd(pair: Ladders, second: Ladders | None) -> float:
-    """Estimate the sd of ln(gain over the gain of a pair half as wide): the prior's, with the two pairs as one more comparison."""
+    """Estimate the sd of ln(gain over the gain of a pair half as wide).
+
+    It is the prior's, updated with the two pairs as one more comparison.
+    """
     if second is None:
         return LOG_SD
     x, knots = np.log(np.array([pair.warm_at])), np.log(np.array(second.warm_at))
@@ -249,7 +255,8 @@ def _estimate_log_sd(pair: Ladders, second: Ladders | None) -> float:
     ours = np.hstack([_compute_gain(pair, arm)[0] for arm in arms])
     theirs = np.hstack([_interpolate(x, knots, _compute_gain(second, arm))[0] for arm in arms])
     octaves = math.log2(pair.width / second.width)
-    # The ridge keeps the prior's ratio where the smaller pair gains no more than OFFSET_SD, from which nothing can be learnt.
+    # The ridge keeps the prior's ratio where the smaller pair gains no more than OFFSET_SD, from which nothing can be
+    # learnt.
     prior_ratio = math.exp(LOG_MEAN * octaves)
     ridge = len(ours) * OFFSET_SD**2
     ratio = float((ours @ theirs + ridge * prior_ratio) / (theirs @ theirs + ridge))
@@ -324,7 +331,8 @@ def _divide_by_bounds(length: float, bounds: Floats) -> Floats:
 def _bound_tokens_to(goal: Floats, knots: Floats, ln_loss: Floats) -> Floats:
     """Bound the run length at which each ladder [draw, rung] reaches its goal.
 
-    Returns [draw, 2]: equal bounds where the goal is reached between two rungs, else (0, first rung) or (last rung, inf).
+    Returns [draw, 2]: equal bounds where the goal is reached between two rungs, else (0, first rung) or (last rung,
+    inf).
     """
     falling = np.minimum.accumulate(ln_loss, axis=1)
     reached = falling <= goal[:, None]
@@ -342,8 +350,8 @@ def _bound_tokens_to(goal: Floats, knots: Floats, ln_loss: Floats) -> Floats:
 def _bound_crossing(knots: Floats, gain: Floats) -> Floats:
     """Bound the run length at which the gain [draw, rung] ends: its last zero crossing, linear in ln length.
 
-    Returns [draw, 2]: equal bounds where it ends between two rungs, (last rung, inf) where it does not end, (0, first rung)
-    where there is none at any rung.
+    Returns [draw, 2]: equal bounds where it ends between two rungs, (last rung, inf) where it does not end, (0, first
+    rung) where there is none at any rung.
     """
     positive = gain > 0
     last = gain.shape[1] - 1 - positive[:, ::-1].argmax(axis=1)
@@ -358,7 +366,10 @@ def _bound_crossing(knots: Floats, gain: Floats) -> Floats:
 
 
 def _find_joint_mass(errors: Floats, mass: float) -> float:
-    """Return the mass each arm's interval needs so that all hold with probability `mass`, from joint draws [draw, arm]."""
+    """Return the mass of each arm's interval with which all hold with probability `mass`.
+
+    errors: joint draws, [draw, arm].
+    """
     ranks = (errors[1:].argsort(axis=0).argsort(axis=0) + 0.5) / DRAWS
     return float(np.quantile(np.abs(2 * ranks - 1).max(axis=1), mass))
 
@@ -369,9 +380,11 @@ def _summarize(draws: Floats, mass: float) -> BootstrapInterval:
 
 
 def _summarize_bounds(draws: Floats, mass: float) -> BootstrapInterval:
-    """Return the interval of draws of which only bounds [draw, 2] may be known, from the lower bounds' to the upper ones'.
+    """Return the interval of draws of which only bounds [draw, 2] may be known, from the lower bounds' to the upper
+    ones'.
 
-    Its value is inf or 0 where the estimate is bounded on one side only, and NaN where both bounds are finite but differ.
+    Its value is inf or 0 where the estimate is bounded on one side only, and NaN where both bounds are finite but
+    differ.
     """
     low = np.quantile(draws[1:, 0], (1 - mass) / 2, method="inverted_cdf")
     high = np.quantile(draws[1:, 1], (1 + mass) / 2, method="inverted_cdf")

@@ -61,8 +61,8 @@ def open_trained(path: Path, which: Which = "annealed") -> TrainedRun:
 
     Args:
         path: The checkpoint, a file or a folder.
-        which: "annealed" for the weights after the cooldown, "trunk" for the state at the branch point or where the run was
-            interrupted.
+        which: "annealed" for the weights after the cooldown, "trunk" for the state at the branch point or where the run
+            was interrupted.
 
     Raises:
         ValueError: If there is no such run, or it has no such state.
@@ -135,12 +135,14 @@ def check_moments(trained: TrainedRun, method: GrowthMethod, noise: float | None
     check_adamw(trained.config)
     if method != "duplicate" or noise:
         raise ValueError(
-            f"moments can only be grown by method 'duplicate' without noise, got {method!r}, noise {noise or 0:g}: the others "
+            f"moments can only be grown by method 'duplicate' without noise, got {method!r}, noise {noise or 0:g}: "
+            "the others "
             "change gradients in ways that no rule can invert; leave the moments out"
         )
     if trained.moments is None:
         raise ValueError(
-            f"{trained.path} has no moments in its {trained.which!r} state: ask for 'trunk' of a run that has taken steps on it"
+            f"{trained.path} has no moments in its {trained.which!r} state: ask for 'trunk' of a run that has taken "
+            "steps on it"
         )
 
 

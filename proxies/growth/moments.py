@@ -1,7 +1,7 @@
 """Grow Adam's moments of a duplicated model, so that its training continues as the small one's would (docs/math.md §8).
 
-Moments are named by parameter and kind, such as `blocks.0.q.exp_avg`, so that they can be moved one at a time. `step` is the
-number of steps in them, the same for all.
+Moments are named by parameter and kind, such as `blocks.0.q.exp_avg`, so that they can be moved one at a time. `step`
+is the number of steps in them, the same for all.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def locate_moments(config: ProxyConfig) -> dict[str, Key]:
 def grow_moments(moments: Mapping[str, Tensor], small: ProxyConfig, large: ProxyConfig) -> Iterator[tuple[str, Tensor]]:
     """Grow the moments of a model into those of its duplicate without noise.
 
-    Gradients fall as 1/k but for the gains that all heads share, so first moments are tiled and divided by k, second ones by
-    k squared (arXiv 2602.10545). With them, and with rates, decays and epsilons by `mup.compute_rules`, the steps are the
-    small model's.
+    Gradients fall as 1/k but for the gains that all heads share, so first moments are tiled and divided by k, second
+    ones by k squared (arXiv 2602.10545). With them, and with rates, decays and epsilons by `mup.compute_rules`, the
+    steps are the small model's.
 
     Args:
         moments: The small model's moments by name.
@@ -44,13 +44,15 @@ def grow_moments(moments: Mapping[str, Tensor], small: ProxyConfig, large: Proxy
         An iterator over the names and tensors of the large model's moments.
 
     Raises:
-        ValueError: If the optimizer is not AdamW, the depth differs, or the models cannot be duplicated. It is raised at once.
+        ValueError: If the optimizer is not AdamW, the depth differs, or the models cannot be duplicated. It is raised
+            at once.
     """
     check_adamw(small)
     check_growth(small, large, "duplicate")
     if large.n_layers != small.n_layers:
         raise ValueError(
-            f"moments are only valid while the function stays the same, got n_layers {small.n_layers} to {large.n_layers}: "
+            f"moments are only valid while the function stays the same, got n_layers {small.n_layers} to "
+            f"{large.n_layers}: "
             "grow width alone, or do not grow the moments"
         )
     check_shapes(moments, compute_moment_shapes(small))
@@ -78,5 +80,6 @@ def check_adamw(config: ProxyConfig) -> None:
     """Raise ValueError unless the optimizer is AdamW."""
     if config.optimizer != "adamw":
         raise ValueError(
-            f"moments can be grown for optimizer 'adamw' only, got {config.optimizer!r}: leave them out, a new warm-up makes new ones"
+            f"moments can be grown for optimizer 'adamw' only, got {config.optimizer!r}: leave them out, a new "
+            "warm-up makes new ones"
         )

@@ -20,7 +20,8 @@ def run_hpo(command: str, toml: Path, *options: str, uri: str | None = None) -> 
         command: "launch", "resume" or "best".
         toml: The study file.
         options: More options of the command.
-        uri: The MLflow store. It is passed by the environment, because every user of a machine can read its command lines.
+        uri: The MLflow store. It is passed by the environment, because every user of a machine can read its command
+            lines.
 
     Returns:
         What the command prints to stdout.

@@ -1,4 +1,4 @@
-"""The question of `proxies grow --plan`: the real pair, the small one that stands in for it, run lengths, searches, cost."""
+"""The question of `proxies grow --plan`: the real pair, the small one in its place, run lengths, searches and cost."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class QuestionOptions:
         source: Width of the base model; default: the study's largest proxy.
         at: The run length in question, tokens per parameter; default: the target's, or the longest of `horizons`.
         horizons: Other run lengths to report, tokens per parameter.
-        base: Tokens per parameter of the base model; default: those of the study's longest proxy run at that width, else
-            DEFAULT_BASE.
+        base: Tokens per parameter of the base model; default: those of the study's longest proxy run at that width,
+            else DEFAULT_BASE.
         seeds: Seeds of the runs that decide.
         budget: Budget of each search, in runs of the small pair's larger model to `at`.
         starts: The start methods to compare, "scratch" first; default: see `list_possible_starts`.
@@ -245,7 +245,8 @@ def make_question(toml: Path, family: ProxyFamily, options: QuestionOptions | No
     pair = Pair(source=small[0], target=small[1]) if small else choose_small_pair(large_family, real_pair)
     if not (pair.target < real_pair.target and pair.source * real_pair.target == pair.target * real_pair.source):
         raise ValueError(
-            f"--small: needed a smaller pair of the same growth as {real_pair} (settings transfer at equal growth), got {pair}"
+            f"--small: needed a smaller pair of the same growth as {real_pair} (settings transfer at equal growth), "
+            f"got {pair}"
         )
     group = family.d_head * family.q_per_kv
     half = Pair(source=max(pair.source // 2, 1), target=max(pair.target // 2, 1))
@@ -335,7 +336,8 @@ def choose_small_pair(family: ProxyFamily, real: Pair) -> Pair:
     finer = [d for d in range(2, family.d_head, 2) if divisor % (2 * d * family.q_per_kv) == 0]
     heads = f", or d_head = {max(finer)}, with which half the widths can be trained" if finer else ""
     raise ValueError(
-        f"needed a smaller pair of the growth {real}, got none whose widths are multiples of d_head * q_per_kv = {group}: "
+        f"needed a smaller pair of the growth {real}, got none whose widths are multiples of d_head * q_per_kv = "
+        f"{group}: "
         f"take a larger pair of this growth, {2 * p * k} to {2 * q * k} or larger{heads}"
     )
 

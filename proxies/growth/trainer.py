@@ -1,4 +1,4 @@
-"""The trainer of the searches behind `proxies grow --plan`: a family that trains a smaller model first and grows from it."""
+"""The trainer behind `proxies grow --plan`: a family that trains a smaller model first and grows from it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ METHOD_SETTINGS: dict[StartMethod, tuple[str, ...]] = {
 class GrowthFamily(ProxyFamily):
     """A family (see ProxyFamily) whose runs start as `start` says; `shrink` and `noise` can be searched, too.
 
-    The base model of a seed has the same seed, the family's own settings and `source_tokens`. It is trained once, by the first
-    process that needs it, and kept in the folder `bases`.
+    The base model of a seed has the same seed, the family's own settings and `source_tokens`. It is trained once, by
+    the first process that needs it, and kept in the folder `bases`.
     """
 
     start: StartMethod = "shrink-pad-perturb"
@@ -64,7 +64,7 @@ class GrowthFamily(ProxyFamily):
         return ProxyConfig.model_validate(self.member(self.source_width).model_dump() | depth)
 
     def problems(self, space: Mapping[str, Any], tokens: tuple[int, int] | None) -> list[str]:
-        """Return what `ProxyFamily.problems` does, plus bad ranges of `shrink` and `noise` and a base that cannot be grown."""
+        """Return the plain family's problems, bad ranges of `shrink` and `noise`, and why a base cannot be grown."""
         from proxies.config.steps import plan_steps
 
         problems = []
@@ -105,7 +105,7 @@ class GrowthFamily(ProxyFamily):
         keep: Path | None = None,
         repeat: int = 0,
     ) -> Iterator[Measurement]:
-        """Train the base unless it exists, grow it, and train the grown model. A resumed run has its weights already."""
+        """Train the base unless it exists, grow it, and train the result. A resumed run has its weights already."""
         from proxies.config.steps import plan_steps
 
         config = self.config(params, fidelity, repeat=repeat)

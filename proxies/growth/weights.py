@@ -1,19 +1,25 @@
 """Warm starts: grow a small trained model into the initial state of a larger one of the same family (docs/math.md §8).
 
-- "shrink-pad-perturb": theta_large = shrink * pad0(theta_small) + noise * xi, with xi a fresh muP initialisation at the large
-  width (arXiv 2411.07340, 2605.13405). pad0 puts the small tensor into the leading block and zeros elsewhere. The default.
-- "pad": the same with shrink 1 and noise 0 and rescaled norm gains, so that the large model computes the same function as the
+- "shrink-pad-perturb": theta_large = shrink * pad0(theta_small) + noise * xi, with xi a fresh muP initialisation at the
+large
+  width (arXiv 2411.07340, 2605.13405). pad0 puts the small tensor into the leading block and zeros elsewhere. The
+  default.
+- "pad": the same with shrink 1 and noise 0 and rescaled norm gains, so that the large model computes the same function
+as the
   small one.
-- "duplicate": every width axis is repeated k times, hidden matrices are divided by k (arXiv 2602.10545). The function is the
-  same, and stays so during training if Adam's moments are grown too (proxies/growth/moments.py): without noise the copies never
-  diverge from each other.
-- "hyperclone": the same copies, with noise that cancels between pairs of them (arXiv 2409.12903): the function is the same, but
+- "duplicate": every width axis is repeated k times, hidden matrices are divided by k (arXiv 2602.10545). The function
+is the
+  same, and stays so during training if Adam's moments are grown too (proxies/growth/moments.py): without noise the
+  copies never diverge from each other.
+- "hyperclone": the same copies, with noise that cancels between pairs of them (arXiv 2409.12903): the function is the
+same, but
   the copies diverge in training.
 - "stack": grows depth alone, repeating the whole stack of blocks (G_stack, arXiv 2405.15319).
 
-Every other method grows depth by stacking, too, and then width. "shrink-pad-perturb" and "pad" take any width that the family can
-have, "duplicate" and "hyperclone" whole multiples. The leading block is right for every tensor here: query heads stay in order
-and their number per key head is fixed, so head i still reads key head i // (h / g); gate, up and down share one order of channels.
+Every other method grows depth by stacking, too, and then width. "shrink-pad-perturb" and "pad" take any width that the
+family can have, "duplicate" and "hyperclone" whole multiples. The leading block is right for every tensor here: query
+heads stay in order and their number per key head is fixed, so head i still reads key head i // (h / g); gate, up and
+down share one order of channels.
 """
 
 from __future__ import annotations
@@ -49,12 +55,12 @@ def grow(
         small: The small model's configuration.
         large: The large model's configuration; noise is drawn from `large.seed`.
         method: How to grow, see the module's docstring.
-        shrink: Factor on the small model's matrices, for "shrink-pad-perturb" only. 0.4 is what the authors use for all their
-            scaling fits.
+        shrink: Factor on the small model's matrices, for "shrink-pad-perturb" only. 0.4 is what the authors use for all
+            their scaling fits.
         noise: Amount of noise; None for the method's default. For "shrink-pad-perturb" it is in units of the fresh
-            initialisation (default 1). For "duplicate" it is in units of 1/sqrt(fan_in) (default 0: exact, but tune it before
-            training such a model). For "hyperclone" it is the mean square of what is added over that of the copy to which it is
-            added (default 0.1, the authors' 10 dB). "pad" and "stack" take none.
+            initialisation (default 1). For "duplicate" it is in units of 1/sqrt(fan_in) (default 0: exact, but tune it
+            before training such a model). For "hyperclone" it is the mean square of what is added over that of the copy
+            to which it is added (default 0.1, the authors' 10 dB). "pad" and "stack" take none.
 
     Returns:
         The large model's parameters by name.
@@ -145,7 +151,7 @@ def compute_shapes(config: ProxyConfig) -> dict[str, tuple[int, ...]]:
 
 
 def find_source_name(name: str, small: ProxyConfig) -> str:
-    """Return the name of the small model's parameter from which one of the large model grows: block i from block i mod l."""
+    """Return the small model's parameter from which one of the large model grows: block i from block i mod l."""
     head, *rest = name.split(".")
     return f"{head}.{int(rest[0]) % small.n_layers}.{rest[1]}" if rest else name
 
@@ -162,8 +168,8 @@ def _shrink_pad_perturb(value: Tensor, fresh: Tensor, role: Role, shrink: float,
 
 
 def _pad(value: Tensor, shape: tuple[int, ...], role: Role, small: ProxyConfig, large: ProxyConfig) -> Tensor:
-    # RMSNorm of a zero-padded stream is larger by sqrt(d_large / d_small). With this factor the logits are equal up to the
-    # norm's epsilon.
+    # RMSNorm of a zero-padded stream is larger by sqrt(d_large / d_small). With this factor the logits are equal up to
+    # the norm's epsilon.
     factor = {"norm": 1.0, "final_norm": 1.0}.get(role, 0.0) * math.sqrt(small.d_model / large.d_model) or 1.0
     readout = compute_rules(small)["readout"].multiplier / compute_rules(large)["readout"].multiplier
     # A tied table is also the input embedding, so the factor of its output side goes into the last gain.
@@ -185,8 +191,8 @@ def _duplicate(
 ) -> Tensor:
     k = large.d_model // small.d_model
     tensor = tile_width(value, role, k)
-    # The factor is 1 under muP, whose multiplier falls as 1/k. A tied table is also the input embedding, so the last gain
-    # takes its factor.
+    # The factor is 1 under muP, whose multiplier falls as 1/k. A tied table is also the input embedding, so the last
+    # gain takes its factor.
     out = compute_rules(small)["readout"].multiplier / compute_rules(large)["readout"].multiplier / k
     if role == ("final_norm" if small.tied else "readout"):
         tensor *= out

@@ -81,7 +81,8 @@ class ArmResult:
             return TypeAdapter(cls).validate_json(path.read_bytes())
         except ValidationError as error:
             raise ValueError(
-                f"needed the result of an arm, got something else in {path}: restore it, or remove it to train that arm again"
+                f"needed the result of an arm, got something else in {path}: restore it, or remove it to train that "
+                "arm again"
             ) from error
 
     def write(self, folder: Path, arm: Arm) -> None:
@@ -210,7 +211,7 @@ def _train_by_command(plan: LaunchPlan, arm: Arm, folder: Path, uri: str | None)
 
 
 def _find_state(folder: Path, arm: Arm) -> Path | None:
-    """Return what an earlier start left of the arm, with any engine: its interrupted state, else its trunk, else None."""
+    """Return what an earlier start with any engine left of the arm: an interrupted state, else its trunk, else None."""
     kept = [path for path in (folder / f"{arm}.partial.pt", folder / f"{arm}.partial") if path.exists()]
     kept = kept or [path for path in (folder / f"{arm}.pt", folder / arm) if path.exists()]
     return max(kept, key=lambda path: path.stat().st_mtime, default=None)
@@ -239,8 +240,8 @@ def build_commands(plan: LaunchPlan, path: Path, arm: Arm, *, uri: str | None = 
         plan: The plan.
         path: The plan's file.
         arm: The arm to train.
-        uri: The MLflow store. A URI with a password is left to the environment, because every user of a machine can read
-            its command lines.
+        uri: The MLflow store. A URI with a password is left to the environment, because every user of a machine can
+            read its command lines.
 
     Returns:
         The arguments of each node's command. The address of the first node is to be filled in where there are several.
@@ -280,8 +281,8 @@ def format_commands(plan: LaunchPlan, path: Path, arms: Sequence[Arm], *, uri: s
 def launch(plan: LaunchPlan, path: Path, *, arms: Sequence[Arm] | None = None, uri: str | None = None) -> ArmScores:
     """Train the arms in child processes, then score them.
 
-    The arms are trained at the same time on a CPU with enough cores, else one after the other. The child processes log at
-    the level at which this one does.
+    The arms are trained at the same time on a CPU with enough cores, else one after the other. The child processes log
+    at the level at which this one does.
 
     Args:
         plan: The plan.

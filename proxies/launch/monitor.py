@@ -65,8 +65,8 @@ class BandMonitor:
     def check(self, point: Measurement) -> Excursion | None:
         """Return the excursion that begins with this point.
 
-        An excursion is returned once; the next one begins after the run has been inside the band again. Final points are
-        scored, not monitored.
+        An excursion is returned once; the next one begins after the run has been inside the band again. Final points
+        are scored, not monitored.
         """
         expected = None if self.band is None or point.final else self.band.at(point.tokens)
         if expected is None:
@@ -102,8 +102,8 @@ def predict_band(plan: LaunchPlan, arm: Arm) -> LossBand | None:
 
     For the arm from scratch it is the plan's curve. A warm start begins elsewhere, so only limits are known. Its upper
     limit is the band from scratch: a warm start above it does not help. Its lower limit is the annealed loss, by the
-    recommendation's law, of a run of the target's size on its own tokens and all of the proxy's. Both limits are assumed,
-    not measured.
+    recommendation's law, of a run of the target's size on its own tokens and all of the proxy's. Both limits are
+    assumed, not measured.
 
     Args:
         plan: The plan, with its curve and the recommendation's loss law.

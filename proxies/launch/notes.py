@@ -1,4 +1,5 @@
-"""The JSON notes that a launch plan carries along: the recommendation behind it, and the advice of `proxies grow --plan`.
+"""The JSON notes that a launch plan carries along: the recommendation behind it, and the advice of `proxies grow
+--plan`.
 
 They are kept exactly as they were written, keys of later versions included, so these types only say what is in them.
 """

@@ -1,4 +1,4 @@
-"""The plan of a target run: the configuration, the cost, the expected loss along the run, and the reasons for all of it."""
+"""The plan of a target run: its configuration, its cost, its expected loss, and the reasons for all of it."""
 
 from __future__ import annotations
 
@@ -162,12 +162,13 @@ class LaunchPlan(BaseModel):
         return float(self.config.lr if self.config else self.values.get("lr", self.because["lr"]))
 
     def __str__(self) -> str:
-        because, lines = self.because, [f"target of study {self.study}: N {self.N:,.0f}, {self.tokens:,} tokens"]
+        head = [f"target of study {self.study}: N {self.N:,.0f}, {self.tokens:,} tokens"]
+        if self.command is not None:
+            # A command stays on one line, so that it can be copied.
+            head.append(f"  {format_shell_command(self.arguments, self.cwd, self.environment)}")
+        because = self.because
         low, high = because["loss_interval"]
-        if self.config is not None:
-            lines += _format_config(self.config)
-        else:
-            lines.append(format_shell_command(self.arguments, self.cwd, self.environment))
+        lines = _format_config(self.config) if self.config is not None else []
         if self.lr != because["lr"]:
             lines.append(
                 f"NOT AS RECOMMENDED: lr {self.lr:.4g}, recommended {because['lr']:.4g}; "
@@ -194,7 +195,7 @@ class LaunchPlan(BaseModel):
             )
             lines += _format_advice(warm.because)
         lines += _format_reasons(because)
-        return "\n".join([lines[0], *(_wrap(line) for line in lines[1:])])
+        return "\n".join([*head, *(_wrap(line) for line in lines)])
 
 
 def compute_peak_rates(config: ProxyConfig) -> dict[str, float]:
@@ -257,7 +258,7 @@ def _format_error(error: Any) -> str:
 
 
 def _wrap(line: str) -> str:
-    # Commands and paths are never broken inside a word, so that they can be copied.
+    # Words are never broken, so that a path can be copied.
     return textwrap.fill(
         line,
         LINE_WIDTH,

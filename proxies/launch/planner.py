@@ -1,4 +1,4 @@
-"""Make a launch plan from a study: the target with its recommended settings, a proxy to start from, the expected loss."""
+"""Make a launch plan from a study: recommended settings, a proxy to start from, and the expected loss."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
         The plan, not yet written to a file.
 
     Raises:
-        ValueError: If the study has no target, its recommendation is missing, outdated or for another target, or the target
-            is smaller than the largest proxy.
+        ValueError: If the study has no target, its recommendation is missing, outdated or for another target, or the
+            target is smaller than the largest proxy.
     """
     from scaling.runs.io import load_runs
     from scaling.tracking.client import connect
@@ -60,12 +60,14 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
     problems = []
     if (note["N"], note["D"]) != (size.N, size.D):
         problems.append(
-            f"the recommendation is for N {note['N']:,.0f}, D {note['D']:,.0f}, the target in {toml} has N {size.N:,.0f}, "
+            f"the recommendation is for N {note['N']:,.0f}, D {note['D']:,.0f}, the target in {toml} has N "
+            f"{size.N:,.0f}, "
             f"D {size.D:,.0f}: {recommend} again after `hpo resume {study}`"
         )
     if size.N < largest:
         problems.append(
-            f"{toml}, [target]: needed a target at least as large as the largest proxy, N {largest:,.0f}, got N {size.N:,.0f}"
+            f"{toml}, [target]: needed a target at least as large as the largest proxy, N {largest:,.0f}, got N "
+            f"{size.N:,.0f}"
         )
     if outdated := describe_staleness(note, runs, study):
         problems.append(outdated)

@@ -26,8 +26,8 @@ def check_launch(plan: LaunchPlan, folder: Path, arms: Sequence[Arm]) -> None:
 
     Args:
         plan: The plan.
-        folder: Where checkpoints go; it need not exist yet. An arm with files there has begun, and its disk space is not
-            counted again.
+        folder: Where checkpoints go; it need not exist yet. An arm with files there has begun, and its disk space is
+            not counted again.
         arms: The arms to train.
 
     Raises:
@@ -87,8 +87,8 @@ def has_begun(folder: Path) -> bool:
 def estimate_disk_bytes(config: ProxyConfig) -> int:
     """Return the most disk space that one arm takes, in bytes.
 
-    It is the trunk's state (weights and moments), the annealed weights, the state that is kept during training (the trunk's
-    and the present one), and the latter a second time while it is replaced.
+    It is the trunk's state (weights and moments), the annealed weights, the state that is kept during training (the
+    trunk's and the present one), and the latter a second time while it is replaced.
     """
     weights = 4 * config.counts.total
     state = weights * (1 + MOMENTS.get(config.optimizer, 2))

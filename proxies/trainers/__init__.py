@@ -1,1 +1,4 @@
-"""What a study file may name as `[trainer] use`: proxies of our own, and any command. Imports the rooms `config` to `training`."""
+"""The trainers that a study file may name as `[trainer] use`: a family of proxies, or any command.
+
+Imports the rooms `config` to `training`.
+"""

@@ -1,2 +1,4 @@
-"""The training loop, run state, checkpoints, shards, distributed and stacked training, AutoLRS, throughput. Imports
-`config`, `data` and `model`."""
+"""Training: the loop, run state, checkpoints, shards, distributed and stacked training, AutoLRS, throughput.
+
+Imports `config`, `data` and `model`.
+"""

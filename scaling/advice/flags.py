@@ -1,4 +1,4 @@
-"""What to doubt in a recommendation, each doubt with its reason in a sentence."""
+"""Flags: reasons to doubt a recommendation, each in a sentence or two that also say what to do about it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,27 @@ from scaling.common.quantities import format_count
 from scaling.fitting.loss_law import Allocation, Fit
 from scaling.fitting.lr_batch_law import HPFit
 
-MAX_RATIO = 30.0  # times the largest N or D of the data. Assumed: the laws were checked to 33 times in compute
-CHECKED_COMPUTE_RATIO = 33.0  # times the largest compute
-MAX_COMPUTE_RATIO = 1000.0  # times the largest compute: about TOO_FAR in N and in D
-MAX_RATIO_BELOW = 2.0  # times below the smallest N: there the lr/batch intervals do not hold
-ENOUGH_GROUPS = 6  # (N, D) groups; below, hold-out tests of the laws become thin
-EDGE_SHARE = 0.1  # within this share of the searched range (in logs) counts as at its edge
-NOTABLE_DISAGREEMENT = 0.01  # relative; a disagreement of the loss law's two forms that is worth saying
-NOTABLE_BATCH_FACTOR = 1.2  # a factor in B* by its trend in N that is worth saying
-NOTABLE_OPTIMUM_FACTOR = 1.5  # a factor between two optima of N that is worth saying
+# A target farther than this beyond the largest N or D, as a ratio, is a serious doubt. Assumed: the laws were checked
+# on real runs up to 33 times the compute.
+MAX_RATIO = 30.0
+CHECKED_COMPUTE_RATIO = 33.0
+# The same for compute: about MAX_RATIO in N and in D.
+MAX_COMPUTE_RATIO = 1000.0
+# A target this many times smaller than the smallest N is a serious doubt: there the intervals of lr and batch are too
+# narrow.
+MAX_RATIO_BELOW = 2.0
+# (N, D) groups; with fewer, hold-out tests of the laws mean little.
+ENOUGH_GROUPS = 6
+# A setting within this share of the searched range (in logarithms) lies at its edge.
+EDGE_SHARE = 0.1
+# What is worth mentioning: a relative disagreement between the two forms of the loss law, a factor in the best batch by
+# its trend in N, and a factor between two optima of N.
+NOTABLE_DISAGREEMENT = 0.01
+NOTABLE_BATCH_FACTOR = 1.2
+NOTABLE_OPTIMUM_FACTOR = 1.5
 SETTING_NAMES = {"lr": "learning rate", "batch_tokens": "batch"}
 
+# How N was counted, as a recommendation keeps it.
 CONVENTIONS = {
     "multiplying": "parameters that multiply tokens: no input embedding, the unembedding once",
     "total": "every parameter (Chinchilla)",
@@ -31,11 +41,29 @@ CONVENTIONS = {
     "as given": "as given in the run table; whether with or without embeddings was not recorded",
     "mixed": "counted in several ways in one table",
 }
+# The same as a flag, with what to do.
+COUNT_IN_THE_SAME_WAY = "Count the N of the target in the same way."
+CONVENTION_FLAGS = {
+    "multiplying": (
+        "N counts the parameters that multiply tokens: no input embedding, the unembedding once. "
+        f"{COUNT_IN_THE_SAME_WAY}"
+    ),
+    "total": f"N counts every parameter, as Chinchilla does. {COUNT_IN_THE_SAME_WAY}",
+    "nonembedding": f"N counts the non-embedding parameters, as Kaplan does. {COUNT_IN_THE_SAME_WAY}",
+    "as given": f"The run table does not record whether N includes embeddings. {COUNT_IN_THE_SAME_WAY}",
+    "mixed": "N is counted in several ways in one table. Import the runs again with one way of counting.",
+}
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A doubt. A serious one means: do not trust the recommendation."""
+    """A reason to doubt a recommendation.
+
+    Attributes:
+        code: A stable identifier, such as "beyond-N".
+        text: The reason and what to do about it, in plain words.
+        serious: Whether the recommendation should not be trusted because of it.
+    """
 
     code: str
     text: str
@@ -50,7 +78,19 @@ def collect_flags(
     N: float,
     D: float,
 ) -> list[Flag]:
-    """Every doubt about a recommendation for (N, D). runs: those that were used; searched: as from `searched_ranges`."""
+    """Return all flags of a recommendation.
+
+    Args:
+        hp: The law of learning rate and batch.
+        fit: The loss law.
+        runs: The runs that the laws were fitted to.
+        searched: The searched range of each setting, from `find_searched_ranges`.
+        N: Parameters of the target that multiply tokens.
+        D: Training tokens of the target.
+
+    Returns:
+        The flags, in the order in which they were checked; there is always one on how N was counted.
+    """
     return [
         *_flag_extrapolation(hp, N, D),
         *_flag_few_scales(hp, N, D),
@@ -62,7 +102,18 @@ def collect_flags(
 
 
 def find_searched_ranges(hp: HPFit, space: Mapping[str, Sequence[float]] | None) -> dict[str, tuple[float, float]]:
-    """lr and batch_tokens: what was searched, or else what the runs cover."""
+    """Return the range of lr and batch_tokens that was searched; where `space` lacks it, the range of the runs.
+
+    Args:
+        hp: The law of learning rate and batch.
+        space: (low, high) of the settings that were searched.
+
+    Returns:
+        (low, high) of "lr" and "batch_tokens".
+
+    Raises:
+        ValueError: If a range is not 0 < low <= high.
+    """
     searched = {name: hp.ranges[name] for name in SETTING_NAMES}
     for name in SETTING_NAMES:
         if space is not None and name in space:
@@ -74,15 +125,20 @@ def find_searched_ranges(hp: HPFit, space: Mapping[str, Sequence[float]] | None)
 
 
 def find_convention(runs: pd.DataFrame) -> str:
-    """How N was counted: one of CONVENTIONS. By the table's own word, else by which other count N equals."""
+    """Return how N was counted, as a key of `CONVENTIONS`.
+
+    The column N_convention decides. Without it, the other count decides that N is equal to.
+    """
     if "N_convention" in runs and runs["N_convention"].notna().any():
-        said = runs["N_convention"].fillna("as given").unique()
-        return (str(said[0]) if said[0] in CONVENTIONS else "as given") if len(said) == 1 else "mixed"
-    known = _find_other_counts(runs)
-    for column in known:
+        conventions = runs["N_convention"].fillna("as given").unique()
+        if len(conventions) > 1:
+            return "mixed"
+        return str(conventions[0]) if conventions[0] in CONVENTIONS else "as given"
+    columns = _find_other_counts(runs)
+    for column in columns:
         if np.array_equal(runs[column].to_numpy(float), runs["N"].to_numpy(float)):
             return column.removeprefix("N_")
-    return "multiplying" if known else "as given"
+    return "multiplying" if columns else "as given"
 
 
 def _find_other_counts(runs: pd.DataFrame) -> list[str]:
@@ -90,148 +146,181 @@ def _find_other_counts(runs: pd.DataFrame) -> list[str]:
 
 
 def _flag_convention(runs: pd.DataFrame) -> Flag:
-    kind, known = find_convention(runs), _find_other_counts(runs)
-    text = f"N: {CONVENTIONS[kind]}. Count the target's N in the same way."
-    if known:
+    """Return a flag that says how N was counted."""
+    convention, columns = find_convention(runs), _find_other_counts(runs)
+    text = CONVENTION_FLAGS[convention]
+    if columns:
         largest = runs.iloc[int(runs["N"].to_numpy(float).argmax())]
-        counts = ", ".join(f"{c} {float(largest[c]):,.0f}" for c in known)
-        text += f" At the largest proxy: N {float(largest['N']):,.0f}, {counts}."
-    return Flag("n-convention", text, serious=kind == "mixed")
+        counts = ", ".join(f"{c} {float(largest[c]):,.0f}" for c in columns)
+        text += f" The largest proxy has N {float(largest['N']):,.0f}, {counts}."
+    return Flag("n-convention", text, serious=convention == "mixed")
 
 
 def _flag_extrapolation(hp: HPFit, N: float, D: float) -> list[Flag]:
+    """Return flags for a target outside the sizes, tokens and compute of the data."""
     flags = []
-    largest = 6 * float((hp.floors["N"] * hp.floors["D"]).max())
     for name, value in (("N", N), ("D", D)):
         low, high = hp.ranges[name]
         ratio = max(value / high, low / value)
         if ratio > 1 + 1e-9:
-            side = "above" if value > high else "below"
-            text = f"The target's {name} is {ratio:.3g} times {side} the data ({format_count(low)} to {format_count(high)})."
+            relation = f"{ratio:.3g} times the largest" if value > high else f"{1 / ratio:.3g} times the smallest"
+            text = f"The target's {name} is {relation} in the data ({format_count(low)} to {format_count(high)})."
             if ratio > MAX_RATIO:
-                text += f" Laws are not checked beyond {MAX_RATIO:.0f} times: add runs nearer to it."
+                text += f" The laws are not checked beyond a factor of {MAX_RATIO:.0f}: add runs closer to the target."
             flags.append(Flag(f"beyond-{name}", text, serious=ratio > MAX_RATIO))
+    largest = 6 * float((hp.floors["N"] * hp.floors["D"]).max())
     ratio = 6 * N * D / largest
     if ratio > 1 + 1e-9:
         text = f"The target's compute is {ratio:.3g} times that of the largest run ({largest:.3g} FLOPs)."
         if ratio > CHECKED_COMPUTE_RATIO:
-            text += f" Loss intervals were checked on real runs to {CHECKED_COMPUTE_RATIO:.0f} times only."
+            text += (
+                f" Intervals of the loss were checked on real runs only up to {CHECKED_COMPUTE_RATIO:.0f} times: "
+                "add larger runs."
+            )
         flags.append(Flag("beyond-C", text, serious=ratio > MAX_COMPUTE_RATIO))
     low, high = hp.ranges["N"]
     if low / N > 1 + 1e-9:
         text = (
-            "Below the smallest N the learning-rate and batch intervals hold too seldom and the expected regret is no "
-            "upper bound: add runs of a smaller model."
+            "Below the smallest N, the intervals of learning rate and batch are too narrow, and the expected regret is "
+            "not an upper bound: add runs of a smaller model."
         )
         flags.append(Flag("below-N", text, serious=low / N > MAX_RATIO_BELOW))
     factor = (N / high) ** hp.law.batch_N
     if N > high and not 1 / NOTABLE_BATCH_FACTOR < factor < NOTABLE_BATCH_FACTOR:
-        near, far = hp.exponents(0.9)["batch_N"]
+        exponent_low, exponent_high = hp.exponents(0.9)["batch_N"]
         text = (
-            f"B* is carried beyond the trained N as N^{hp.law.batch_N:+.2f} (90 %: {near:+.2f} to {far:+.2f}), an average "
-            "of no trend in N, as other studies found, and of the one these runs show: the recommended batch is "
-            f"{factor:.2g} times that at the largest N. Try a batch half and twice as large if you can."
+            f"Beyond the largest N, the best batch is extrapolated as N^{hp.law.batch_N:+.2f} (90 % interval: "
+            f"{exponent_low:+.2f} to {exponent_high:+.2f}), an average of no trend in N, as other studies found, and of "
+            f"the trend in these runs: the recommended batch is {factor:.2g} times that at the largest N. If you can, try "
+            "half and twice this batch, too."
         )
         flags.append(Flag("batch-beyond-N", text, serious=False))
     return flags
 
 
 def _flag_few_scales(hp: HPFit, N: float, D: float) -> list[Flag]:
+    """Return flags for data with too few sizes, token counts or groups."""
     flags = []
-    for name, value, least in (("N", N, 3), ("D", D, 2)):
-        distinct = hp.floors[name].nunique()
-        if distinct < least:
+    for name, value, least, more in (("N", N, 3, "sizes"), ("D", D, 2, "token counts")):
+        count = hp.floors[name].nunique()
+        if count < least:
             low, high = hp.ranges[name]
-            outside = not low <= value <= high
-            text = f"{distinct} distinct {name} in the data; a trend in {name} needs at least {least}."
-            flags.append(Flag(f"few-{name}", text, serious=outside))
+            is_outside = not low <= value <= high
+            text = (
+                f"The data has {count} distinct {name}, and a trend in {name} needs at least {least}: add other {more}."
+            )
+            flags.append(Flag(f"few-{name}", text, serious=is_outside))
     groups = len(hp.floors)
     if groups < ENOUGH_GROUPS:
-        flags.append(
-            Flag("few-groups", f"{groups} (N, D) groups; {ENOUGH_GROUPS} or more make a law.", serious=groups < 3)
+        text = (
+            f"The data has {groups} groups of equal N and D, and a law needs at least {ENOUGH_GROUPS} to be tested: "
+            "add other sizes or token counts."
         )
+        flags.append(Flag("few-groups", text, serious=groups < 3))
     return flags
 
 
 def _flag_edges(hp: HPFit, searched: Mapping[str, tuple[float, float]], N: float, D: float) -> list[Flag]:
-    """Optima at or over the edge of what was searched: those of the data's groups, and the recommended one."""
+    """Return flags for optima at or beyond the edge of the searched range, of the groups and of the target."""
     flags = []
     groups = [hp.interval(n, d, mass=0.9) for n, d in zip(hp.floors["N"], hp.floors["D"], strict=True)]
     best = (float(v) for v in hp.law(N, D))
     for i, (name, value) in enumerate(zip(SETTING_NAMES, best, strict=True)):
         low, high = searched[name]
-        say = (lambda v: f"{v:.4g}") if name == "lr" else format_count
+        # With a single value, `_flag_fits` reports that the optimum is not identified.
         if low == high:
-            continue  # one value was tried: `_doubts` says that the optimum is not identified
-        margin = EDGE_SHARE * math.log(high / low)
-        # A group's optimum counts as outside when its whole interval is: a bowl seen from one side only.
-        below, above = sum(g[i][1] < low for g in groups), sum(g[i][0] > high for g in groups)
-        for side, outside in (("low", below), ("high", above)):
-            if outside > len(groups) / 2:
-                beyond, further = ("below", "lower") if side == "low" else ("above", "higher")
+            continue
+        show = (lambda v: f"{v:.4g}") if name == "lr" else format_count
+        searched_range = f"the searched range ({show(low)} to {show(high)})"
+        # The optimum of a group counts as outside if its whole interval is: only one side of the bowl was seen.
+        n_below, n_above = sum(g[i][1] < low for g in groups), sum(g[i][0] > high for g in groups)
+        for side, count in (("low", n_below), ("high", n_above)):
+            if count > len(groups) / 2:
+                relation, direction = ("below", "lower") if side == "low" else ("above", "higher")
                 text = (
-                    f"The best {SETTING_NAMES[name]} lies {beyond} the searched range ({say(low)} to {say(high)}), with its whole 90 % "
-                    f"interval, in {outside} of {len(groups)} groups: search {further}."
+                    f"In {count} of {len(groups)} groups, the whole 90 % interval of the best {SETTING_NAMES[name]} "
+                    f"lies {relation} {searched_range}: search {direction}."
                 )
                 flags.append(Flag(f"{name}-unbracketed-{side}", text, serious=True))
+        margin = EDGE_SHARE * math.log(high / low)
         for side, edge, depth in (("low", low, math.log(value / low)), ("high", high, math.log(high / value))):
             if depth >= margin:
                 continue
-            where = "at the edge of" if depth >= 0 else "outside"
+            end, relation = ("lower", "below") if side == "low" else ("upper", "above")
+            place = f"at the {end} end of {searched_range}" if depth >= 0 else f"{relation} {searched_range}"
             text = (
-                f"The recommended {SETTING_NAMES[name]} {say(value)} is {where} the searched range ({say(low)} to {say(high)}), on "
-                f"the {side} side; it is not clipped. To measure it, widen {name} beyond {say(edge)}."
+                f"The recommended {SETTING_NAMES[name]}, {show(value)}, lies {place}, to which it is not clipped. To "
+                f"measure it, extend {name} {relation} {show(edge)}."
             )
             flags.append(Flag(f"{name}-edge-{side}", text, serious=False))
     return flags
 
 
 def _flag_fits(hp: HPFit, fit: Fit) -> list[Flag]:
+    """Return flags for what the fits themselves report as doubtful."""
     flags = []
-    for name, known in hp.identified.items():
-        if not known:
-            text = f"The runs do not say where the best {SETTING_NAMES[name]} is; the answer is mostly the prior's."
+    for name, is_identified in hp.identified.items():
+        if not is_identified:
+            text = (
+                f"The runs do not show where the best {SETTING_NAMES[name]} is, so the answer comes mostly from the "
+                f"prior: vary {name} more within each group of equal N and D."
+            )
             flags.append(Flag(f"{name}-unidentified", text, serious=True))
     if hp.status != "ok":
-        flags.append(Flag("hp-fit", f"Learning-rate/batch law: {hp.status}", serious=False))
+        flags.append(Flag("hp-fit", f"Law of learning rate and batch: {hp.status}", serious=False))
     if fit.status != "ok":
         flags.append(Flag("loss-fit", f"Loss law: {fit.status}", serious=False))
     return flags
 
 
 def _flag_forms(fit: Fit, N: float, D: float) -> list[Flag]:
-    """The two averaged forms side by side, when they are far apart."""
-    apart = float(fit.disagreement(N, D))
-    if apart < NOTABLE_DISAGREEMENT:
+    """Return a flag if the two averaged forms of the loss law are far apart at the target."""
+    disagreement = float(fit.disagreement(N, D))
+    if disagreement < NOTABLE_DISAGREEMENT:
         return []
     n, d = (np.array([math.log(v) - c]) for v, c in zip((N, D), fit.centre, strict=True))
-    said = [
-        f"{math.exp(float(m.moments(n, d)[0][0])):.4f} with a {m.form} (weight {m.weight:.2f})" for m in fit.members
-    ]
-    text = f"The averaged forms disagree on the loss by {100 * apart:.1f} % (sd): {', '.join(said)}; the interval counts it."
-    return [Flag("forms-disagree", text.replace("with a no floor", "without a floor"), serious=False)]
+    predictions = []
+    for member in fit.members:
+        form = "without a floor" if member.form == "no floor" else f"with a {member.form}"
+        loss = math.exp(float(member.moments(n, d)[0][0]))
+        predictions.append(f"{loss:.4f} {form} (weight {member.weight:.2f})")
+    text = (
+        f"The two averaged forms of the loss law disagree by {100 * disagreement:.1f} % (sd): "
+        f"{', '.join(predictions)}. The interval of the loss takes this into account."
+    )
+    return [Flag("forms-disagree", text, serious=False)]
 
 
 def flag_optimum(fit: Fit, C: float, best: Allocation) -> list[Flag]:
-    """Of the compute-optimal N and D: no interval, or another place by the plain law, which bends otherwise."""
+    """Return flags for compute-optimal N and D.
+
+    Args:
+        fit: The loss law.
+        C: Compute of the target, FLOPs.
+        best: The compute-optimal N and D by the averaged prediction.
+
+    Returns:
+        A serious flag if they have no interval, and a note if the plain law puts them elsewhere.
+    """
     flags = []
     if not best.bounded:
-        text = "The compute-optimal N and D have no interval: the runs allow any size. Vary N and D/N more."
+        text = "The compute-optimal N and D have no interval, because the runs allow any size: vary N and D/N more."
         flags.append(Flag("optimum", text, serious=True))
     try:
-        law = float(fit.law.optimum(C)[0])
+        N = float(fit.law.optimum(C)[0])
     except ValueError:
         return flags
-    if abs(math.log(law / best.N)) > math.log(NOTABLE_OPTIMUM_FACTOR):
+    if abs(math.log(N / best.N)) > math.log(NOTABLE_OPTIMUM_FACTOR):
         text = (
-            f"By the plain law E + A/N^alpha + B/D^beta the compute-optimal N is {format_count(law)}, by the averaged forms "
-            f"{format_count(best.N)}, where the averaged loss is {100 * _compute_loss_excess(fit, C, law, best.N):.2f} % lower than there."
+            f"The plain law E + A/N^alpha + B/D^beta puts the compute-optimal N at {format_count(N)}, the averaged forms "
+            f"at {format_count(best.N)}, where they predict a loss that is "
+            f"{100 * _compute_loss_excess(fit, C, N, best.N):.2f} % lower."
         )
         flags.append(Flag("optimum-forms", text, serious=False))
     return flags
 
 
 def _compute_loss_excess(fit: Fit, C: float, N: float, best: float) -> float:
-    """Predicted loss at N over that at the best N, less 1, at equal compute."""
-    there, here = fit.predict(np.array([N, best]), C / 6.0 / np.array([N, best]))
-    return float(there / here - 1)
+    """Return by which share the predicted loss is higher at N than at the best N, at equal compute."""
+    loss, best_loss = fit.predict(np.array([N, best]), C / 6.0 / np.array([N, best]))
+    return float(loss / best_loss - 1)

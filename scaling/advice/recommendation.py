@@ -1,4 +1,4 @@
-"""Runs and a target in, a recommendation out: learning rate, batch, loss, with intervals, and what to doubt in them."""
+"""Recommend learning rate, batch and loss for a target, from a table of runs, with intervals and flags."""
 
 from __future__ import annotations
 
@@ -9,64 +9,148 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
 
-from scaling.advice.flags import CONVENTIONS, Flag, collect_flags, find_convention, flag_optimum, find_searched_ranges
-from scaling.advice.next_run import NextRun, Sweep, compute_loss_half_width, plan_next
+from scaling.advice.flags import CONVENTIONS, Flag, collect_flags, find_convention, find_searched_ranges, flag_optimum
+from scaling.advice.next_run import NextRun, NextRunNote, Sweep, compute_loss_half_width, plan_next
 from scaling.common.quantities import format_count
 from scaling.fitting.lr_batch_law import HPFit, fit_hp_law, fit_loss_floors
-from scaling.laws import published
+from scaling.laws.published import PublishedLaw, get_published_law, list_published_laws
 from scaling.runs.table import hash_rows, hash_table, usable
 
 INTERVAL_FIELDS = ("lr_interval", "batch_interval", "loss_interval", "N_interval", "D_interval")
 UNTRUSTED = "NOT TO BE TRUSTED"
-LINE_WIDTH = 120  # of printed lines
+# Of printed lines, in columns.
+LINE_WIDTH = 80
+
+
+class RecommendationProvenance(TypedDict, total=False):
+    """Which runs a recommendation is based on. Older notes lack some of the keys.
+
+    Attributes:
+        run_ids: Number of distinct runs.
+        run_ids_sha256: SHA-256 of their sorted run ids.
+        data_sha256: SHA-256 of the numbers that the laws were fitted to.
+        table_sha256: SHA-256 of the usable proxies of the table, see `scaling.runs.table.hash_table`.
+        n_runs: Number of rows that the laws were fitted to.
+        n_diverged: Rows left out because the run diverged.
+        n_excluded: Rows left out for other reasons.
+        n_far: Rows left out because they are far above the best of their group.
+        n_groups: Number of (N, D) groups.
+        version: The version of muscale.
+        N_convention: How N was counted, a value of `scaling.advice.flags.CONVENTIONS`.
+    """
+
+    run_ids: int
+    run_ids_sha256: str
+    data_sha256: str
+    table_sha256: str
+    n_runs: int
+    n_diverged: int
+    n_excluded: int
+    n_far: int
+    n_groups: int
+    version: str
+    N_convention: str
+
+
+class PublishedComparison(TypedDict):
+    """What a published law gives at the target.
+
+    Attributes:
+        name: The name of the law.
+        source: The paper.
+        lr: Learning rate; None if the law gives none.
+        batch_tokens: Tokens per optimizer step; None if the law gives none.
+        exponents: The exponents of "lr" and "batch_tokens", by symbol.
+        warnings: Why the numbers may not apply.
+    """
+
+    name: str
+    source: str
+    lr: float | None
+    batch_tokens: float | None
+    exponents: dict[str, dict[str, float]]
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to run at (N, D), what to expect, and where this comes from."""
+    """What to run at (N, D), which loss to expect, and what this is based on.
 
-    N: float  # parameters that multiply tokens, unless provenance says otherwise
-    D: float  # tokens
-    C: float  # FLOPs, 6 N D
-    lr: float  # at base width under muP
+    Printing it shows all of this as text. `to_dict` and `from_dict` convert it to plain JSON values and back.
+
+    Attributes:
+        N: Parameters that multiply tokens, unless the provenance says otherwise.
+        D: Training tokens.
+        C: Training compute 6 N D, FLOPs.
+        lr: Peak learning rate, at base width under muP.
+        lr_interval: Its interval.
+        batch_tokens: Tokens per optimizer step, not clipped to the searched range.
+        batch_interval: Its interval, tokens per step.
+        batch_seqs: Sequences per optimizer step, rounded; None if the sequence length of the runs is not known.
+        seq_len: The sequence length of the runs, tokens; None if it was not recorded or differs.
+        loss: Expected loss of a run with these settings, nats per token.
+        loss_interval: The interval of one new run, nats per token.
+        mass: The probability that each interval holds.
+        expected_regret: Loss that is lost because the best lr and batch are not known exactly, as a share of the loss;
+            an upper bound.
+        flags: Reasons to doubt this. If any of them is serious, do not trust the recommendation.
+        provenance: Which runs it is based on.
+        loss_law: E, A, B, alpha, beta and status of the fitted law L = E + A / N^alpha + B / D^beta.
+        hp_law: Coefficients, exponents and status of the law of learning rate and batch.
+        N_interval: The interval of the compute-optimal N; None if N and D were given.
+        D_interval: The interval of the compute-optimal D, tokens; None if N and D were given.
+        next_run: What to run next, as JSON keeps a `scaling.advice.next_run.NextRun`; None if it was not asked for.
+        beside: What published laws give at (N, D). Not kept in notes.
+        run_ids: The runs that the laws were fitted to. Not kept in notes.
+    """
+
+    N: float
+    D: float
+    C: float
+    lr: float
     lr_interval: tuple[float, float]
-    batch_tokens: float  # tokens per optimizer step, not clipped to the searched range
+    batch_tokens: float
     batch_interval: tuple[float, float]
-    batch_seqs: int | None  # sequences per step, rounded; None without seq_len
+    batch_seqs: int | None
     seq_len: int | None
-    loss: float  # nats per token, of a run at the best settings
-    loss_interval: tuple[float, float]  # of one new run
-    mass: float  # of all intervals
-    expected_regret: float  # relative loss lost by not knowing lr* and B* exactly; an upper bound
+    loss: float
+    loss_interval: tuple[float, float]
+    mass: float
+    expected_regret: float
     flags: tuple[Flag, ...]
-    provenance: dict[str, Any]
-    loss_law: dict[str, Any]
-    hp_law: dict[str, Any]
-    # what follows is missing in older notes
-    N_interval: tuple[float, float] | None = None  # of the compute-optimal N, D; None where they were given
+    provenance: RecommendationProvenance
+    loss_law: dict[str, float | str]
+    hp_law: dict[str, float | str]
+    # The fields below are missing in older notes.
+    N_interval: tuple[float, float] | None = None
     D_interval: tuple[float, float] | None = None
-    next_run: dict[str, Any] | None = None  # scaling.advice.next_run.NextRun as a dict; None where it was not asked for
-    beside: tuple[dict[str, Any], ...] = ()  # published laws at (N, D); not kept in notes
-    run_ids: tuple[str, ...] = ()  # of the runs that were used; not kept in notes
+    next_run: NextRunNote | None = None
+    beside: tuple[PublishedComparison, ...] = ()
+    run_ids: tuple[str, ...] = ()
 
     @property
     def trustworthy(self) -> bool:
-        """No serious flag."""
+        """Whether no flag is serious."""
         return not any(f.serious for f in self.flags)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` gives the same recommendation back."""
+        """Return plain JSON values, from which `from_dict` makes the same recommendation again."""
         plain = asdict(self) | {"trustworthy": self.trustworthy}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Recommendation:
-        """Also of notes that were written before a field was there."""
+        """Return the recommendation that `to_dict` converted.
+
+        Args:
+            plain: JSON values, also from an earlier or later version: missing fields get their defaults, unknown ones
+                are ignored.
+        """
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in plain.items() if k in known}
         for name in INTERVAL_FIELDS:
@@ -78,45 +162,41 @@ class Recommendation:
         return cls(**values)
 
     def __str__(self) -> str:
-        low, high = self.batch_interval
-        best, worst = self.loss_interval
-        sequences = ""
-        if self.batch_seqs is not None:
-            sequences = f"   {self.batch_seqs:,} sequence{'' if self.batch_seqs == 1 else 's'} of {self.seq_len:,}"
         flags = sorted(self.flags, key=lambda f: not f.serious)
         serious = [f.text for f in flags if f.serious]
         lines = []
         if serious:
             more = f" And {len(serious) - 1} more below." if len(serious) > 1 else ""
-            lines += [_wrap(f"{UNTRUSTED}: {serious[0]}{more}"), ""]
-        guess = "best guess" if self.trustworthy else "untrusted"
-        lines.append(f"Recommendation for N = {self.N:,.0f}, D = {self.D:,.0f} (C = {self.C:.3g} FLOPs)")
-        lines.append(f"{'':26}{guess:>16}   {100 * self.mass:.0f} % interval")
-        for letter, value, pair in (("N", self.N, self.N_interval), ("D", self.D, self.D_interval)):
-            if pair is not None:
-                lines.append(
-                    f"{'  compute-optimal ' + letter:26}{format_count(value):>16}   {format_count(pair[0])} to {format_count(pair[1])}"
-                )
-        lines += [
-            f"{'  learning rate':26}{self.lr:>16.4g}   {self.lr_interval[0]:.4g} to {self.lr_interval[1]:.4g}",
-            f"{'  batch, tokens per step':26}{self.batch_tokens:>16,.0f}   {low:,.0f} to {high:,.0f}{sequences}",
-            f"{'  loss, nats per token':26}{self.loss:>16.4f}   {best:.4f} to {worst:.4f}",
-            f"{'  expected regret':26}{100 * self.expected_regret:>14.2f} %   of the loss; an upper bound",
-            _format_origin(self.provenance),
-        ]
+            lines += [_wrap(f"{UNTRUSTED}: {serious[0]}{more}", 0), ""]
+        lines += [*self._format_settings(), "", _wrap(_format_origin(self.provenance), 0)]
         if flags:
-            lines += ["", "To doubt:"]
-            lines += [_wrap(f"  {'SERIOUS' if f.serious else 'note'}: {f.text}") for f in flags]
+            lines += ["", "Warnings:"]
+            lines += [_wrap(f"  {'SERIOUS' if f.serious else 'note'}: {f.text}", 4) for f in flags]
         if self.beside:
-            lines += [
-                "",
-                "Published laws, with their own settings and counts (none of them enters the recommendation):",
-            ]
+            lines += ["", "Published laws, for comparison only; each has its own setting and its own N:"]
             lines += [_wrap(_format_published(law, self), 18) for law in self.beside]
         if self.next_run is not None:
-            lines += ["", "To narrow it most:", str(parse_next_run(self.next_run))]
-        lines += ["", f"{UNTRUSTED} before the serious points are mended." if serious else "No serious doubt."]
-        return "\n".join(lines)
+            lines += ["", "What to run next to narrow this most:", str(parse_next_run(self.next_run))]
+        end = f"{UNTRUSTED} until the serious warnings are resolved." if serious else "No serious warnings."
+        return "\n".join([*lines, "", end])
+
+    def _format_settings(self) -> list[str]:
+        """Return the table of settings and loss, one line per row."""
+        (batch_low, batch_high), (loss_low, loss_high) = self.batch_interval, self.loss_interval
+        guess = "best guess" if self.trustworthy else "untrusted"
+        rows = [("", guess, f"{100 * self.mass:.0f} % interval")]
+        for symbol, value, interval in (("N", self.N, self.N_interval), ("D", self.D, self.D_interval)):
+            if interval is not None:
+                text = f"{format_count(interval[0])} to {format_count(interval[1])}"
+                rows.append((f"compute-optimal {symbol}", format_count(value), text))
+        rows.append(("learning rate", f"{self.lr:.4g}", f"{self.lr_interval[0]:.4g} to {self.lr_interval[1]:.4g}"))
+        rows.append(("batch, tokens per step", f"{self.batch_tokens:,.0f}", f"{batch_low:,.0f} to {batch_high:,.0f}"))
+        if self.batch_seqs is not None:
+            rows.append((f"  in sequences of {self.seq_len:,}", f"{self.batch_seqs:,}", ""))
+        rows.append(("loss, nats per token", f"{self.loss:.4f}", f"{loss_low:.4f} to {loss_high:.4f}"))
+        rows.append(("expected regret", f"{100 * self.expected_regret:.2f} %", "of the loss; an upper bound"))
+        title = f"Recommendation for N = {self.N:,.0f}, D = {self.D:,.0f} (C = {self.C:.3g} FLOPs)"
+        return [title, *(f"  {name:26}{value:>16}   {interval}".rstrip() for name, value, interval in rows)]
 
 
 def recommend(
@@ -132,38 +212,47 @@ def recommend(
     at_most: float | None = None,
     seed: int = 0,
 ) -> Recommendation:
-    """Best settings and loss at (N, D), or at the compute-optimal (N, D) of C FLOPs.
+    """Recommend settings for a run at (N, D), or at the compute-optimal (N, D) of C FLOPs, and predict its loss.
 
-    runs: N, D, lr, batch_tokens, loss; optional run_id, role, diverged, excluded (`scaling.runs.table.usable` rows count),
-    seq_len, parametrization, N_convention, N_total, N_nonembedding. space: {"lr": (low, high), "batch_tokens": (low,
-    high)} that was searched (default: the data's range). beside: names of published laws, "all" for every one.
-    next_run: also say which run of at most `at_most` FLOPs narrows the answer most (scaling/advice/next_run.py; 1 to 3 s).
+    The loss law is fitted to the fitted minimum of every (N, D) group, so that every run of a group is used, not only
+    the best.
 
-    The loss law is fitted to the fitted minimum of every group, so that all runs speak. ValueError when the target or
-    the table is unusable, FitError when no law can exist.
+    Args:
+        runs: A run table with the columns N, D, lr, batch_tokens and loss, of which the rows count that
+            `scaling.usable` keeps. Optional columns: run_id, role, diverged, excluded, seq_len, parametrization,
+            N_convention, N_total, N_nonembedding.
+        N: Parameters of the target that multiply tokens.
+        D: Training tokens of the target.
+        C: Training compute of the target, FLOPs, in place of N and D.
+        mass: The probability that each interval holds.
+        space: The range that was searched, as {"lr": (low, high), "batch_tokens": (low, high)}; by default that of the
+            runs.
+        beside: Names of published laws to compare with; "all" for every one.
+        next_run: Whether to choose the run that narrows the answer most (`scaling.plan_next`), which takes 1 to 3 s.
+        at_most: The most FLOPs of that run; by default 3 times the largest run, but not more than a tenth of the
+            target.
+        seed: Seed of the fits' random draws.
+
+    Returns:
+        The recommendation. A doubtful one is returned, too: its flags say why.
+
+    Raises:
+        ValueError: If the target, an option or the table is unusable.
+        FitError: If the runs allow no law.
     """
-    if not ((N is not None and D is not None and C is None) or (N is None and D is None and C is not None)):
-        given = ", ".join(k for k, v in (("N", N), ("D", D), ("C", C)) if v is not None) or "nothing"
-        raise ValueError(f"a recommendation needs N and D, or C alone; got {given}")
-    for name, value in (("N", N), ("D", D), ("C", C)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-    if not 0 < mass < 1:
-        raise ValueError(f"mass must lie between 0 and 1, got {mass}")
-    if at_most is not None and not (math.isfinite(at_most) and at_most > 0):
-        raise ValueError(f"at_most must be positive FLOPs, got {at_most}")
-    laws = [published.get_published_law(name) for name in (published.list_published_laws() if "all" in beside else dict.fromkeys(beside))]
+    _check_arguments(N, D, C, mass, at_most)
+    laws = [get_published_law(name) for name in (list_published_laws() if "all" in beside else dict.fromkeys(beside))]
 
     used = usable(runs)
     hp = fit_hp_law(used, seed=seed)
     searched = find_searched_ranges(hp, space)
     fit, run_noise = fit_loss_floors(hp, seed=seed)
-    optimal: list[tuple[float, float] | None] = [None, None]
-    doubts: list[Flag] = []
+    N_interval, D_interval = None, None
+    optimum_flags: list[Flag] = []
     if C is not None:
         best = fit.optimum(C, mass, seed=seed)
-        N, D, optimal = best.N, best.D, [best.N_interval, best.D_interval]
-        doubts = flag_optimum(fit, C, best)
+        N, D, N_interval, D_interval = best.N, best.D, best.N_interval, best.D_interval
+        optimum_flags = flag_optimum(fit, C, best)
     assert N is not None
     assert D is not None
 
@@ -171,14 +260,15 @@ def recommend(
     lr, batch = (float(v) for v in hp.law(N, D))
     lr_interval, batch_interval = hp.interval(N, D, mass)
     seq_len = _find_seq_len(used)
-    loss, half = float(fit.predict(N, D)), compute_loss_half_width(fit, run_noise, N, D, mass)
-    kind = find_convention(used)
-    flags = [*collect_flags(hp, fit, used, searched, N, D), *doubts]
-    planned = None
+    loss, half_width = float(fit.predict(N, D)), compute_loss_half_width(fit, run_noise, N, D, mass)
+    convention = find_convention(used)
+    flags = [*collect_flags(hp, fit, used, searched, N, D), *optimum_flags]
+    note: NextRunNote | None = None
     if next_run:
         try:
             plan = plan_next(hp, fit, N, D, run_noise=run_noise, mass=mass, at_most=at_most, seq_len=seq_len)
-            planned = json.loads(json.dumps(asdict(plan)))  # lists, as a note has them
+            # Through JSON, so that tuples are lists, as in a note.
+            note = json.loads(json.dumps(asdict(plan)))
         except ValueError as error:
             if at_most is not None:
                 raise
@@ -194,85 +284,107 @@ def recommend(
         batch_seqs=None if seq_len is None else max(1, round(batch / seq_len)),
         seq_len=seq_len,
         loss=loss,
-        loss_interval=(loss * math.exp(-half), loss * math.exp(half)),
+        loss_interval=(loss * math.exp(-half_width), loss * math.exp(half_width)),
         mass=mass,
         expected_regret=hp.expected_regret(N, D),
         flags=tuple(flags),
-        provenance=_build_provenance(runs, hp, kind),
+        provenance=_build_provenance(runs, hp, convention),
         loss_law=asdict(fit.law) | {"status": fit.status},
         hp_law=asdict(hp.law) | {"status": hp.status},
-        N_interval=optimal[0],
-        D_interval=optimal[1],
-        next_run=planned,
-        beside=tuple(_compare_published(law, N, D, kind) for law in laws),
+        N_interval=N_interval,
+        D_interval=D_interval,
+        next_run=note,
+        beside=tuple(_compare_published(law, N, D, convention) for law in laws),
         run_ids=tuple(_list_run_ids(hp)),
     )
 
 
-def parse_next_run(plain: Mapping[str, Any]) -> NextRun:
-    """A `NextRun` from the dict in a recommendation."""
+def _check_arguments(N: float | None, D: float | None, C: float | None, mass: float, at_most: float | None) -> None:
+    if not ((N is not None and D is not None and C is None) or (N is None and D is None and C is not None)):
+        given = ", ".join(k for k, v in (("N", N), ("D", D), ("C", C)) if v is not None) or "nothing"
+        raise ValueError(f"a recommendation needs N and D, or C alone; got {given}")
+    for name, value in (("N", N), ("D", D), ("C", C)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not 0 < mass < 1:
+        raise ValueError(f"mass must lie between 0 and 1, got {mass}")
+    if at_most is not None and not (math.isfinite(at_most) and at_most > 0):
+        raise ValueError(f"at_most must be positive FLOPs, got {at_most}")
+
+
+def parse_next_run(note: Mapping[str, Any]) -> NextRun:
+    """Return the `NextRun` that a recommendation keeps as JSON values."""
     own: dict[str, Any]
     sweep: dict[str, Any]
-    own, sweep = ({k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} for d in (plain, plain["sweep"]))
+    own, sweep = ({k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} for d in (note, note["sweep"]))
     return NextRun(**own | {"sweep": Sweep(**sweep)})
 
 
-def _build_provenance(runs: pd.DataFrame, hp: HPFit, kind: str) -> dict[str, Any]:
-    """Which runs, by name and by their numbers, in whatever order they came."""
+def _build_provenance(runs: pd.DataFrame, hp: HPFit, convention: str) -> RecommendationProvenance:
+    """Return which runs the laws were fitted to. It does not depend on the order of the rows."""
     ids = _list_run_ids(hp)
     proxies = (runs[runs["role"] != "target"] if "role" in runs else runs).reset_index(drop=True)
-    lost = ~np.isfinite(proxies["loss"].to_numpy(float))
+    has_diverged = ~np.isfinite(proxies["loss"].to_numpy(float))
     if "diverged" in proxies:
-        lost |= proxies["diverged"].to_numpy(bool)
+        has_diverged |= proxies["diverged"].to_numpy(bool)
     return {
         "run_ids": len(ids),
         "run_ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
         "data_sha256": hash_rows(hp.used),
         "table_sha256": hash_table(runs),
         "n_runs": hp.n_runs,
-        "n_diverged": int(lost.sum()),
-        "n_excluded": int((~lost & ~proxies.index.isin(usable(proxies).index)).sum()),
+        "n_diverged": int(has_diverged.sum()),
+        "n_excluded": int((~has_diverged & ~proxies.index.isin(usable(proxies).index)).sum()),
         "n_far": hp.n_far,
         "n_groups": len(hp.floors),
         "version": _find_version(),
-        "N_convention": CONVENTIONS[kind],
+        "N_convention": CONVENTIONS[convention],
     }
 
 
-def _wrap(text: str, indent: int = 8) -> str:
-    return textwrap.fill(text, LINE_WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+def _wrap(text: str, indent: int) -> str:
+    """Wrap text to LINE_WIDTH, with so many spaces before all lines but the first."""
+    return textwrap.fill(
+        text, LINE_WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _list_run_ids(hp: HPFit) -> list[str]:
-    """Each run once, though it may have a row at every rung."""
+    """Return the id of each run once, though it may have a row at every rung."""
     return sorted({str(i) for i in hp.run_ids})
 
 
-def _format_origin(provenance: Mapping[str, Any]) -> str:
-    left = {"n_diverged": "diverged", "n_excluded": "excluded otherwise", "n_far": "far above their group's best"}
-    out = [f"{provenance[k]} {word}" for k, word in left.items() if provenance.get(k)]
+def _format_origin(provenance: RecommendationProvenance) -> str:
+    """Return in a sentence which runs a recommendation is based on."""
+    reasons = (
+        (provenance.get("n_diverged", 0), "diverged"),
+        (provenance.get("n_excluded", 0), "excluded otherwise"),
+        (provenance.get("n_far", 0), "far above the best of their group"),
+    )
+    left_out = ", ".join(f"{count} {reason}" for count, reason in reasons if count)
     data = (
-        f"; data {provenance['data_sha256'][:12]}, muscale {provenance['version']}"
+        f" Data {provenance['data_sha256'][:12]}, muscale {provenance['version']}."
         if "data_sha256" in provenance
         else ""
     )
     return (
-        f"From {provenance['n_runs']} runs in {provenance['n_groups']} (N, D) groups"
-        f"{' (left out: ' + ', '.join(out) + ')' if out else ''}{data}."
+        f"Based on {provenance['n_runs']} runs in {provenance['n_groups']} groups of equal N and D"
+        f"{f' (left out: {left_out})' if left_out else ''}.{data}"
     )
 
 
-def _compare_published(law: published.PublishedLaw, N: float, D: float, kind: str) -> dict[str, Any]:
-    """What a published law says at (N, D), with the warnings that go with it."""
+def _compare_published(law: PublishedLaw, N: float, D: float, convention: str) -> PublishedComparison:
+    """Return what a published law gives at (N, D), with the warnings that belong to it."""
     lr, batch = law(N, D)
     warnings = []
-    covers = law.covers(N, D)
-    if covers is False:
+    is_covered = law.covers(N, D)
+    if is_covered is False:
         warnings.append("outside the range it was measured in")
-    elif covers is None and (lr is not None or batch is not None):
+    elif is_covered is None and (lr is not None or batch is not None):
         warnings.append("the range it was measured in is not known here")
-    if law.N_definition.startswith("non-embedding") and kind != "nonembedding":
-        warnings.append(f"its N is {law.N_definition}; yours: {CONVENTIONS[kind].split(':')[0].split(';')[0]}")
+    if law.N_definition.startswith("non-embedding") and convention != "nonembedding":
+        yours = CONVENTIONS[convention].split(":")[0].split(";")[0]
+        warnings.append(f"its N is {law.N_definition}; yours: {yours}")
     elif not law.N_definition.startswith(("non-embedding", "not in the law")):
         warnings.append(law.N_definition)
     return {
@@ -285,24 +397,26 @@ def _compare_published(law: published.PublishedLaw, N: float, D: float, kind: st
     }
 
 
-def _format_published(law: Mapping[str, Any], ours: Recommendation) -> str:
-    said = []
+def _format_published(law: PublishedComparison, ours: Recommendation) -> str:
+    """Return a published law as text, relative to a recommendation."""
+    parts = []
     if law["lr"] is not None:
-        said.append(f"lr {law['lr']:.3g} ({law['lr'] / ours.lr:.2g} x ours)")
+        parts.append(f"lr {law['lr']:.3g} ({law['lr'] / ours.lr:.2g} x ours)")
     if law["batch_tokens"] is not None:
-        said.append(f"batch {format_count(law['batch_tokens'])} ({law['batch_tokens'] / ours.batch_tokens:.2g} x ours)")
-    if not said:
-        symbol = {"batch_tokens": "B"}
-        said = [
-            f"{'lr' if k == 'lr' else 'B'} as " + " ".join(f"{symbol.get(x, x)}^{e:g}" for x, e in v.items() if e)
-            for k, v in law["exponents"].items()
-        ]
-        said.append("no level of its own")
-    return f"  {law['name']:16}{', '.join(said)}{'; ' if law['warnings'] else ''}{'; '.join(law['warnings'])}. {law['source']}"
+        ratio = law["batch_tokens"] / ours.batch_tokens
+        parts.append(f"batch {format_count(law['batch_tokens'])} ({ratio:.2g} x ours)")
+    if not parts:
+        symbols = {"batch_tokens": "B"}
+        for setting, exponents in law["exponents"].items():
+            power = " ".join(f"{symbols.get(x, x)}^{e:g}" for x, e in exponents.items() if e)
+            parts.append(f"{'lr' if setting == 'lr' else 'B'} as {power}")
+        parts.append("no level of its own")
+    text = "; ".join([", ".join(parts), *law["warnings"]])
+    return f"  {law['name']:16}{text}. {law['source']}"
 
 
 def _find_seq_len(runs: pd.DataFrame) -> int | None:
-    """The sequence length of the runs; None when it was not recorded or is not one."""
+    """Return the sequence length of the runs, or None if it was not recorded or differs."""
     if "seq_len" not in runs:
         return None
     lengths = runs["seq_len"].dropna().unique()

@@ -9,7 +9,11 @@ PLAIN_NUMBER = r"(\d+\.?\d*|\.\d+)"
 
 
 def read_count(text: str) -> float:
-    """7B, 1.4T, 7e9 or 7000000000 as a number. ValueError for anything else: 7e9B or 7,000 could mean two things."""
+    """Parse a count such as 7B, 1.4T, 7e9 or 7000000000.
+
+    Raises:
+        ValueError: The text is anything else. 7e9B and 7,000, for example, are ambiguous.
+    """
     given = text.strip()
     short = re.fullmatch(PLAIN_NUMBER + "([kmbtKMBT])", given)
     if short:
@@ -24,7 +28,10 @@ def read_count(text: str) -> float:
 
 
 def format_count(value: float) -> str:
-    """Three digits and a letter: 6.98B. Plain below a thousand, as a power of ten from 1e15 on."""
+    """Format a count with three digits and a letter, such as 6.98B.
+
+    Below a thousand there is no letter, and from 1e15 on it is a power of ten.
+    """
     if not 999.5 <= value < 9.995e14:
         return f"{value:.3g}"
     letter = next(k for k, v in reversed(SCALES.items()) if value >= 0.9995 * v)

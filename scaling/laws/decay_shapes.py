@@ -1,4 +1,4 @@
-"""How a cooldown ends: shapes of the learning rate from the trunk's rate at u = 0 to the run's end at u = 1."""
+"""Shapes of a learning-rate cooldown, from its start at u = 0 to the end of the run at u = 1."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-# decay(u, floor): from 1 to 0, but for the exponential one (2404.06395), which halves at equal steps and ends at the floor
+# decay(u, floor) falls from 1 to 0. Only the exponential shape (arXiv 2404.06395) ends at the floor, and halves at
+# equal steps.
 DECAYS: dict[str, Callable[[Any, float], Any]] = {
     "1-sqrt": lambda u, _: 1 - np.sqrt(u),
     "linear": lambda u, _: 1 - u,

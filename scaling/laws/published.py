@@ -108,7 +108,8 @@ PUBLISHED_LAWS = (
         formula="lr = 1.79 N^-0.713 D^0.307, B = 0.58 D^0.571 tokens",
         N_definition="non-embedding parameters",
         measured="dense, 6e7 to 1.1e9 parameters, 2e9 to 1e11 tokens, AdamW, cosine to a fixed 1e-5",
-        confidence="the constants agree in every source that we checked; the lower end of the range of N and D is from memory",
+        confidence="the constants agree in every source that we checked; "
+        "the lower end of the range of N and D is from memory",
         lr=PowerTerm(1.79, -0.713, 0.307),
         batch_tokens=PowerTerm(0.58, 0.0, 0.571),
         exponents={"lr": {"N": -0.713, "D": 0.307}, "batch_tokens": {"N": 0.0, "D": 0.571}},
@@ -163,7 +164,7 @@ PUBLISHED_LAWS = (
         formula="critical batch in D^0.47, hardly in N",
         N_definition="85e6 to 1.2e9 parameters; whether total or not is not given here",
         measured="Adam, C4, a constant learning rate with averaged weights; "
-        "the batch that needs 20 % more tokens, not the best batch",
+        "the batch at which steps cost 20 % more, not the best batch",
         confidence="the exponent is given as about 0.47 in a summary; the abstract says that it hardly moves with N",
         exponents={"batch_tokens": {"N": 0.0, "D": 0.47}},
     ),

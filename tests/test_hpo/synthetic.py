@@ -1,4 +1,4 @@
-"""Data with a known answer for the tests of the surrogate and of what is built on it."""
+"""Data with a known optimum, for tests of the surrogate and of the code that uses it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Array = NDArray[np.float64]
 
 
 class PlainCube:
-    """Every point of the cube is real, nothing is a category."""
+    """A search space in which every point of the cube stands for real settings, without categories."""
 
     def __init__(self, p: int) -> None:
         self.nominal = np.zeros(p, bool)
 
-    def snap(self, cube: Array) -> Array:
-        return cube
+    def snap(self, points: Array) -> Array:
+        return points
 
-    def encode(self, cube: Array) -> Array:
-        return cube
+    def encode(self, points: Array) -> Array:
+        return points
 
 
 def hyperparameters(rng: np.random.Generator, d: int) -> dict[str, torch.Tensor]:
-    """A draw from the prior, by name."""
+    """Draw hyperparameters from their priors, by name."""
     return {
         name: mean + sd * torch.from_numpy(rng.standard_normal(tuple(mean.shape)))
         for name, (mean, sd) in make_priors(d).items()
@@ -34,25 +34,25 @@ def hyperparameters(rng: np.random.Generator, d: int) -> dict[str, torch.Tensor]
 
 
 def flat(p: dict[str, torch.Tensor]) -> Array:
-    """Hyperparameters by name -> one vector, as hpo.surrogate.marginal_likelihood wants it."""
+    """Join hyperparameters to one vector, as `hpo.surrogate.marginal_likelihood` expects it."""
     theta: Array = torch.cat([v.detach().flatten() for v in p.values()]).numpy()
     return theta
 
 
 def points(rng: np.random.Generator, n: int, d: int) -> torch.Tensor:
-    """Random settings and fidelities; some beyond the target, some exactly at it."""
+    """Draw random settings and fidelities, some beyond the target and some exactly at it."""
     fidelity = np.where(rng.random((n, 2)) < 0.3, 0.0, rng.uniform(-0.5, 1.0, (n, 2)))
     return join_inputs(rng.random((n, d)), fidelity)
 
 
 def drifting(U: Array, T: Array) -> Array:
-    """A loss whose optimum moves with both axes: (0.6, 0.4) at the target."""
+    """Return a loss whose optimum moves with both fidelity axes; it is (0.6, 0.4) at the target."""
     centre = np.array([0.6, 0.4]) + T @ np.array([[0.2, -0.15], [-0.1, 0.05]])
     return np.asarray(2.0 + 0.4 * T[:, 0] + 0.3 * T[:, 1] + ((U - centre) ** 2) @ np.array([1.0, 0.6]))
 
 
 def drifting_runs(seed: int, n: int) -> tuple[Array, Array, NDArray[np.int64], Array]:
-    """n runs on nine levels with t, s >= 0.5: features, fidelity coordinates, level ids, losses."""
+    """Make n runs on nine levels with t, s >= 0.5; return features, fidelity coordinates, level ids, and losses."""
     rng = np.random.default_rng(seed)
     U = rng.random((n, 2))
     T = rng.choice([1.0, 0.75, 0.5], (n, 2))

@@ -1,4 +1,4 @@
-"""Beliefs: a power law in words, in the cube, and in the surrogate."""
+"""Beliefs: a power law, its place in the unit cube, and its effect on the surrogate."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hpo import MultiFidelitySampler, Search
-from hpo.samplers.belief import OptimumLaw, make_belief, make_bowl_prior, check_belief, locate_in_cube
+from hpo.samplers.belief import OptimumLaw, check_belief, locate_in_cube, make_belief, make_bowl_prior
 from hpo.samplers.unit_cube import Cube
-from hpo.surrogate.gp import BowlMean, compute_fidelity_coordinates, fit_surrogate, join_inputs
+from hpo.surrogate.fitting import fit_surrogate
+from hpo.surrogate.gp import BowlMean, join_inputs
+from hpo.surrogate.inputs import compute_fidelity_coordinates
 from scaling.fitting.lr_batch_law import fit_hp_law
 from scaling.laws.compute import Fidelity
 
@@ -40,13 +42,13 @@ def test_the_bowl_has_its_bottom_where_the_law_says_at_every_fidelity() -> None:
     for level, coordinates in zip(levels, compute_fidelity_coordinates(levels, target), strict=True):
         best: dict[str, Any] = {name: law(level) for name, law in belief.items()} | {"kind": "b", "momentum": 0.3}
         points = [best | {"lr": best["lr"] * factor} for factor in (1.0, 0.9, 1.1)]
-        here = join_inputs(cube.encode(np.stack([cube.to_unit(p) for p in points])), coordinates)
-        bottom, *others = mean(here).tolist()
+        x = join_inputs(cube.encode(np.stack([cube.to_unit(p) for p in points])), coordinates)
+        bottom, *others = mean(x).tolist()
         assert bottom == pytest.approx(0.0, abs=1e-12)
         assert min(others) > 1e-4
 
 
-def test_the_surrogate_goes_back_to_the_belief_where_nothing_was_run_and_to_the_data_where_it_was() -> None:
+def test_the_surrogate_follows_the_belief_without_runs_and_the_data_with_them() -> None:
     cube = Cube({"lr": SPACE["lr"], "wd": FloatDistribution(1e-4, 1.0, log=True)})
     levels = [Fidelity(1e6, 1e7), Fidelity(1e6, 1e8)]
     rng = np.random.default_rng(0)
@@ -61,8 +63,8 @@ def test_the_surrogate_goes_back_to_the_belief_where_nothing_was_run_and_to_the_
         fitted = fit_surrogate(u[:n], coordinates[:n], level[:n], losses[:n], bowl=wrong)
         return float(grid[np.argmin(fitted.predict(grid, np.zeros(2))[0]), 0])
 
-    assert optimum(2) < 0.45, "two runs leave the belief, 0.25, in place"
-    assert optimum(30) == pytest.approx(0.8, abs=0.03), "thirty have freed the model of it"
+    assert optimum(2) < 0.45, "after two runs the optimum is near the belief, 0.25"
+    assert optimum(30) == pytest.approx(0.8, abs=0.03), "after thirty runs the belief has no influence"
 
 
 def test_botorch_sees_the_same_mean() -> None:
@@ -70,8 +72,8 @@ def test_botorch_sees_the_same_mean() -> None:
     levels = [Fidelity(1e6, 1e7), Fidelity(1e6, 1e8)]
     u, level = np.linspace(0, 1, 8)[:, None], np.arange(8) % 2
     coordinates = compute_fidelity_coordinates([levels[i] for i in level], levels[1])
-    centre = make_bowl_prior({"lr": OptimumLaw(1e-3, levels[1])}, cube, levels, levels[1])
-    fitted = fit_surrogate(u, coordinates, level, (u[:, 0] - 0.5) ** 2, centre=centre)
+    bowl = make_bowl_prior({"lr": OptimumLaw(1e-3, levels[1])}, cube, levels, levels[1])
+    fitted = fit_surrogate(u, coordinates, level, (u[:, 0] - 0.5) ** 2, bowl=bowl)
     x = join_inputs(np.linspace(0, 1, 5)[:, None], np.zeros(2))
     mean = fitted.model.posterior(x).mean[:, 0].detach()
     assert mean.tolist() == pytest.approx(fitted.best.posterior(x)[0].tolist(), abs=1e-9)
@@ -87,7 +89,7 @@ def test_the_first_configuration_is_the_believed_one() -> None:
 
 
 def test_a_fitted_law_is_a_belief() -> None:
-    """Planted: lr* = 0.01 (N / 1e7)^-0.3 (D / 1e9)^-0.2, batch* = 1e5 (D / 1e9)^0.5."""
+    """The planted law is lr* = 0.01 (N / 1e7)^-0.3 (D / 1e9)^-0.2, batch* = 1e5 (D / 1e9)^0.5."""
     rng = np.random.default_rng(1)
     rows = [
         (n, d, lr, batch)
@@ -109,7 +111,7 @@ def test_a_fitted_law_is_a_belief() -> None:
     assert belief["lr"](Fidelity(1e7, 1e9)) == pytest.approx(0.01, rel=0.3)
 
 
-def test_mistakes_are_refused_with_all_their_names() -> None:
+def test_mistakes_are_refused_and_all_named() -> None:
     cube = Cube(SPACE)
     with pytest.raises(ValueError, match="width is not searched; momentum is not searched on a log scale"):
         check_belief({"width": LR, "momentum": LR, "lr": LR}, cube)

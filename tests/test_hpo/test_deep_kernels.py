@@ -9,7 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from hpo.surrogate import gp as s  # first: it imports BoTorch with a dependency's deprecation warning silenced
+# First, because hpo.surrogate.gp silences a deprecation warning when it imports a dependency of BoTorch.
+from hpo.surrogate.fitting import fit_bowl_kernel, fit_surrogate
+from hpo.surrogate.gp import Surrogate, join_inputs
+from hpo.surrogate.inputs import standardise
 
 # isort: split
 import numpy as np
@@ -37,7 +40,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 Array = NDArray[np.float64]
 Make = Callable[[int], Any]
 
-FITTERS = {"bowl": s.fit_bowl_kernel, "deep": deep_kernels.fit_deep_kernels, "nngp": deep_kernels.fit_nngp_kernel}
+FITTERS = {"bowl": fit_bowl_kernel, "deep": deep_kernels.fit_deep_kernels, "nngp": deep_kernels.fit_nngp_kernel}
 KERNELS: dict[str, Make] = {"deep": lambda d: deep_kernels.DeepKernel(d, 0), "nngp": deep_kernels.InfiniteWidthKernel}
 
 every_kernel = pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
@@ -47,7 +50,7 @@ every_surrogate = pytest.mark.parametrize("surrogate", FITTERS)
 def inputs(rng: np.random.Generator, n: int, d: int) -> torch.Tensor:
     """Random settings and fidelities; some beyond the target, some exactly at it."""
     fidelity = np.where(rng.random((n, 2)) < 0.3, 0.0, rng.uniform(-0.5, 1.0, (n, 2)))
-    return s.join_inputs(rng.random((n, d)), fidelity)
+    return join_inputs(rng.random((n, d)), fidelity)
 
 
 def shaken(kernel: Any, rng: np.random.Generator) -> Any:
@@ -83,7 +86,9 @@ def test_level_offset_is_that_of_the_default() -> None:
     with torch.no_grad():
         default.log_fine.fill_(-40.0)
         default.log_bowl.fill_(-40.0)
-        torch.testing.assert_close(deep_kernels.compute_level_offset(a, b), default.forward(a, b), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            deep_kernels.compute_level_offset(a, b), default.forward(a, b), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -214,7 +219,7 @@ def noise_prior() -> Any:
 def test_what_is_maximised_is_the_log_posterior(make: Make) -> None:
     """Against SciPy's densities; the prior of the noise is on the logarithm of its standard deviation."""
     U, T, level, y = bowl_runs(0, 14)
-    x, z = s.join_inputs(U, T), torch.from_numpy(s.standardise(y, level)[0])
+    x, z = join_inputs(U, T), torch.from_numpy(standardise(y, level)[0])
     value, kernel, noise = deep_kernels._fit_kernel(make(2), x, z)
     with torch.no_grad():
         k = kernel.forward(x, x).numpy() + noise * np.eye(len(z))
@@ -250,8 +255,10 @@ def test_the_fit_is_more_probable_than_the_network_that_made_the_data(seed: int)
 @pytest.mark.slow
 def test_networks_are_given_the_most_probable_first() -> None:
     U, T, level, y = bowl_runs(1, 25)
-    x, z = s.join_inputs(U, T), torch.from_numpy(s.standardise(y, level)[0])
-    values = [deep_kernels._fit_kernel(deep_kernels.DeepKernel(2, seed), x, z)[0] for seed in range(deep_kernels.NETWORKS)]
+    x, z = join_inputs(U, T), torch.from_numpy(standardise(y, level)[0])
+    values = [
+        deep_kernels._fit_kernel(deep_kernels.DeepKernel(2, seed), x, z)[0] for seed in range(deep_kernels.NETWORKS)
+    ]
     best = deep_kernels._fit_kernel(deep_kernels.DeepKernel(2, int(np.argmax(values))), x, z)[1]
     kernels = deep_kernels.fit_deep_kernels(x, z)
     assert len(kernels) == deep_kernels.NETWORKS
@@ -263,7 +270,7 @@ def test_networks_are_given_the_most_probable_first() -> None:
 def test_fits_from_other_beginnings_arrive_at_the_same_posterior(seed: int) -> None:
     """A badly scaled parameter stops the optimizer early, each time somewhere else."""
     U, T, level, y = bowl_runs(seed, 20)
-    x, z = s.join_inputs(U, T), torch.from_numpy(s.standardise(y, level)[0])
+    x, z = join_inputs(U, T), torch.from_numpy(standardise(y, level)[0])
     rng = np.random.default_rng(seed)
     starts = [
         deep_kernels.InfiniteWidthKernel(2),
@@ -284,7 +291,7 @@ def test_a_fit_that_begins_at_a_singular_covariance_begins_again_at_a_draw_of_it
             return super().covariance(a, b)
 
     U, T, level, y = bowl_runs(2, 15)
-    x, z = s.join_inputs(U, T), torch.from_numpy(s.standardise(y, level)[0])
+    x, z = join_inputs(U, T), torch.from_numpy(standardise(y, level)[0])
     before = torch.get_rng_state().clone()
     smooth, _, _ = deep_kernels._fit_kernel(deep_kernels.InfiniteWidthKernel(2), x, z)
     values = []
@@ -306,7 +313,7 @@ def test_a_fit_that_begins_at_a_singular_covariance_begins_again_at_a_draw_of_it
 @pytest.mark.parametrize("seed", range(2))
 def test_the_optimum_at_the_target_is_found_and_its_loss_within_the_interval(surrogate: str, seed: int) -> None:
     U, T, level, y = bowl_runs(seed, 40)
-    fit = s.fit_surrogate(U, T, level, y, fitter=FITTERS[surrogate])
+    fit = fit_surrogate(U, T, level, y, fitter=FITTERS[surrogate])
     grid = np.stack(np.meshgrid(np.linspace(0, 1, 41), np.linspace(0, 1, 41)), -1).reshape(-1, 2)
     mean, sd = fit.predict(grid, np.zeros(2))
     assert np.abs(grid[mean.argmin()] - [0.6, 0.4]).max() <= 0.1
@@ -323,31 +330,31 @@ def test_one_level_beyond_the_target_categories_and_equal_losses_give_finite_pre
     held = cube.encode(cube.snap(rng.random((20, 2))))
     wild = np.array([1e12, 1.0, 2.0, math.inf, 3.0, -5.0, math.nan, 2.0, 2.0])
     for y, at in ((np.full(9, 3.0), [0.0, 0.0]), (wild, [-0.5, 1.0]), (U @ [0.1, 0.2, 0.3, 1.0], [1.0, 0.0])):
-        fit = s.fit_surrogate(U, np.tile(at, (9, 1)), np.zeros(9, np.int64), y, fitter=FITTERS[surrogate])
+        fit = fit_surrogate(U, np.tile(at, (9, 1)), np.zeros(9, np.int64), y, fitter=FITTERS[surrogate])
         mean, sd = fit.predict(held, np.zeros(2))
         assert np.isfinite(mean).all()
         assert np.isfinite(sd).all()
-    one = s.fit_surrogate(U[:1], np.zeros((1, 2)), np.zeros(1, np.int64), wild[1:2], fitter=FITTERS[surrogate])
+    one = fit_surrogate(U[:1], np.zeros((1, 2)), np.zeros(1, np.int64), wild[1:2], fitter=FITTERS[surrogate])
     assert one.predict(U[:1], np.zeros(2))[0][0] == pytest.approx(1.0, abs=0.1)
 
 
 @every_surrogate
 def test_the_same_point_many_times_gives_the_mean_of_its_losses(surrogate: str) -> None:
     U, y = np.full((6, 2), 0.3), np.array([1.0, 1.1, 0.9, 1.05, 0.95, 1.0])
-    fit = s.fit_surrogate(U, np.zeros((6, 2)), np.zeros(6, np.int64), y, fitter=FITTERS[surrogate])
+    fit = fit_surrogate(U, np.zeros((6, 2)), np.zeros(6, np.int64), y, fitter=FITTERS[surrogate])
     assert fit.predict(U[:1], np.zeros(2))[0][0] == pytest.approx(1.0, abs=0.02)
 
 
 @every_surrogate
 def test_pending_runs_keep_the_mean_and_lower_the_doubt(surrogate: str) -> None:
     U, T, level, y = bowl_runs(4, 15)
-    fit = s.fit_surrogate(U, T, level, y, fitter=FITTERS[surrogate])
+    fit = fit_surrogate(U, T, level, y, fitter=FITTERS[surrogate])
     there, at, V = np.array([[0.3, 0.8]]), np.array([[0.5, 0.5]]), np.random.default_rng(0).random((10, 2))
     told = fit.with_pending(there, at)
     np.testing.assert_allclose(told.predict(V, np.zeros(2))[0], fit.predict(V, np.zeros(2))[0], atol=1e-5)
     assert (told.predict(V, np.zeros(2))[1] <= fit.predict(V, np.zeros(2))[1] + 1e-9).all()
     for one, other in zip(fit.members, told.members, strict=True):
-        x = s.join_inputs(there, at)
+        x = join_inputs(there, at)
         before, after = float(one.posterior(x)[1][0]), float(other.posterior(x)[1][0])
         assert after == pytest.approx(before * one.noise / (before + one.noise), rel=1e-3)
 
@@ -355,10 +362,10 @@ def test_pending_runs_keep_the_mean_and_lower_the_doubt(surrogate: str) -> None:
 @every_surrogate
 def test_predictions_are_those_of_botorch(surrogate: str) -> None:
     U, T, level, y = bowl_runs(5, 15)
-    fit = s.fit_surrogate(U, T, level, y, fitter=FITTERS[surrogate])
-    first = s.Surrogate(fit.best, fit.offset, fit.scale)
+    fit = fit_surrogate(U, T, level, y, fitter=FITTERS[surrogate])
+    first = Surrogate(fit.best, fit.offset, fit.scale)
     V = np.random.default_rng(5).random((8, 2))
-    posterior = fit.model.posterior(s.join_inputs(V, np.full(2, 0.3)))
+    posterior = fit.model.posterior(join_inputs(V, np.full(2, 0.3)))
     mean, sd = first.predict(V, np.full(2, 0.3))
     with torch.no_grad():
         np.testing.assert_allclose(mean, fit.offset + fit.scale * posterior.mean.squeeze(-1).numpy(), atol=1e-6)
@@ -373,7 +380,7 @@ def test_a_fit_is_repeated_exactly_and_leaves_the_global_generators_alone(surrog
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
 
     before, V = state(), np.random.default_rng(0).random((5, 2))
-    one, two = (s.fit_surrogate(U, T, level, y, fitter=FITTERS[surrogate]).predict(V, np.zeros(2))[0] for _ in range(2))
+    one, two = (fit_surrogate(U, T, level, y, fitter=FITTERS[surrogate]).predict(V, np.zeros(2))[0] for _ in range(2))
     np.testing.assert_array_equal(one, two)
     assert state() == before
 
@@ -415,7 +422,9 @@ def test_equal_diverged_and_pending_runs_are_searched_on_from(surrogate: str, lo
     params, slot = sampler.propose(study, SPACE, SLOTS, lambda f: f.C, TARGET)
     assert slot in (0, 1)
     assert cube.contains(optuna.create_trial(params=params, distributions=SPACE, value=0.0))
-    assert all(np.abs(cube.to_unit(params) - cube.to_unit(t.params)).max() > 1e-9 for t in study.trials if t.value is None)
+    assert all(
+        np.abs(cube.to_unit(params) - cube.to_unit(t.params)).max() > 1e-9 for t in study.trials if t.value is None
+    )
     assert set(sampler.best(study, SPACE, TARGET)) == set(SPACE)
     again = MultiFidelitySampler(seed=0, surrogate=surrogate).propose(study, SPACE, SLOTS, lambda f: f.C, TARGET)
     assert again == (params, slot)

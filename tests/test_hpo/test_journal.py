@@ -1,4 +1,4 @@
-"""The journal when things go wrong: a writer killed in a line, a damaged line, a trial that says what cannot be."""
+"""The journal when things go wrong: a writer killed in a line, a damaged line, a trial with impossible attributes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from hpo.search.search import Search
 
 
-def search(path: Path, worker: str = "me") -> Search:
+def open_search(path: Path, worker: str = "me") -> Search:
     return Search(
         {"lr": FloatDistribution(1e-3, 1.0, log=True)},
         tokens=(100, 900),
@@ -28,37 +28,37 @@ def search(path: Path, worker: str = "me") -> Search:
     )
 
 
-def played(path: Path, count: int) -> Search:
-    made, draw = search(path), random.Random(0)
+def run_trials(path: Path, count: int) -> Search:
+    search, rng = open_search(path), random.Random(0)
     for _ in range(count):
-        job = made.ask()
+        job = search.ask()
         assert job is not None
-        made.tell(job, draw.random())
-    return made
+        search.tell(job, rng.random())
+    return search
 
 
-def results(path: Path) -> list[tuple[int, float | None]]:
-    return [(t.number, t.value) for t in search(path, "reader").study.trials]
+def read_results(path: Path) -> list[tuple[int, float | None]]:
+    return [(t.number, t.value) for t in open_search(path, "reader").study.trials]
 
 
 @pytest.mark.parametrize("left", [1, 10, 60])
-def test_a_line_cut_by_a_kill_loses_itself_alone_and_stops_nobody(left: int, tmp_path: Path) -> None:
+def test_only_a_line_that_was_cut_by_a_kill_is_lost_and_no_reader_fails(left: int, tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
-    played(path, 3)
-    before, lines = results(path), path.read_bytes().splitlines(keepends=True)
+    run_trials(path, 3)
+    before, lines = read_results(path), path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines) + lines[-1][:left])
-    assert results(path) == before
-    more = search(path)
-    job = more.ask()
+    assert read_results(path) == before
+    search = open_search(path)
+    job = search.ask()
     assert job is not None
-    more.tell(job, 0.5)
-    assert results(path) == [*before, (3, 0.5)]
+    search.tell(job, 0.5)
+    assert read_results(path) == [*before, (3, 0.5)]
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
     assert path.read_bytes().startswith(b"".join(lines))
 
 
-def test_optuna_alone_appends_to_such_a_line_and_then_reads_no_more(tmp_path: Path) -> None:
-    """Why hpo.storage.journal is there; when this fails, Optuna has learnt it."""
+def test_optuna_alone_appends_to_such_a_line_and_then_cannot_read_the_file(tmp_path: Path) -> None:
+    """This is why hpo.storage.journal exists. When it fails, Optuna handles such lines itself."""
     path = str(tmp_path / "x.journal")
     study = optuna.create_study(storage=JournalStorage(JournalFileBackend(path)))
     with open(path, "ab") as file:
@@ -83,17 +83,17 @@ def test_optuna_alone_appends_to_such_a_line_and_then_reads_no_more(tmp_path: Pa
 )
 def test_a_damaged_line_is_refused_by_file_and_number(line: bytes, why: str, tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
-    played(path, 3)
+    run_trials(path, 3)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:4], line + b"\n", *lines[4:]]))
     with pytest.raises(ValueError, match=rf"{path}, line 5: needed a record of Optuna's journal, got {why}"):
-        search(path)
+        open_search(path)
     path.write_bytes(b"".join(lines))
-    assert len(results(path)) == 3
+    assert len(read_results(path)) == 3
 
 
-def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """The journal with one change to the first record that is a trial of ours."""
+def change_journal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the first record that is a trial of the search."""
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     change(next(row for row in rows if row["op_code"] == 4))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -115,20 +115,20 @@ def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     ],
     ids=str,
 )
-def test_a_trial_that_says_what_cannot_be_is_refused_by_number(attrs: dict[str, Any], tmp_path: Path) -> None:
+def test_a_trial_with_impossible_attributes_is_refused_by_number(attrs: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
-    played(path, 3)
-    changed(path, lambda row: row["user_attrs"].update(attrs))
+    run_trials(path, 3)
+    change_journal(path, lambda row: row["user_attrs"].update(attrs))
     with pytest.raises(ValueError, match=rf"{path}, trial 0 of study 'search': needed what a search writes"):
-        search(path)
+        open_search(path)
 
 
-def test_trials_of_others_in_a_journal_are_let_alone(tmp_path: Path) -> None:
-    """A study of plain Optuna beside ours, with attributes that mean nothing here."""
+def test_trials_of_other_studies_in_a_journal_are_ignored(tmp_path: Path) -> None:
+    """A plain Optuna study in the same journal has attributes that mean nothing to a search."""
     path = tmp_path / "study.journal"
-    played(path, 2)
-    theirs = optuna.create_study(storage=JournalStorage(JournalFileBackend(str(path))), study_name="theirs")
-    trial = theirs.ask()
+    run_trials(path, 2)
+    other = optuna.create_study(storage=JournalStorage(JournalFileBackend(str(path))), study_name="other")
+    trial = other.ask()
     trial.set_user_attr("rung", "first")
-    theirs.tell(trial, 1.0)
-    assert len(results(path)) == 2
+    other.tell(trial, 1.0)
+    assert len(read_results(path)) == 2

@@ -1,4 +1,4 @@
-"""The journal: lines are written whole or not at all, whoever is killed, however full the disk is."""
+"""The journal: a line is written whole or not at all, also when a writer is killed or the disk is full."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from hpo.storage.journal import Journal
 from hpo.storage.locks import Flock
 
 
-def lines(path: Path, backend: Any = Journal) -> list[dict[str, Any]]:
+def read_lines(path: Path, backend: Any = Journal) -> list[dict[str, Any]]:
     return list(backend(path).read_logs(0))
 
 
-def test_a_broken_last_line_is_neither_read_nor_in_the_way(tmp_path: Path) -> None:
+def test_a_broken_last_line_is_neither_read_nor_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.journal"
     first, second = ({"op": n, "text": "x" * n} for n in (5, 100_000))
     Journal(path).append_logs([first, second])
@@ -35,10 +35,12 @@ def test_a_broken_last_line_is_neither_read_nor_in_the_way(tmp_path: Path) -> No
     for cut in (1, 2, len(whole) // 2, len(whole) - 3):
         path.write_bytes(whole[:-cut])
         kept = [first] if cut < len(whole) - 20 else []
-        assert lines(path) == kept
+        assert read_lines(path) == kept
         Journal(path).append_logs([{"op": 3}])
-        assert lines(path) == [*kept, {"op": 3}]
-        assert lines(path, lambda p: JournalFileBackend(str(p))) == [*kept, {"op": 3}], "as Optuna's own reader sees it"
+        assert read_lines(path) == [*kept, {"op": 3}]
+        assert read_lines(path, lambda p: JournalFileBackend(str(p))) == [*kept, {"op": 3}], (
+            "as Optuna's own reader reads it"
+        )
 
 
 def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
@@ -57,42 +59,45 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == before
     backend.append_logs([{"op": 3}])
-    assert lines(path) == [{"op": 1}, {"op": 3}]
+    assert read_lines(path) == [{"op": 1}, {"op": 3}]
 
 
-def test_a_process_that_stands_still_with_the_lock_is_named_and_a_killed_one_has_it_no_more(
+def test_a_stopped_process_that_holds_the_lock_is_logged_and_a_killed_one_releases_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "lock"
     monkeypatch.setattr(locks, "LATE_SECONDS", 0.3)
-    code = f"from hpo.storage.locks import Flock; import time; Flock({str(path)!r}).acquire(); print('held', flush=True); time.sleep(60)"
+    code = (
+        f"from hpo.storage.locks import Flock; import time; Flock({str(path)!r}).acquire(); "
+        "print('held', flush=True); time.sleep(60)"
+    )
     root = Path(__file__).parents[2]
     holder = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(root)}
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    got = threading.Event()
+    is_locked = threading.Event()
 
     def wait() -> None:
         with Flock(path):
-            got.set()
+            is_locked.set()
 
     thread = threading.Thread(target=wait)
     holder.send_signal(signal.SIGSTOP)
     thread.start()
-    assert not got.wait(1.0)
+    assert not is_locked.wait(1.0)
     message = caplog.messages[-1]
     assert f"/{holder.pid}/" in message
     remedy = f"`kill -CONT {holder.pid}` continues it if it was stopped, `kill -9 {holder.pid}` frees the lock"
     assert f"(stopped); {remedy}" in message
     holder.kill()
-    assert got.wait(5)
+    assert is_locked.wait(5)
     thread.join()
     holder.communicate()
 
 
-def test_a_lock_is_entered_again_by_its_thread_and_by_no_other(tmp_path: Path) -> None:
+def test_a_lock_can_be_taken_again_by_its_thread_and_by_no_other(tmp_path: Path) -> None:
     lock, order = Flock(tmp_path / "lock"), list[str]()
 
     def other() -> None:
@@ -109,7 +114,7 @@ def test_a_lock_is_entered_again_by_its_thread_and_by_no_other(tmp_path: Path) -
     assert order == ["first", "other"]
 
 
-def append(path: str, who: int, count: int) -> None:
+def append_records(path: str, who: int, count: int) -> None:
     backend = Journal(Path(path))
     for n in range(count):
         backend.append_logs([{"who": who, "n": n, "text": "x" * (17 * who)}])
@@ -117,16 +122,16 @@ def append(path: str, who: int, count: int) -> None:
 
 def test_many_writers_lose_and_mix_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=append, args=(str(tmp_path / "a.journal"), who, 40)) for who in range(4)]
+    writers = [context.Process(target=append_records, args=(str(tmp_path / "a.journal"), who, 40)) for who in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    found = lines(tmp_path / "a.journal")
-    assert [[row["n"] for row in found if row["who"] == who] for who in range(4)] == [list(range(40))] * 4
+    rows = read_lines(tmp_path / "a.journal")
+    assert [[row["n"] for row in rows if row["who"] == who] for who in range(4)] == [list(range(40))] * 4
 
 
-def test_a_study_goes_on_after_a_writer_was_cut_off(tmp_path: Path) -> None:
+def test_a_study_continues_after_a_writer_was_killed_in_a_line(tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
     study = optuna.create_study(storage=JournalStorage(Journal(path)), study_name="a")
     study.tell(study.ask(), 1.0)

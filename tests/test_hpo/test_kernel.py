@@ -1,4 +1,4 @@
-"""The covariance against a plain restatement of its formula."""
+"""The covariance against a direct implementation of its formula."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from hpo.surrogate.kernel import HYPERPARAMETERS, FidelityKernel, flatten_priors, compute_covariance, make_priors, unpack_hyperparameters
+from hpo.surrogate.kernel import (
+    HYPERPARAMETERS,
+    FidelityKernel,
+    compute_covariance,
+    flatten_priors,
+    make_priors,
+    unpack_hyperparameters,
+)
 from tests.test_hpo.synthetic import flat, hyperparameters, points
 
 
@@ -17,7 +24,7 @@ def test_covariance_is_the_written_formula() -> None:
     d = 3
     p = hyperparameters(rng, d)
     a, b = points(rng, 6, d), points(rng, 5, d)
-    got = compute_covariance(p, a, b).numpy()
+    covariance = compute_covariance(p, a, b).numpy()
     q = {name: value.numpy() for name, value in p.items()}
     for i, x in enumerate(a.numpy()):
         for j, y in enumerate(b.numpy()):
@@ -39,10 +46,10 @@ def test_covariance_is_the_written_formula() -> None:
                 factor += math.exp(q["log_smooth"][k]) ** 2 * (f * g + 0.3 * (f * g) ** 2)
                 factor += math.exp(q["log_rough"][k]) ** 2 * brownian
             expected = offset + math.exp(q["log_bowl"][0]) ** 2 * bowl + math.exp(q["log_fine"][0]) ** 2 * m52 * factor
-            assert got[i, j] == pytest.approx(expected, rel=1e-10, abs=1e-10)
+            assert covariance[i, j] == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
-def test_points_that_share_a_fidelity_take_a_shorter_way_to_the_same_numbers() -> None:
+def test_the_shortcut_for_points_that_share_a_fidelity_gives_the_same_numbers() -> None:
     rng = np.random.default_rng(4)
     p, a, b = hyperparameters(rng, 2), points(rng, 7, 2), points(rng, 5, 2)
     b[:, -2:] = torch.tensor([0.3, 0.8], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Who is alive: leases by the reader's clock, processes by their number; late results are counted once or refused."""
+"""Which workers are alive: leases by the reader's clock, processes by their number; late results count once at most."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from hpo.storage.leases import LeaseLost, LeaseMonitor, identify_host, identify_
 SPACE = {"lr": FloatDistribution(1e-4, 1.0, log=True)}
 
 
-class Clock:
+class FakeClock:
     now = 0.0
 
     def __call__(self) -> float:
         return self.now
 
 
-def search(storage: Any, worker: str, **changes: Any) -> Search:
-    given = {
+def open_search(storage: Any, worker: str, **changes: Any) -> Search:
+    defaults = {
         "tokens": (1, 9),
         "sampler": "random",
         "iterations": 1,
@@ -38,45 +38,46 @@ def search(storage: Any, worker: str, **changes: Any) -> Search:
         "worker": worker,
         "lease": 60.0,
     }
-    return Search(SPACE, **(given | changes))
+    return Search(SPACE, **(defaults | changes))
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of all searches that are opened from now on."""
-    clock = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """A clock for all searches that are opened from now on."""
+    clock = FakeClock()
     monkeypatch.setattr(LeaseMonitor.__init__, "__defaults__", (clock,))
     return clock
 
 
-def test_a_beat_that_stands_still_for_a_lease_has_expired_by_the_readers_own_clock() -> None:
-    clock = Clock()
-    sightings = LeaseMonitor(60.0, clock)
+def test_a_heartbeat_that_stops_for_a_lease_has_expired_by_the_readers_own_clock() -> None:
+    clock = FakeClock()
+    monitor = LeaseMonitor(60.0, clock)
     study = optuna.create_study()
     trial = study.ask()
     trial.set_user_attr("worker", "elsewhere")
     for beat in range(3):
         trial.set_user_attr("beat", beat)
-        assert not sightings.find_expired(study.trials)
+        assert not monitor.find_expired(study.trials)
         clock.now += 60.0
-        assert not sightings.find_expired(study.trials)
+        assert not monitor.find_expired(study.trials)
     clock.now += 0.1
-    assert sightings.find_expired(study.trials) == {0}
-    trial.set_user_attr("worker", "another")  # who took it over begins at the same number
-    assert not sightings.find_expired(study.trials)
+    assert monitor.find_expired(study.trials) == {0}
+    # The worker that took it over starts at the same number.
+    trial.set_user_attr("worker", "another")
+    assert not monitor.find_expired(study.trials)
     clock.now += 61
-    assert sightings.find_expired(study.trials) == {0}
+    assert monitor.find_expired(study.trials) == {0}
     study.tell(trial, 1.0)
-    assert not sightings.find_expired(study.trials)
+    assert not monitor.find_expired(study.trials)
     silent = study.ask()
     clock.now += 1e6
-    silent.set_user_attr("worker", "of a notebook")
-    assert not sightings.find_expired(study.trials), "who never beats has no lease"
+    silent.set_user_attr("worker", "a notebook")
+    assert not monitor.find_expired(study.trials), "a worker without heartbeats has no lease"
 
 
-def test_a_run_from_another_host_is_taken_over_after_its_lease_and_the_late_result_is_refused(clock: Clock) -> None:
+def test_a_run_from_another_host_is_taken_over_after_its_lease_and_the_late_result_is_refused(clock: FakeClock) -> None:
     storage = optuna.storages.InMemoryStorage()
-    here, there = search(storage, "here"), search(storage, "there")
+    here, there = open_search(storage, "here"), open_search(storage, "there")
     job = there.ask()
     assert job is not None
     assert here.ask().number != job.number  # type: ignore[union-attr]
@@ -98,8 +99,8 @@ def test_a_run_from_another_host_is_taken_over_after_its_lease_and_the_late_resu
     assert [t.value for t in here.study.trials if t.number == job.number] == [2.0]
 
 
-def test_a_result_that_comes_late_but_before_anyone_took_the_run_counts(clock: Clock) -> None:
-    here = search(None, "here")
+def test_a_result_that_comes_late_but_before_anyone_took_the_run_counts(clock: FakeClock) -> None:
+    here = open_search(None, "here")
     job = here.ask()
     assert job is not None
     clock.now += 1e6
@@ -107,13 +108,13 @@ def test_a_result_that_comes_late_but_before_anyone_took_the_run_counts(clock: C
     assert here.study.trials[job.number].value == 1.0
 
 
-def test_a_clock_that_jumps_takes_nothing_from_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time of day is nobody's business here: neither the reader's nor the worker's."""
+def test_a_clock_that_jumps_takes_no_trial_from_any_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the reader's nor the worker's time of day matters."""
     import datetime
     import time
 
     storage = optuna.storages.InMemoryStorage()
-    here, there = search(storage, "here"), search(storage, "there")
+    here, there = open_search(storage, "here"), open_search(storage, "there")
     job = there.ask()
     assert job is not None
     for jump in (1e7, -1e7):
@@ -128,18 +129,18 @@ def test_a_clock_that_jumps_takes_nothing_from_anybody(monkeypatch: pytest.Monke
 def test_a_lease_must_be_positive() -> None:
     for wrong in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="lease must be positive"):
-            search(None, "here", lease=wrong)
+            open_search(None, "here", lease=wrong)
 
 
-def test_an_ask_that_broke_off_after_its_write_is_taken_up_by_the_same_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = search(None, identify_process())
+def test_an_ask_that_failed_after_its_write_is_repeated_by_the_same_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = open_search(None, identify_process())
     create_trial = TrialWriter.create_trial
 
-    def broken(*args: Any) -> FrozenTrial:
+    def fail_after_write(*args: Any) -> FrozenTrial:
         create_trial(*args)
         raise ConnectionError("the server has gone")
 
-    monkeypatch.setattr(TrialWriter, "create_trial", broken)
+    monkeypatch.setattr(TrialWriter, "create_trial", fail_after_write)
     with pytest.raises(ConnectionError):
         mine.ask()
     monkeypatch.undo()
@@ -149,8 +150,8 @@ def test_an_ask_that_broke_off_after_its_write_is_taken_up_by_the_same_worker(mo
     assert mine.ask().number == 1  # type: ignore[union-attr]
 
 
-def test_a_crash_is_tried_once_more_and_then_ranks_last() -> None:
-    mine = search(None, "here")
+def test_a_crashed_job_is_asked_once_more_and_then_ranks_last() -> None:
+    mine = open_search(None, "here")
     job = mine.ask()
     assert job is not None
     assert not mine.crashed(job, "killed")
@@ -164,20 +165,20 @@ def test_a_crash_is_tried_once_more_and_then_ranks_last() -> None:
     assert mine.ask().number != job.number  # type: ignore[union-attr]
 
 
-def test_processes_of_this_host_are_known_by_number_and_start_and_of_others_nothing_is_said() -> None:
+def test_processes_of_this_host_are_known_by_number_and_start_time_and_others_count_as_alive() -> None:
     mine = identify_process()
     assert parse_process_name(mine) == (identify_host(), os.getpid(), psutil.Process().create_time())
     assert is_alive(mine)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     name = f"{identify_host()}/{child.pid}/{psutil.Process(child.pid).create_time()!r}"
     assert is_alive(name)
-    assert not is_alive(f"{identify_host()}/{child.pid}/{1.0!r}"), "the number was another's once"
+    assert not is_alive(f"{identify_host()}/{child.pid}/{1.0!r}"), "the number belonged to another process before"
     child.kill()
     child.wait()
     assert not is_alive(name)
     assert is_alive(f"elsewhere/{child.pid}/1.0")
     before = mine.replace(identify_host(), identify_host().split(":")[0])
-    assert is_alive(before), "as studies have it that began before there were namespaces in names"
+    assert is_alive(before), "as in studies that are older than namespaces in names"
     assert not is_alive(before.replace(f"/{os.getpid()}/", f"/{child.pid}/"))
 
 

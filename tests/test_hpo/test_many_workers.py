@@ -1,4 +1,4 @@
-"""Many workers on one study in every storage that processes share: nothing decided twice, nobody idle, a server killed and back."""
+"""Many workers on one study in every shared storage: nothing is decided twice, and killed servers are waited for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from benchmarks.many_workers import crowd, faults, opened, search
-from benchmarks.servers import PostgreSQL, free_port, postgresql
+from benchmarks.many_workers import create_storage, find_faults, open_search, run_workers
+from benchmarks.servers import PostgreSQLServer, find_free_port, serve_postgresql
 from hpo.storage import connect, locks
 from hpo.storage.leases import LeaseMonitor
 from hpo.storage.locks import TicketLock, make_lock
@@ -25,54 +25,55 @@ from hpo.study.files import StudyFiles
 from hpo.study.lifecycle import create_study, delete_study, list_studies, open_existing
 from hpo.study.trainer import Trainer
 from tests.test_hpo.test_launcher import STUDY, Study
-from tests.test_hpo.test_leases import Clock
+from tests.test_hpo.test_leases import FakeClock
 
 POSTGRESQL = bool(shutil.which("postgres") or [*Path("/usr/lib/postgresql").glob("*/bin/postgres")])
 needs_postgresql = pytest.mark.skipif(not POSTGRESQL, reason="needs PostgreSQL's programs")
 
 
 @pytest.mark.slow
-def test_32_workers_and_500_trials_nothing_twice_and_nobody_idle(tmp_path: Path) -> None:
-    """Trial times differ by a factor of ten, about a second in the middle; asynchronous."""
-    seen = crowd(str(tmp_path / "study.journal"), 32, 500, 1.0)
-    assert seen.trials >= 500
-    assert not seen.faults
-    assert seen.busy > 0.9, seen
+def test_32_workers_run_500_trials_none_twice_and_without_idling(tmp_path: Path) -> None:
+    """Trial times differ by a factor of ten, with a median of about a second; asynchronous."""
+    result = run_workers(str(tmp_path / "study.journal"), 32, 500, 1.0)
+    assert result.trials >= 500
+    assert not result.faults
+    assert result.busy > 0.9, result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("postgresql", marks=needs_postgresql), "grpc+journal"])
-@pytest.mark.filterwarnings("ignore")  # connections that are closed with their server, and only then collected
+# Connections that are closed with their server are collected only later.
+@pytest.mark.filterwarnings("ignore")
 def test_workers_on_a_server_decide_nothing_twice(kind: str) -> None:
-    with opened(kind) as storage:
-        seen = crowd(storage, 4, 40, 0.0)
-    assert seen.trials >= 40
-    assert not seen.faults
+    with create_storage(kind) as storage:
+        result = run_workers(storage, 4, 40, 0.0)
+    assert result.trials >= 40
+    assert not result.faults
 
 
 def test_faults_are_found() -> None:
-    """The check itself: a promotion written twice, a rung overfull."""
-    study = search("sqlite://", iterations=1, worker="here")
+    """A promotion that is written twice and an overfull rung."""
+    study = open_search("sqlite://", iterations=1, worker="here")
     for _ in range(40):
         job = study.ask()
         if job is None:
             break
         study.tell(job, job.params["lr"])
     trials = study.study.get_trials()
-    assert not faults(study, trials)
-    (risen, *_) = (t for t in trials if t.user_attrs["continues"] is not None)
-    assert any("evaluated twice" in f for f in faults(study, [*trials, risen]))
-    (begun, *_) = (t for t in trials if t.user_attrs["continues"] is None)
+    assert not find_faults(study, trials)
+    (promoted, *_) = (t for t in trials if t.user_attrs["continues"] is not None)
+    assert any("evaluated twice" in f for f in find_faults(study, [*trials, promoted]))
+    (started, *_) = (t for t in trials if t.user_attrs["continues"] is None)
     more = []
     for number in range(1000, 1100):
-        extra = copy.deepcopy(begun)
-        extra.number, extra.user_attrs = number, begun.user_attrs | {"config": number}
+        extra = copy.deepcopy(started)
+        extra.number, extra.user_attrs = number, started.user_attrs | {"config": number}
         more.append(extra)
-    assert any("more than" in f for f in faults(study, [*trials, *more]))
+    assert any("more than" in f for f in find_faults(study, [*trials, *more]))
 
 
 class PostgresStudy(Study):
-    """A study that is kept in PostgreSQL."""
+    """A study that is stored in PostgreSQL."""
 
     def __init__(self, folder: Path, url: str, pause: float) -> None:
         super().__init__(folder, pause)
@@ -84,15 +85,15 @@ class PostgresStudy(Study):
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[PostgreSQL]:
-    with PostgreSQL(tmp_path, free_port()) as server:
+def server(tmp_path: Path) -> Iterator[PostgreSQLServer]:
+    with PostgreSQLServer(tmp_path, find_free_port()) as server:
         yield server
 
 
 @pytest.mark.slow
 @needs_postgresql
 @pytest.mark.filterwarnings("ignore")
-def test_a_killed_postgresql_is_waited_for(server: PostgreSQL, tmp_path: Path) -> None:
+def test_a_killed_postgresql_is_waited_for(server: PostgreSQLServer, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     study = PostgresStudy(tmp_path / "work", server.url, pause=0.1)
     launcher = study.start("launch", "toy")
@@ -104,7 +105,7 @@ def test_a_killed_postgresql_is_waited_for(server: PostgreSQL, tmp_path: Path) -
     assert launcher.returncode == 0, err
     assert "the storage does not answer" in err
     study.check_whole()
-    assert set(study.trained().values()) == {1}, "each training went on meanwhile"
+    assert set(study.trained().values()) == {1}, "training continued meanwhile"
     study.env.pop("MUSCALE_STORAGE")
     assert "was launched in postgresql" in study.run("status", "toy", code=2)
     folder = study.folder / "studies" / "toy"
@@ -112,8 +113,8 @@ def test_a_killed_postgresql_is_waited_for(server: PostgreSQL, tmp_path: Path) -
     study.run("worker", "toy", "--storage", server.url)
 
 
-def toy_study(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[StudyFiles, str, StudyConfig, Trainer]:
-    """Its files, where its MLflow store will be, the study and its trainer, in a folder that is now the current one."""
+def write_toy_study(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[StudyFiles, str, StudyConfig, Trainer]:
+    """Return a study's files, the URI of its MLflow store, the study and its trainer, and change to its folder."""
     monkeypatch.chdir(folder)
     (folder / "studies").mkdir()
     toml = folder / "studies" / "toy.toml"
@@ -121,11 +122,12 @@ def toy_study(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[StudyFiles
     return StudyFiles(toml), f"sqlite:///{folder}/mlflow.db", *load_study(toml)
 
 
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader")  # Optuna's, when a study is deleted
+# Optuna warns so when a study is deleted.
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader")
 def test_a_study_is_opened_only_where_it_was_launched_and_forgotten_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, uri, study, trainer = toy_study(tmp_path, monkeypatch)
+    files, uri, study, trainer = write_toy_study(tmp_path, monkeypatch)
     here, elsewhere = (f"sqlite:///{tmp_path}/{name}.db" for name in ("here", "elsewhere"))
     create_study(files, study, trainer, uri=uri, storage=here)
     assert open_existing(files, study, trainer, storage=here).progress.done == 0
@@ -133,7 +135,7 @@ def test_a_study_is_opened_only_where_it_was_launched_and_forgotten_there(
         open_existing(files, study, trainer)
     with pytest.raises(ValueError, match=r"elsewhere\.db has none of that name: needed the same storage"):
         open_existing(files, study, trainer, storage=elsewhere)
-    assert list_studies(elsewhere) == set(), "nothing was begun there"
+    assert list_studies(elsewhere) == set(), "nothing was created there"
     with pytest.raises(ValueError, match="needed that as --storage"):
         delete_study(files, uri=uri)
     assert delete_study(files, uri=uri, storage=here)
@@ -146,111 +148,112 @@ def test_a_study_is_opened_only_where_it_was_launched_and_forgotten_there(
 
 def test_a_server_that_does_not_answer_is_refused_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connect, "SERVER_SECONDS", 0.2)
-    with pytest.raises(ValueError, match=r"postgresql://me:\*\*\*@127\.0\.0\.1:9/x does not answer: .*refused") as said:
-        search("postgresql://me:hush@127.0.0.1:9/x")
-    assert "hush" not in str(said.value)
+    with pytest.raises(
+        ValueError, match=r"postgresql://me:\*\*\*@127\.0\.0\.1:9/x does not answer: .*refused"
+    ) as caught:
+        open_search("postgresql://me:hush@127.0.0.1:9/x")
+    assert "hush" not in str(caught.value)
     with pytest.raises(ValueError, match=r"no proxy answers at grpc://127\.0\.0\.1:9 within"):
-        search("grpc://127.0.0.1:9")
+        open_search("grpc://127.0.0.1:9")
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader")
-def test_a_server_that_goes_while_a_study_is_opened_is_a_refusal_too(
+def test_a_server_that_fails_while_a_study_is_opened_is_refused_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from optuna.exceptions import StorageInternalError
 
-    files, uri, study, trainer = toy_study(tmp_path, monkeypatch)
+    files, uri, study, trainer = write_toy_study(tmp_path, monkeypatch)
     here = f"sqlite:///{tmp_path}/here.db"
     create_study(files, study, trainer, uri=uri, storage=here)
 
-    def gone(*_: object, **__: object) -> None:
+    def raise_connection_error(*_: object, **__: object) -> None:
         raise StorageInternalError("the server closed the connection")
 
-    monkeypatch.setattr("hpo.search.search.open_study", gone)
-    with pytest.raises(
-        ValueError, match=r"here\.db no longer answers \(StorageInternalError\): start it, then"
-    ):
+    monkeypatch.setattr("hpo.search.search.open_study", raise_connection_error)
+    with pytest.raises(ValueError, match=r"here\.db no longer answers \(StorageInternalError\): start it, then"):
         open_existing(files, study, trainer, storage=here)
 
-    def full(*_: Any) -> None:
+    def raise_disk_full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hpo.search.search.open_study", full)
+    monkeypatch.setattr("hpo.search.search.open_study", raise_disk_full)
     with pytest.raises(ValueError, match=r"cannot be read or written .*No space left.*free disk space"):
         open_existing(files, study, trainer, storage=here)
 
 
-def test_tickets_let_one_in_at_a_time_and_everyone_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tickets_admit_one_at_a_time_and_all_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
     monkeypatch.setattr(locks, "POLL_SECONDS", 0.002)
     storage = optuna.storages.InMemoryStorage()
-    inside, most, order = 0, 0, list[int]()
+    inside, most_inside, order = 0, 0, list[int]()
 
-    def come(who: int) -> None:
-        nonlocal inside, most
+    def take_turns(who: int) -> None:
+        nonlocal inside, most_inside
         lock = TicketLock(storage, "study")
         for _ in range(5):
             with lock:
                 inside += 1
-                most = max(most, inside)
+                most_inside = max(most_inside, inside)
                 order.append(who)
                 time.sleep(0.002)
                 inside -= 1
 
-    threads = [threading.Thread(target=come, args=(who,)) for who in range(6)]
+    threads = [threading.Thread(target=take_turns, args=(who,)) for who in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == 1
+    assert most_inside == 1
     assert sorted(order) == sorted([*range(6)] * 5)
 
 
-def test_a_ticket_of_the_dead_or_of_one_who_stands_still_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ticket_of_a_dead_or_stopped_holder_is_revoked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "POLL_SECONDS", 0.002)
     storage = optuna.storages.InMemoryStorage()
-    dead, still, mine = (TicketLock(storage, "study") for _ in range(3))
+    dead, stopped, mine = (TicketLock(storage, "study") for _ in range(3))
     dead._owner = f"{mine._owner.rsplit('/', 2)[0]}/99999999/1.0"
     dead.__enter__()
     with mine:
         pass
     with pytest.raises(RuntimeError, match="was taken from this process"):
         dead.__exit__(None, None, None)
-    clock = Clock()
+    clock = FakeClock()
     mine._monitor = LeaseMonitor(30.0, clock)
     monkeypatch.setattr(locks.time, "sleep", lambda _: setattr(clock, "now", clock.now + 16))
-    still.__enter__()
-    still._stop.set()  # no more beats
+    stopped.__enter__()
+    # No more heartbeats.
+    stopped._stop.set()
     with mine:
         assert clock.now > 30
     with pytest.raises(RuntimeError, match="was taken from this process"):
-        still.__exit__(None, None, None)
+        stopped.__exit__(None, None, None)
 
 
-def test_who_is_next_lists_no_tickets_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind a proxy a list of all that wait is what costs most: 32 workers that ask for it again and again stop the server."""
+def test_the_next_in_the_queue_lists_no_tickets_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listing all tickets behind a proxy costs most: 32 workers that do it again and again stop the server."""
     import threading
 
     monkeypatch.setattr(locks, "POLL_SECONDS", 0.002)
     lists = 0
 
-    class Counting(optuna.storages.InMemoryStorage):
+    class CountingStorage(optuna.storages.InMemoryStorage):
         def get_all_trials(self, *args: Any, **kwargs: Any) -> Any:
             nonlocal lists
             lists += 1
             return super().get_all_trials(*args, **kwargs)
 
-    storage = Counting()
+    storage = CountingStorage()
     first, second = TicketLock(storage, "study"), TicketLock(storage, "study")
     entered = threading.Event()
 
-    def come() -> None:
+    def enter_second() -> None:
         with second:
             entered.set()
 
     with first:
-        waiting = threading.Thread(target=come)
+        waiting = threading.Thread(target=enter_second)
         waiting.start()
         time.sleep(0.2)
         assert not entered.is_set()
@@ -259,42 +262,43 @@ def test_who_is_next_lists_no_tickets_while_it_waits(monkeypatch: pytest.MonkeyP
     assert lists == 2, "one each"
 
 
-def test_locks_go_by_what_a_storage_is(tmp_path: Path) -> None:
+def test_the_lock_depends_on_the_kind_of_storage(tmp_path: Path) -> None:
     memory = optuna.storages.InMemoryStorage()
     assert make_lock(memory, memory, "s") is make_lock(memory, memory, "t")
 
-    class Foreign(optuna.storages.InMemoryStorage):
+    class ForeignStorage(optuna.storages.InMemoryStorage):
         pass
 
-    assert make_lock(Foreign(), memory, "s") is not None
+    assert make_lock(ForeignStorage(), memory, "s") is not None
     with pytest.raises(ValueError, match=r"needed grpc://HOST:PORT, got 'grpc://nowhere'"):
-        search("grpc://nowhere")
+        open_search("grpc://nowhere")
 
 
 @needs_postgresql
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_an_advisory_lock_is_given_up_with_its_holder(tmp_path: Path) -> None:
+def test_an_advisory_lock_is_released_when_its_holder_dies(tmp_path: Path) -> None:
     import multiprocessing
     import signal
 
-    with postgresql(tmp_path) as url:
+    with serve_postgresql(tmp_path) as url:
         context = multiprocessing.get_context("spawn")
         held = context.Event()
-        holder = context.Process(target=hold, args=(url, held))
+        holder = context.Process(target=hold_lock, args=(url, held))
         holder.start()
         assert held.wait(60)
         os.kill(holder.pid or 0, signal.SIGKILL)
         holder.join()
         began = time.monotonic()
-        job = search(url.replace("+psycopg2", ""), worker="here").ask()  # as one writes it
+        # The URL as a user writes it, without the driver.
+        job = open_search(url.replace("+psycopg2", ""), worker="here").ask()
         assert job is not None
         assert time.monotonic() - began < 20
-        assert [t.state for t in search(url, worker="there").study.trials] == [TrialState.RUNNING]
+        assert [t.state for t in open_search(url, worker="there").study.trials] == [TrialState.RUNNING]
 
 
-def hold(url: str, held: Any) -> None:
-    mine = search(url, worker="holder")
+def hold_lock(url: str, held: Any) -> None:
+    mine = open_search(url, worker="holder")
     with mine._lock:
         held.set()
         time.sleep(600)

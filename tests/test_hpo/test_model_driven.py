@@ -35,7 +35,7 @@ def open_search(**options: Any) -> Search:
 SHORT = (300, 2700)  # three rungs
 
 
-def loss_of(job: Job) -> float:
+def compute_loss(job: Job) -> float:
     """A bowl around lr = 0.01 whose centre drifts; above 0.05 it diverges."""
     lr, f = float(job.params["lr"]), job.fidelity
     if lr > 0.05:
@@ -43,7 +43,7 @@ def loss_of(job: Job) -> float:
     return float(2.0 + 3 / f.D**0.3 + 0.1 * math.log(lr / 0.01 / (f.D / 900) ** 0.2) ** 2 + 100 / f.N**0.5)
 
 
-def run(search: Search, most: int, loss: Callable[[Job], float] = loss_of) -> list[Job]:
+def run(search: Search, most: int, loss: Callable[[Job], float] = compute_loss) -> list[Job]:
     jobs = []
     for _ in range(most):
         job = search.ask()
@@ -165,7 +165,7 @@ def test_killed_and_opened_again_at_any_point_it_decides_the_same(tmp_path: Path
             if kills is not None and kills.random() < 0.4:  # while it runs
                 search = open_search(seed=6, storage=storage, worker="one")
                 assert search.ask() == job
-            search.tell(job, loss_of(job))
+            search.tell(job, compute_loss(job))
             if kills is not None and kills.random() < 0.4:
                 search = open_search(seed=6, storage=storage, worker="one")
             jobs.append(job)
@@ -185,7 +185,7 @@ def test_four_threads_run_nothing_twice_and_none_waits_for_ever() -> None:
             for _ in range(7):
                 job = search.ask()
                 assert job is not None  # without end there is always something
-                search.tell(job, loss_of(job))
+                search.tell(job, compute_loss(job))
                 with lock:
                     done.append(job)
         except BaseException as error:
@@ -208,7 +208,7 @@ def test_jobs_that_run_at_once_are_different_runs() -> None:
         asked = [job for _ in range(most) if (job := search.ask()) is not None]
         assert len({(settings(job, 3), job.rung) for job in asked}) == len(asked) == most
         for job in asked:
-            search.tell(job, loss_of(job))
+            search.tell(job, compute_loss(job))
         jobs += asked
     check_climbs(search, jobs)
 

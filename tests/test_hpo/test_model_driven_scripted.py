@@ -17,7 +17,7 @@ from hpo.samplers.unit_cube import Cube
 from hpo.search.search import Search
 from hpo.search.view import Job
 from scaling.laws.compute import Fidelity
-from tests.test_hpo.test_model_driven import LR, loss_of, open_search, run
+from tests.test_hpo.test_model_driven import LR, compute_loss, open_search, run
 
 
 class Scripted(RandomSampler):
@@ -55,7 +55,7 @@ class Scripted(RandomSampler):
         return {"lr": 0.5}
 
 
-def course(search: Search, most: int, loss: Callable[[Job], float] = loss_of) -> list[tuple[float, int, int | None]]:
+def course(search: Search, most: int, loss: Callable[[Job], float] = compute_loss) -> list[tuple[float, int, int | None]]:
     return [(job.params["lr"], job.rung, job.resume_from) for job in run(search, most, loss)]
 
 

@@ -33,7 +33,9 @@ def scattered(n: int, seed: int = 0) -> optuna.Study:
 
 def test_differences_are_those_of_losses_drawn_from_the_joint_posterior() -> None:
     """A member of the ensemble, then both losses together: pairs near and far."""
-    from hpo.surrogate.gp import compute_fidelity_coordinates, fit_surrogate, join_inputs
+    from hpo.surrogate.fitting import fit_surrogate
+    from hpo.surrogate.gp import join_inputs
+    from hpo.surrogate.inputs import compute_fidelity_coordinates
 
     study, cube, sampler = scattered(16), Cube(SPACE), MultiFidelitySampler(seed=0)
     runs = study.get_trials(deepcopy=False)

@@ -130,10 +130,10 @@ def test_a_fit_that_goes_on_from_the_first_runs_depends_on_nothing_but_the_trial
 ) -> None:
     """From 40 runs on most fits begin at an earlier one; a worker that has just come must decide as one that saw all, also
     when a run among the first ends late. And few fits begin anew: that is what it is for."""
-    from hpo.surrogate import gp
+    from hpo.surrogate import fitting
 
-    anew, fit = [], gp.fit_bowl_kernel
-    monkeypatch.setattr(gp, "fit_bowl_kernel", lambda x, z, near=None: anew.append(near is None) or fit(x, z, near))
+    anew, fit = [], fitting.fit_bowl_kernel
+    monkeypatch.setattr(fitting, "fit_bowl_kernel", lambda x, z, near=None: anew.append(near is None) or fit(x, z, near))
     rng, old = np.random.default_rng(5), MultiFidelitySampler(seed=3)
     study = optuna.create_study()
     for number in range(52):

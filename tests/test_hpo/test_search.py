@@ -38,11 +38,11 @@ def open_search(**options: Any) -> Search:
     return Search(**({"space": SPACE, "tokens": (100, 900), "sampler": "random", "iterations": 1} | options))
 
 
-def loss_of(job: Job) -> float:
+def compute_loss(job: Job) -> float:
     return abs(math.log(job.params["lr"] / 1e-2)) + 100 / job.fidelity.D + job.params["batch"] / 1000
 
 
-def run(search: Search, loss: Callable[[Job], float] = loss_of, most: int = 10_000) -> list[Job]:
+def run(search: Search, loss: Callable[[Job], float] = compute_loss, most: int = 10_000) -> list[Job]:
     jobs: list[Job] = []
     while len(jobs) < most and (job := search.ask()) is not None:
         jobs.append(job)
@@ -54,7 +54,7 @@ def outline(jobs: list[Job]) -> list[tuple[Any, ...]]:
     return [(j.config, j.rung, j.resume_from, j.fidelity, tuple(j.params.items()), j.bracket) for j in jobs]
 
 
-def dead_process() -> str:
+def name_dead_worker() -> str:
     """The name of a worker on this host that has ended."""
     with subprocess.Popen(["sleep", "10"]) as process:
         created = psutil.Process(process.pid).create_time()
@@ -88,7 +88,7 @@ def test_the_best_of_a_rung_are_promoted_and_name_what_they_continue() -> None:
             assert job.resume_tokens == before.fidelity.D
         else:
             assert (job.resume_from, job.resume_tokens, job.config) == (None, None, job.number)
-    first = sorted((j for j in jobs if j.bracket.start == 0 and j.rung == 0), key=loss_of)
+    first = sorted((j for j in jobs if j.bracket.start == 0 and j.rung == 0), key=compute_loss)
     assert {j.config for j in jobs if j.bracket.start == 0 and j.rung == 1} == {j.config for j in first[:3]}
 
 
@@ -169,9 +169,9 @@ def test_best_is_the_lowest_loss_at_the_highest_fidelity() -> None:
     search = open_search(sizes=(1.0, 2.0))
     with pytest.raises(ValueError, match="no run has finished"):
         search.best()
-    jobs = run(search, loss=lambda j: loss_of(j) + 10 * j.fidelity.D + 10 * j.fidelity.N)
+    jobs = run(search, loss=lambda j: compute_loss(j) + 10 * j.fidelity.D + 10 * j.fidelity.N)
     top = [j for j in jobs if j.fidelity == Fidelity(2.0, 900)]
-    assert search.best() == min(top, key=loss_of).params
+    assert search.best() == min(top, key=compute_loss).params
 
 
 def test_several_sizes_each_have_a_hyperband() -> None:
@@ -278,7 +278,7 @@ def test_a_job_of_a_dead_process_is_taken_over_as_the_same_trial(tmp_path: Path)
     undisturbed = run(open_search())
     left = []
     for at in (3, 9, 20):  # killed while a configuration, the first promotion and a late one were running
-        search = open_search(storage=storage, worker=dead_process())
+        search = open_search(storage=storage, worker=name_dead_worker())
         run(search, most=at - len(search.study.trials))
         job = search.ask()
         assert job is not None
@@ -287,7 +287,7 @@ def test_a_job_of_a_dead_process_is_taken_over_as_the_same_trial(tmp_path: Path)
         again = heir.ask()
         assert again == job
         assert heir.study.trials[job.number].user_attrs["worker"] == heir.worker
-        heir.tell(job, loss_of(job))
+        heir.tell(job, compute_loss(job))
     run(open_search(storage=storage))
     trials = open_search(storage=storage).study.trials
     assert len(trials) == 22
@@ -349,7 +349,7 @@ def test_a_kill_between_creation_and_parameters_is_mended() -> None:
     search = open_search(storage=storage)
     expected = run(open_search(), most=3)
     run(search, most=2)
-    model = dict(search.study.trials[1].user_attrs) | {"config": 2, "worker": dead_process()}
+    model = dict(search.study.trials[1].user_attrs) | {"config": 2, "worker": name_dead_worker()}
     study_id = storage.get_study_id_from_name("search")
     half = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=model)
     storage.create_new_trial(study_id, half)
@@ -384,7 +384,7 @@ def test_a_waiting_trial_that_describes_a_job_is_taken_as_that_job() -> None:
 
 def test_a_kill_between_the_two_writes_of_a_divergence_is_a_divergence() -> None:
     storage = InMemoryStorage()
-    job = open_search(storage=storage, worker=dead_process()).ask()
+    job = open_search(storage=storage, worker=name_dead_worker()).ask()
     assert job is not None
     trial_id = storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name("search"), job.number)
     storage.set_trial_user_attr(trial_id, "diverged", True)
@@ -432,7 +432,7 @@ def test_a_diverged_run_ranks_last_and_is_not_asked_again(worst: float) -> None:
     search = open_search()
 
     def loss(job: Job) -> float:
-        return worst if job.bracket.start == 0 and job.config > 1 else loss_of(job)
+        return worst if job.bracket.start == 0 and job.config > 1 else compute_loss(job)
 
     jobs = run(search, loss)
     diverged = [t for t in search.study.trials if t.state == TrialState.FAIL]
@@ -487,7 +487,7 @@ def test_an_enqueued_trial_waits_for_room_and_holds_up_nothing() -> None:
     search.study.enqueue_trial({"lr": 0.02, "batch": 16, "kind": "b"})
     for job in jobs:
         assert job is not None
-        search.tell(job, loss_of(job))
+        search.tell(job, compute_loss(job))
     assert len(run(search)) == 5  # promotions pass it
     assert search.finished
     assert search.study.trials[17].state == TrialState.WAITING
@@ -574,7 +574,7 @@ def test_threads_that_share_a_storage_never_run_the_same_twice() -> None:
         search = open_search(storage=storage, worker=worker)
         while not search.finished:
             if (job := search.ask()) is not None:
-                search.tell(job, loss_of(job))
+                search.tell(job, compute_loss(job))
                 done.append(job)
 
     threads = [threading.Thread(target=work, args=(f"w{i}",)) for i in range(4)]

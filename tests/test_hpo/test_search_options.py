@@ -23,7 +23,7 @@ from hpo.search.search import Search
 from hpo.search.stored import SETTINGS_KEY
 from hpo.search.view import Job
 from scaling.laws.compute import Fidelity
-from tests.test_hpo.test_search import dead_process, loss_of, open_search, outline, run
+from tests.test_hpo.test_search import name_dead_worker, compute_loss, open_search, outline, run
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def _quiet() -> None:
 
 
 def losses_of(job: Job) -> list[float]:
-    return [loss_of(job) + 0.01 * i for i in range(job.seeds)]
+    return [compute_loss(job) + 0.01 * i for i in range(job.seeds)]
 
 
 def train(search: Search, most: int = 10_000) -> list[Job]:
@@ -287,7 +287,7 @@ def test_predicted_places_are_kept_after_a_raise(variant: Any, asynchronous: boo
 
 
 def course(
-    storage: BaseStorage | Path, *, kills: random.Random | None = None, loss: Any = loss_of, **options: Any
+    storage: BaseStorage | Path, *, kills: random.Random | None = None, loss: Any = compute_loss, **options: Any
 ) -> list[Any]:
     """What three workers do, in order of start, when every run takes its own time. With kills, now and then a worker
     dies after an ask or a tell and is started again."""
@@ -357,7 +357,7 @@ def test_a_model_based_search_whose_workers_are_killed_decides_the_same(asynchro
 
 def test_an_abandoned_guess_is_taken_up_like_any_other_run() -> None:
     storage = InMemoryStorage()
-    search = open_search(storage=storage, worker=dead_process(), asynchronous=True)
+    search = open_search(storage=storage, worker=name_dead_worker(), asynchronous=True)
     run(search, most=3)
     guess = search.ask()
     assert guess is not None
@@ -376,7 +376,7 @@ def test_eight_workers_on_one_journal_run_nothing_twice_and_lose_nothing(tmp_pat
             search = open_search(storage=tmp_path / "study.journal", worker=worker, asynchronous=asynchronous)
             while not search.finished:
                 if (job := search.ask()) is not None:
-                    search.tell(job, loss_of(job))
+                    search.tell(job, compute_loss(job))
                     told.append((job.config, job.rung))
         except BaseException as error:
             failures.append(error)
@@ -440,7 +440,7 @@ def test_what_was_running_when_the_raise_came_counts_once_it_has_a_result() -> N
     assert job is not None
     search.extend(900)
     assert (search.progress.reused, search.progress.tokens_reused) == (2, 200)
-    search.tell(job, loss_of(job))
+    search.tell(job, compute_loss(job))
     assert (search.progress.reused, search.progress.tokens_reused) == (3, 300)
 
 

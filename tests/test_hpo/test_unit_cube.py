@@ -1,4 +1,4 @@
-"""A search space as the unit cube."""
+"""The map of a search space to the unit cube and back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def test_every_kind_of_parameter_survives_the_round_trip() -> None:
         params = cube.to_params(point)
         for name, value in params.items():
             assert EVERY_KIND[name]._contains(EVERY_KIND[name].to_internal_repr(value)), (name, value)
-        np.testing.assert_allclose(cube.to_unit(params), real, atol=1e-12)  # rounding happened before the model
+        # Rounding happens before the model sees a point.
+        np.testing.assert_allclose(cube.to_unit(params), real, atol=1e-12)
         back = cube.to_params(real)
         for name, value in params.items():
             assert type(back[name]) is type(value)
@@ -58,20 +59,20 @@ def test_a_category_is_a_block_of_columns() -> None:
     assert cube.nominal.tolist() == [False, True]
 
 
-def test_what_the_space_does_not_hold_is_told_apart() -> None:
+def test_trials_outside_the_space_are_recognised() -> None:
     space: dict[str, BaseDistribution] = {"a": FloatDistribution(0, 1), "b": CategoricalDistribution(["x", 1])}
     cube = Cube(space)
 
-    def held(**params: object) -> bool:
+    def is_inside(**params: object) -> bool:
         wide = {"a": FloatDistribution(-9, 9), "b": CategoricalDistribution(["x", 1, "y"])}
         known = {name: wide[name] for name in params}
         return cube.contains(create_trial(params=params, distributions=known, value=0.0))
 
-    assert held(a=0.0, b="x")
-    assert held(a=1.0, b=1)
-    assert not held(a=1.1, b="x")
-    assert not held(a=0.5, b="y")
-    assert not held(a=0.5)
+    assert is_inside(a=0.0, b="x")
+    assert is_inside(a=1.0, b=1)
+    assert not is_inside(a=1.1, b="x")
+    assert not is_inside(a=0.5, b="y")
+    assert not is_inside(a=0.5)
 
 
 def test_a_space_that_is_empty_or_of_an_unknown_kind_is_refused() -> None:

@@ -310,7 +310,8 @@ def test_a_checkpoint_that_was_not_written_is_no_success(tmp_path: Path) -> None
         list(saving(tmp_path, writes=False)({}, Fidelity(10.0, 100.0), save=tmp_path / "x.pt"))
 
 
-def test_speed_is_measured_once_for_each_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed_is_measured_once_for_each_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="muscale")
     text = f"open({str(tmp_path / 'calls')!r}, 'a').write(sys.argv[1] + '\\n')\ntime.sleep(0.2)\n"
     command = program(tmp_path, text + "say(tokens=int(sys.argv[1]), loss=1.0, final=True)")
     family = CommandFamily(command=f"{command} {{N}}", sizes=[{"N": 10}, {"N": 20}], measure_tokens=100)
@@ -319,7 +320,7 @@ def test_speed_is_measured_once_for_each_size(tmp_path: Path, capsys: pytest.Cap
     assert family.seconds({}, sizes, threads=1) == first
     assert (tmp_path / "calls").read_text() == "100\n100\n"
     assert all(s > 10 * 0.2 for s in first)
-    assert "measuring its speed" in capsys.readouterr().err
+    assert "measuring its speed" in caplog.text
 
 
 MLFLOW = """

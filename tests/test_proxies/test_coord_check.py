@@ -27,7 +27,7 @@ from proxies.model.transformer import Block, build
 WIDTHS = (32, 64, 128)
 
 
-def tiny(**changes: Any) -> ProxyConfig:
+def make_tiny_config(**changes: Any) -> ProxyConfig:
     return ProxyConfig(base_width=32, d_model=32, d_head=8, seq_len=16, vocab=256, **changes)
 
 
@@ -38,11 +38,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def flat(where: str, value: float, low: float = math.nan, high: float = math.nan) -> Slope:
+def make_slope(where: str, value: float, low: float = math.nan, high: float = math.nan) -> Slope:
     return Slope("width", where, "size", value, low, high, ((1.0,), (1.0,), (1.0,)))
 
 
-def made(*slopes: Slope, losses: tuple[tuple[float, ...], ...] = ((3.0, 3.1), (2.9, 3.0), (2.8, 2.9))) -> CoordCheck:
+def make_check(*slopes: Slope, losses: tuple[tuple[float, ...], ...] = ((3.0, 3.1), (2.9, 3.0), (2.8, 2.9))) -> CoordCheck:
     return CoordCheck(slopes, WIDTHS, (), 0.01, 10, 2, "plain", losses)
 
 
@@ -82,7 +82,7 @@ def test_a_step_at_which_nothing_moves_is_left_out_and_a_lonely_zero_is_a_failur
     ],
 )
 def test_what_is_too_steep(value: float, low: float, high: float, steep: bool) -> None:
-    check = made(flat("a", 0.0), flat("b", value, low, high))
+    check = make_check(make_slope("a", 0.0), make_slope("b", value, low, high))
     assert check.passed is not steep
     assert check.modules == {"a": True, "b": not steep}
     assert check.failures == (("b size over width",) if steep else ())
@@ -91,9 +91,9 @@ def test_what_is_too_steep(value: float, low: float, high: float, steep: bool) -
 
 def test_wider_is_worse_only_beyond_the_noise_of_seeds() -> None:
     # standard deviation of a seed 0.0707, so a rise up to 0.141 is noise
-    assert made(losses=((3.0, 3.1), (3.1, 3.2), (2.8, 2.9))).wider_is_worse == ()
-    assert made(losses=((3.0, 3.1), (3.2, 3.3), (2.8, 2.9))).wider_is_worse == (64,)
-    assert made(losses=((3.0, 3.1), (2.9, 3.0), (math.nan, 2.9))).wider_is_worse == (128,)
+    assert make_check(losses=((3.0, 3.1), (3.1, 3.2), (2.8, 2.9))).wider_is_worse == ()
+    assert make_check(losses=((3.0, 3.1), (3.2, 3.3), (2.8, 2.9))).wider_is_worse == (64,)
+    assert make_check(losses=((3.0, 3.1), (2.9, 3.0), (math.nan, 2.9))).wider_is_worse == (128,)
 
 
 def test_what_rounding_leaves_of_a_change_is_no_change() -> None:
@@ -109,7 +109,7 @@ def test_what_rounding_leaves_of_a_change_is_no_change() -> None:
 
 def test_over_depth_the_first_and_the_last_block_are_watched(text: str) -> None:
     check = coordinate_check(
-        tiny(corpus=text, n_layers=1, base_layers=1), (16, 32, 64), depths=(1, 2, 3), seeds=1, steps=2
+        make_tiny_config(corpus=text, n_layers=1, base_layers=1), (16, 32, 64), depths=(1, 2, 3), seeds=1, steps=2
     )
     deep = [s.where for s in check.slopes if s.over == "depth" and s.what == "size"]
     inner = ("attention scores", "attention", "mlp")
@@ -137,7 +137,7 @@ def test_the_scale_of_a_gradient_is_its_root_mean_square(text: str) -> None:
     from proxies.data.mixture import open_data
     from proxies.model.transformer import compute_loss
 
-    config = tiny(corpus=text, tied=True, embed_std=0.1)
+    config = make_tiny_config(corpus=text, tied=True, embed_std=0.1)
     scales = measure_gradient_scales(ProbeSpec(config, "eps", 1, 4))
     model = build(config)
     compute_loss(model, *open_data(config).windows.batch(0, 4)).backward()
@@ -146,7 +146,7 @@ def test_the_scale_of_a_gradient_is_its_root_mean_square(text: str) -> None:
 
 
 def test_a_check_is_plain_json_and_a_figure(tmp_path: Path) -> None:
-    check = made(flat("a", math.nan), flat("b", 0.1, 0.0, 0.2))
+    check = make_check(make_slope("a", math.nan), make_slope("b", 0.1, 0.0, 0.2))
     said = json.loads(json.dumps(check.json, allow_nan=False))
     assert said["passed"] is False
     assert [s["value"] for s in said["slopes"]] == [None, 0.1]
@@ -183,7 +183,7 @@ def test_the_command_says_what_the_function_says(tmp_path: Path, text: str) -> N
     words = ["check", str(study), "--widths", "16,32,64", "--seeds", "1", "--json", "--plot", str(tmp_path / "c.svg")]
     answer = CliRunner().invoke(app, words)
     said = json.loads(answer.stdout)
-    direct = coordinate_check(tiny(corpus=text), (16, 32, 64), seeds=1)
+    direct = coordinate_check(make_tiny_config(corpus=text), (16, 32, 64), seeds=1)
     assert said["slopes"] == json.loads(json.dumps(direct.json))["slopes"]
     assert answer.exit_code == (0 if direct.passed else 1)
     assert "<svg" in (tmp_path / "c.svg").read_text()

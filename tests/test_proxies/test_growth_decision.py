@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hpo.study.config import load_study
 from proxies.__main__ import app
-from proxies.cli.grow_plan import times
+from proxies.cli.grow_plan import format_saving
 from proxies.growth import decision as decision_module
 from proxies.growth import runs
 from proxies.growth.decision import Decision, Ladders, decide
@@ -110,7 +110,9 @@ def test_what_lies_outside_the_ladder_is_told_as_a_bound() -> None:
     assert row["horizon"] == 2
     assert row["saving_with_base"]["value"] is None
     assert paid.high == pytest.approx(2 / 1)
-    assert times(row, "saving_with_base", (first,), 1.0).startswith(f"{2 / (first + 1):.2f} to 2.00 [")
+    assert format_saving(row["saving_with_base"], row["horizon"], (first,), 1.0).startswith(
+        f"{2 / (first + 1):.2f} to 2.00 ["
+    )
     worse = decide(ladders(lambda h: -0.3 + 0 * h, base=1), real_width=64, at=20, base=1)
     assert worse.chosen.asked.saving.value == 0
     assert worse.chosen.break_even.value == 0

@@ -21,7 +21,7 @@ from proxies.diagnostics.lr_transfer import Transfer, make_arms, train_to_final_
 SIZES = (32, 64, 128, 256)
 
 
-def bowl(j: int, best: float, curvature: float = 0.04) -> float:
+def compute_loss(j: int, best: float, curvature: float = 0.04) -> float:
     """Loss at rate j; it diverges three octaves above the best."""
     return 2.0 + curvature * ((j - best) / 2) ** 2 if j < best + 6 else math.inf
 
@@ -32,8 +32,8 @@ def test_the_grid_finds_the_best_five_wherever_they_are(best: float, start: int)
     losses: dict[int, float] = {}
     while rates := choose_next_rates(losses, start):
         assert not set(rates) & losses.keys(), "a rate is asked for once"
-        losses |= {j: bowl(j, best) for j in rates}
-    everywhere = {j: bowl(j, best) for j in range(-40, 41)}
+        losses |= {j: compute_loss(j, best) for j in rates}
+    everywhere = {j: compute_loss(j, best) for j in range(-40, 41)}
     first, last = find_best_window(losses)
     assert last - first == 4
     assert sorted(losses[j] for j in range(first, last + 1)) == sorted(everywhere.values())[:5]
@@ -44,11 +44,11 @@ def test_the_grid_finds_the_best_five_wherever_they_are(best: float, start: int)
 def test_where_everything_diverges_the_grid_goes_down() -> None:
     losses: dict[int, float] = {}
     while rates := choose_next_rates(losses):
-        losses |= {j: bowl(j, -30.0) for j in rates}
+        losses |= {j: compute_loss(j, -30.0) for j in rates}
     assert find_best_window(losses) == (-32, -28)
 
 
-def planted(
+def plant_runs(
     gamma: float, *, noise: float = 0.0, seeds: int = 2, seed: int = 0
 ) -> dict[int, dict[tuple[int, int], float]]:
     """Runs whose best rate is lr0 at size 64 and goes as size^-gamma; a seed moves all losses of its size alike."""
@@ -58,7 +58,7 @@ def planted(
         best = -2 * gamma * math.log2(size / 64)
         near = round(best)
         runs[size] = {
-            (j, s): bowl(j, best) - 0.1 * math.log2(size / 64) + 0.05 * s + noise * generator.standard_normal()
+            (j, s): compute_loss(j, best) - 0.1 * math.log2(size / 64) + 0.05 * s + noise * generator.standard_normal()
             for j in range(near - 4, near + 5)
             for s in range(seeds)
         }
@@ -67,7 +67,7 @@ def planted(
 
 @pytest.mark.parametrize("gamma", [-0.2, 0.0, 0.35, 1.0])
 def test_a_planted_exponent_comes_back_with_its_shift_and_regret(gamma: float) -> None:
-    arm = fit_arm("a", planted(gamma), -7.0)
+    arm = fit_arm("a", plant_runs(gamma), -7.0)
     assert arm.gamma.value == pytest.approx(gamma, abs=1e-9)
     assert arm.shift.value == pytest.approx(-3 * gamma, abs=1e-9)
     assert [b.best.value for b in arm.bowls] == pytest.approx([-7 - gamma * math.log2(s / 64) for s in SIZES])
@@ -80,7 +80,7 @@ def test_a_planted_exponent_comes_back_with_its_shift_and_regret(gamma: float) -
 
 
 def test_beyond_the_window_regret_is_what_was_measured_and_divergence_is_infinite() -> None:
-    runs = planted(0.5)
+    runs = plant_runs(0.5)
     # best at 256 is j = -2, at 32 j = 1: known at 256 from -6 to 2
     assert fit_arm("a", runs, 0.0).regret.value == pytest.approx(0.04 * 1.5**2)
     for s in (0, 1):
@@ -94,7 +94,7 @@ def test_beyond_the_window_regret_is_what_was_measured_and_divergence_is_infinit
 
 
 def test_the_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
-    arms = [fit_arm("a", planted(0.1, noise=0.01, seed=seed), 0.0, seed=seed) for seed in range(100)]
+    arms = [fit_arm("a", plant_runs(0.1, noise=0.01, seed=seed), 0.0, seed=seed) for seed in range(100)]
     gamma = sum(a.gamma.low <= 0.1 <= a.gamma.high for a in arms)
     shift = sum(a.shift.low <= -0.3 <= a.shift.high for a in arms)
     # 95 % of 100, three binomial deviations
@@ -108,7 +108,7 @@ def test_the_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
 
 
 def test_a_bowl_without_a_bottom_is_refused() -> None:
-    runs = planted(0.0)
+    runs = plant_runs(0.0)
     runs[64] = {(j, s): 2.0 - 0.01 * j**2 for j, s in runs[64]}
     with pytest.raises(ValueError, match="at size 64"):
         fit_arm("a", runs, 0.0)
@@ -116,7 +116,7 @@ def test_a_bowl_without_a_bottom_is_refused() -> None:
         fit_arm("a", {64: runs[32]}, 0.0)
 
 
-def fake(config: ProxyConfig, tokens: int) -> float:
+def train_fake(config: ProxyConfig, tokens: int) -> float:
     """A trainer whose best rate does not move under muP and falls as 1 / width under the standard table."""
     best = 2**-7 if config.parametrization == "mup" or config.m == 1 else 2**-7 / config.m
     return 2.0 + 0.05 * math.log2(config.lr / best) ** 2 - 0.1 * math.log2(config.m) + 0.01 * config.seed
@@ -127,7 +127,7 @@ def test_the_report_of_a_planted_family(tmp_path: Path, text: str, monkeypatch: 
 
     def counted(config: ProxyConfig, tokens: int) -> float:
         calls.append(config)
-        return fake(config, tokens)
+        return train_fake(config, tokens)
 
     monkeypatch.setattr(lr_transfer, "train_to_final_loss", counted)
     config = ProxyConfig(corpus=text, lr=2**-6)
@@ -160,7 +160,7 @@ def test_runs_of_other_settings_lengths_or_data_are_not_taken(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[ProxyConfig] = []
-    monkeypatch.setattr(lr_transfer, "train_to_final_loss", lambda config, tokens: calls.append(config) or fake(config, tokens))
+    monkeypatch.setattr(lr_transfer, "train_to_final_loss", lambda config, tokens: calls.append(config) or train_fake(config, tokens))
     other = tmp_path / "other.txt"
     other.write_text("to be or not to be, that is the question " * 1000)
     runs = tmp_path / "runs.jsonl"

@@ -1,3 +1,5 @@
+"""The muP table against tables written by hand, and how models and optimizers follow it."""
+
 from __future__ import annotations
 
 import itertools
@@ -6,7 +8,7 @@ import pytest
 import torch
 
 from proxies.config.proxy import ProxyConfig
-from proxies.model.mup import strip_wrappers, param_groups, get_role, map_rules, compute_rules
+from proxies.model.mup import compute_rules, get_role, map_rules, param_groups, strip_wrappers
 from proxies.model.optimizers import make_optimizer, set_lr
 from proxies.model.transformer import build
 
@@ -22,7 +24,7 @@ SETTINGS = {
     "alpha_out": 5.0,
 }
 
-# The specification, by hand: (init std, lr, weight decay, eps, forward multiplier) for each role at each width.
+# The specification by hand: (init std, lr, weight decay, eps, forward multiplier) of each role at each width.
 TABLE = {
     ("mup", 32): {
         "embedding": (0.05, 0.03, 0.0, 2e-8, 2.0),
@@ -67,12 +69,13 @@ CASES = [(*key, role) for key, roles in TABLE.items() for role in roles]
 def test_the_table_is_the_one_written_by_hand(parametrization: str, width: int, role: str) -> None:
     config = ProxyConfig(**SETTINGS, parametrization=parametrization, d_model=width)
     rule = compute_rules(config)[role]
-    got = (rule.init_std, rule.lr, rule.weight_decay, rule.eps, rule.multiplier)
-    assert got == pytest.approx(TABLE[parametrization, width][role], rel=1e-12)
+    values = (rule.init_std, rule.lr, rule.weight_decay, rule.eps, rule.multiplier)
+    assert values == pytest.approx(TABLE[parametrization, width][role], rel=1e-12)
     assert rule.init_mean == (1.0 if role.endswith("norm") else 0.0)
 
 
-# Twice as wide and four times as deep, by hand, for depth power 1 (CompleteP) and 1/2: lr, weight decay, eps, multiplier.
+# A model twice as wide and four times as deep, by hand, for depth power 1 (CompleteP) and 1/2:
+# (lr, weight decay, eps, multiplier).
 DEEP = {
     1.0: {
         "embedding": (0.03, 0.0, 0.5e-8, 2.0),
@@ -106,13 +109,13 @@ def test_the_table_of_a_deeper_model_is_the_one_written_by_hand(power: float) ->
     assert {standard[role].lr for role in ("hidden", "norm")} == {0.01}
 
 
-def test_muon_keeps_its_rate_over_width_and_with_adams_size_loses_the_root() -> None:
+def test_the_rate_of_muon_does_not_depend_on_width_and_scaled_to_adams_rms_falls_as_the_root() -> None:
     for name, lr, decay in (("muon", 0.01, 0.1), ("muon-rms", 0.005, 0.2), ("lion", 0.0025, 0.4)):
         hidden = compute_rules(ProxyConfig(**SETTINGS, d_model=256, optimizer=name))["hidden"]
         assert (hidden.lr, hidden.weight_decay) == pytest.approx((lr, decay))
 
 
-def test_a_parameter_is_known_through_any_wrapper() -> None:
+def test_a_parameter_is_recognized_through_any_wrapper() -> None:
     config = ProxyConfig(**SETTINGS, d_model=32, n_layers=1)
     names = [name for name, _ in build(config).named_parameters()]
     wrapped = [
@@ -140,8 +143,8 @@ def test_a_model_is_drawn_and_grouped_by_the_table(width: int) -> None:
 
 
 def test_one_decay_step_shrinks_hidden_weights_alike_at_every_width() -> None:
-    steps = [compute_rules(ProxyConfig(**SETTINGS, d_model=d))["hidden"] for d in (32, 64, 128, 1024)]
-    assert [r.lr * r.weight_decay for r in steps] == pytest.approx([1e-3] * 4)
+    rules = [compute_rules(ProxyConfig(**SETTINGS, d_model=d))["hidden"] for d in (32, 64, 128, 1024)]
+    assert [rule.lr * rule.weight_decay for rule in rules] == pytest.approx([1e-3] * 4)
 
 
 def test_at_base_width_both_parametrizations_are_one_model() -> None:
@@ -174,7 +177,8 @@ def test_the_start_follows_from_the_seed_and_not_from_the_global_generator() -> 
 def test_a_schedule_scales_every_group_by_its_own_peak() -> None:
     config = ProxyConfig(**SETTINGS, d_model=256)
     optimizer = make_optimizer(build(config), config)
-    for factor in (0.5, 0.25, 1.0):  # from the peak each time, not from what was left of it
+    # Each factor applies to the peak, not to the current rate.
+    for factor in (0.5, 0.25, 1.0):
         set_lr(optimizer, factor)
         rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
         assert rates == pytest.approx(
@@ -185,7 +189,8 @@ def test_a_schedule_scales_every_group_by_its_own_peak() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_fused_optimizer_agrees_with_the_plain_one_for_every_group(dtype: torch.dtype) -> None:
-    config = ProxyConfig(**{**SETTINGS, "eps": 1e-3}, d_model=32)  # an eps large enough to be seen
+    # This eps is large enough to matter.
+    config = ProxyConfig(**{**SETTINGS, "eps": 1e-3}, d_model=32)
     models = [build(config).to(dtype) for _ in range(2)]
     fused = make_optimizer(models[0], config)
     plain = torch.optim.AdamW(param_groups(models[1], config), foreach=False, fused=False)
@@ -200,20 +205,20 @@ def test_the_fused_optimizer_agrees_with_the_plain_one_for_every_group(dtype: to
         torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * 1e-2)
 
 
-def test_an_unknown_parameter_has_no_role_by_accident() -> None:
+def test_an_unknown_parameter_has_no_role() -> None:
     with pytest.raises(ValueError, match=r"got 'blocks\.0\.bias'"):
         get_role("blocks.0.bias")
 
 
-def test_an_unknown_optimizer_is_named_with_the_nearest_known_one() -> None:
+def test_the_error_for_an_unknown_optimizer_suggests_the_nearest_name() -> None:
     config = ProxyConfig().model_copy(update={"optimizer": "adam"})
     with pytest.raises(ValueError, match="did you mean 'adamw'"):
         make_optimizer(build(config), config)
 
 
-def test_a_tied_table_that_starts_loud_is_refused_with_what_to_set() -> None:
+def test_a_tied_table_with_large_first_logits_is_refused_with_what_to_set() -> None:
     with pytest.raises(ValueError, match=r"at most 2, got 8: set embed_std near 0\.125 and alpha_in near 8"):
         ProxyConfig(tied=True)
-    quiet = build(ProxyConfig(tied=True, embed_std=0.125, alpha_in=8.0))
+    model = build(ProxyConfig(tied=True, embed_std=0.125, alpha_in=8.0))
     x = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
-    assert float(quiet(x).detach().std()) == pytest.approx(1.0, rel=0.3)
+    assert float(model(x).detach().std()) == pytest.approx(1.0, rel=0.3)

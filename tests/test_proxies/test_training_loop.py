@@ -622,7 +622,7 @@ def test_a_terminated_command_keeps_its_run_and_goes_on_exactly(tmp_path: Path) 
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143, said
-    assert "goes on from keep.pt" in said
+    assert "continues from keep.pt" in said
     tokens = load_state(tmp_path / "keep.pt")["trunk"]["windows"] * 16
     assert json.loads(first)["tokens"] <= tokens < 40_000
     process = start("--keep", "keep.pt", "--peak-flops", "1e12")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.servers import MLflow, free_port
+from benchmarks.servers import MLflowServer, find_free_port
 from scaling.common.measurement import Measurement
 from scaling.runs.from_mlflow import read_runs
 from scaling.tracking import recorder, sender, spool
@@ -52,7 +52,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def away() -> str:
     """Return an address that refuses every connection."""
-    return f"http://127.0.0.1:{free_port()}"
+    return f"http://127.0.0.1:{find_free_port()}"
 
 
 def points(first: int, last: int) -> Iterator[Measurement]:
@@ -424,7 +424,7 @@ def test_a_server_that_is_away_killed_restarted_or_hung_loses_and_doubles_nothin
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder, "FIRST_TIMEOUT_SECONDS", 4.0)
-    server, folder = MLflow(tmp_path), tmp_path / "records"
+    server, folder = MLflowServer(tmp_path), tmp_path / "records"
 
     def until(done: Callable[[], bool]) -> None:
         for _ in range(3000):

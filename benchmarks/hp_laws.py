@@ -1,11 +1,12 @@
-"""The learning-rate and batch law: regret of its answer, the regret it expects, and what its intervals hold.
+"""The law of learning rate and batch size: its regret, the regret it expects, and the coverage of its intervals.
 
-    python benchmarks/hp_laws.py --data ../shared/data     # real runs: steplaw_dense.csv, fitted small, asked large
-    python benchmarks/hp_laws.py --planted 40              # made-up families of runs, the truth known
+    python benchmarks/hp_laws.py --data ../shared/data     # real runs: steplaw_dense.csv, fitted small, predicted large
+    python benchmarks/hp_laws.py --planted 40              # synthetic families of runs whose optimum is known
 
-The regret is smooth: the height, at the answer, of a cubic bowl fitted to the asked group alone (planted: the true bowl),
-so that the luck of single runs is no part of it. Step Law's recipe (arXiv 2503.04715) is shown beside: runs within .25 %
-of their group's best, ordinary least squares in logs. A regret is a relative loss in per cent.
+The regret is the height, at the predicted settings, of a cubic bowl fitted to the held-out group alone (for planted
+families: of the true bowl), so the noise of single runs does not enter. Step Law's recipe (arXiv 2503.04715) is shown
+for comparison: ordinary least squares in logs on the runs within 0.25 % of their group's best. A regret is a relative
+loss in per cent.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from scaling.fitting.lr_batch_law import fit_hp_law
 from scaling.laws.formulas import HPLaw
 
 MASS = 0.8
-SPLITS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {  # the runs fitted; the rest of the table is asked
+# Which runs are fitted. The rest of the table is held out.
+SPLITS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     "C < 3e19": lambda t: t["N"] * t["D"] < 5e18,
     "C < 5e19": lambda t: t["N"] * t["D"] < 8.4e18,
     "C < 1e20": lambda t: t["N"] * t["D"] < 1.7e19,
@@ -38,8 +40,8 @@ SPLITS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {  # the runs fitted; t
 }
 
 
-def recipe(runs: pd.DataFrame) -> HPLaw:
-    """Step Law's."""
+def fit_recipe(runs: pd.DataFrame) -> HPLaw:
+    """Fit the law by the recipe of Step Law."""
     near = runs[runs["loss"] < 1.0025 * runs.groupby(["N", "D"])["loss"].transform("min")]
     n, d, x, y = np.log(near[["N", "D", "lr", "batch_tokens"]].to_numpy(float)).T
     one = np.ones_like(n)
@@ -48,22 +50,23 @@ def recipe(runs: pd.DataFrame) -> HPLaw:
     return HPLaw(float(np.exp(a[0])), float(a[1]), float(a[2]), float(np.exp(b[0])), 0.0, float(b[1]))
 
 
-class Truth:
-    """A group's own optimum, and the height of its own bowl there."""
+class GroupTruth:
+    """The optimum of one group, and its bowl."""
 
     def __init__(self, N: float, D: float, lr: float, batch: float, height: Callable[[float, float], float]) -> None:
         self.N, self.D, self.optimum, self.height = N, D, (lr, batch), height
 
-    def regret(self, lr: float, batch: float) -> float:
+    def compute_regret(self, lr: float, batch: float) -> float:
+        """Return the regret of settings in per cent."""
         return 100 * self.height(float(np.log(lr / self.optimum[0])), float(np.log(batch / self.optimum[1])))
 
 
-def measured(N: float, D: float, runs: pd.DataFrame) -> Truth:
-    """The cubic bowl of one full group of real runs, with priors three times as wide."""
+def measure_truth(N: float, D: float, runs: pd.DataFrame) -> GroupTruth:
+    """Fit a cubic bowl to one full group of real runs, with priors three times as wide as usual."""
     y, lr, batch = (np.log(runs[c].to_numpy(float)) for c in ("loss", "lr", "batch_tokens"))
     keep = y - y.min() <= 0.3
-    nil = np.zeros(int(keep.sum()))
-    data = GroupedRuns(y[keep], lr[keep], batch[keep], nil, nil, nil.astype(np.intp), 1)
+    zeros = np.zeros(int(keep.sum()))
+    data = GroupedRuns(y[keep], lr[keep], batch[keep], zeros, zeros, zeros.astype(np.intp), 1)
     mean, sd = make_prior("cubic", (float(np.log(4e8)), float(np.log(2e10))), False)
     sd[[0, 3, *range(SHAPE_START, sd.size)]] *= 3
     fit = fit_bowl("cubic", 0.01, data, (mean, sd))
@@ -71,67 +74,79 @@ def measured(N: float, D: float, runs: pd.DataFrame) -> Truth:
     def height(u: float, v: float) -> float:
         return float(fit.height(np.array([u]), np.array([v]), 0.0, 0.0)[0])
 
-    return Truth(N, D, float(np.exp(fit.theta[0])), float(np.exp(fit.theta[3])), height)
+    return GroupTruth(N, D, float(np.exp(fit.theta[0])), float(np.exp(fit.theta[3])), height)
 
 
-def score(runs: pd.DataFrame, asked: list[Truth]) -> Array:
-    """Means over the asked groups: regret, expected regret, whether intervals hold lr* and B*, the recipe's regret; s."""
+def score_fit(runs: pd.DataFrame, truths: list[GroupTruth]) -> Array:
+    """Return means over the held-out groups.
+
+    They are the regret, the expected regret, whether the intervals contain lr* and B*, the regret of the recipe, and
+    the seconds of the fit.
+    """
     start = time.perf_counter()
     fit = fit_hp_law(runs)
-    took, other, rows = time.perf_counter() - start, recipe(runs), []
-    for t in asked:
+    seconds, recipe, rows = time.perf_counter() - start, fit_recipe(runs), []
+    for t in truths:
         lr, batch = (float(v) for v in fit.law(t.N, t.D))
         ranges = fit.interval(t.N, t.D, MASS)
-        held = [low <= at <= high for (low, high), at in zip(ranges, t.optimum, strict=True)]
-        beside = t.regret(*(float(v) for v in other(t.N, t.D)))
-        rows.append([t.regret(lr, batch), 100 * fit.expected_regret(t.N, t.D), *held, min(beside, 20.0), took])
+        held = [low <= optimum <= high for (low, high), optimum in zip(ranges, t.optimum, strict=True)]
+        recipe_regret = t.compute_regret(*(float(v) for v in recipe(t.N, t.D)))
+        rows.append(
+            [t.compute_regret(lr, batch), 100 * fit.expected_regret(t.N, t.D), *held, min(recipe_regret, 20.0), seconds]
+        )
     return np.asarray(np.mean(rows, 0))
 
 
-def show(name: str, rows: list[Array]) -> None:
-    real, expected, lr, batch, other, took = np.mean(rows, 0)
+def print_row(name: str, rows: list[Array]) -> None:
+    regret, expected, lr, batch, recipe, seconds = np.mean(rows, 0)
     print(
-        f"{name:32}{real:9.3f}{expected:10.3f}{expected / real:7.1f}{100 * lr:8.0f}{100 * batch:6.0f}{other:11.3f}{took:7.2f}"
+        f"{name:32}{regret:9.3f}{expected:10.3f}{expected / regret:7.1f}{100 * lr:8.0f}{100 * batch:6.0f}{recipe:11.3f}{seconds:7.2f}"
     )
 
 
-def groups_of(runs: pd.DataFrame) -> dict[tuple[float, float], pd.DataFrame]:
+def split_groups(runs: pd.DataFrame) -> dict[tuple[float, float], pd.DataFrame]:
     sizes = runs[["N", "D"]].drop_duplicates().sort_values(["N", "D"]).to_numpy(float)
     return {(float(N), float(D)): runs[(runs["N"] == N) & (runs["D"] == D)] for N, D in sizes}
 
 
-def thinned(runs: pd.DataFrame, per: int, rng: np.random.Generator) -> pd.DataFrame:
-    if not per:
+def thin_groups(runs: pd.DataFrame, per_group: int, rng: np.random.Generator) -> pd.DataFrame:
+    if not per_group:
         return runs
-    kept = [group.iloc[rng.permutation(len(group))[:per]] for group in groups_of(runs).values()]
+    kept = [group.iloc[rng.permutation(len(group))[:per_group]] for group in split_groups(runs).values()]
     return pd.concat(kept, ignore_index=True)
 
 
-def real(folder: Path, pers: list[int], draws: int) -> None:
+def compare_real(folder: Path, per_groups: list[int], draws: int) -> None:
     table = pd.read_csv(folder / "steplaw_dense.csv").drop(columns="loss").rename(columns={"smooth_loss": "loss"})
     table = table[["N", "D", "lr", "batch_tokens", "loss"]].astype(float)
-    truths = {size: measured(*size, group) for size, group in groups_of(table).items()}
-    for per in pers:
-        print(f"{f'{per} runs a group' if per else 'all runs'}")
+    truths = {size: measure_truth(*size, group) for size, group in split_groups(table).items()}
+    for per_group in per_groups:
+        print(f"{f'{per_group} runs a group' if per_group else 'all runs'}")
         everything = []
-        for name, fitted in SPLITS.items():
-            small = fitted(table)
-            asked = [truths[size] for size in groups_of(table[~small])]
+        for name, is_fitted in SPLITS.items():
+            small = is_fitted(table)
+            held_out = [truths[size] for size in split_groups(table[~small])]
             rows = []
-            for seed in range(draws if per else 1):
-                rows.append(score(thinned(table[small], per, np.random.default_rng(seed)), asked))
-            show(f"  {name}", rows)
+            for seed in range(draws if per_group else 1):
+                rows.append(score_fit(thin_groups(table[small], per_group, np.random.default_rng(seed)), held_out))
+            print_row(f"  {name}", rows)
             everything.append(np.mean(rows, 0))
-        show("  mean", everything)
+        print_row("  mean", everything)
 
 
-def family(
-    rng: np.random.Generator, per: int, centre: tuple[float, float, float, float] | None, noise: float
-) -> tuple[pd.DataFrame, list[Truth]]:
-    """Runs of nine groups, then the four asked ones, up to 8 times N and 8 times D beyond.
+def make_family(
+    rng: np.random.Generator, per_group: int, centre: tuple[float, float, float, float] | None, noise: float
+) -> tuple[pd.DataFrame, list[GroupTruth]]:
+    """Make runs of nine groups, and four held-out groups with up to 8 times the N and 8 times the D.
 
-    centre: a1, a2, b1, b2; None: drawn from the fit's own prior (b2: nil in two of three). The bowl is none of the
-    fitted forms, its height and lopsidedness differ with N and D, and every group's optimum is shifted by its own .08.
+    The bowl is neither of the fitted forms, its height and skew vary with N and D, and the optimum of every group has
+    its own shift of 0.08.
+
+    Args:
+        rng: Generator of the draws.
+        per_group: Runs in each group.
+        centre: Exponents a1, a2, b1, b2; None to draw them from the prior of the fit (b2 is 0 in two of three cases).
+        noise: Standard deviation of ln loss of a run.
     """
     if centre is None:
         a1, a2, b1 = rng.normal([-0.6, 0.2, 0.5], [0.3, 0.3, 0.2])
@@ -141,23 +156,24 @@ def family(
     skew, tilt, flatter = rng.uniform(0.0, 0.004), rng.uniform(-0.5, -0.1), rng.uniform(-0.2, 0.1, 2)
     heights = 0.01 * np.exp(0.4 * rng.normal(size=2))
 
-    def truth(N: float, D: float) -> Truth:
+    def truth(N: float, D: float) -> GroupTruth:
         n, d = np.log(N / 2e8), np.log(D / 1e10)
-        own = 0.08 * rng.normal(size=2)
-        lr, batch = 3e-3 * np.exp(a1 * n + a2 * d + own[0]), 3e5 * np.exp(b1 * d + b2 * n + own[1])
+        shift = 0.08 * rng.normal(size=2)
+        lr, batch = 3e-3 * np.exp(a1 * n + a2 * d + shift[0]), 3e5 * np.exp(b1 * d + b2 * n + shift[1])
 
         def height(u: float, v: float) -> float:
             z = u + tilt * v
             bowl = heights[0] * z * z + 0.6 * heights[1] * v * v + (skew + 0.001 * n) * max(z, 0.0) ** 3
             return float(bowl * np.exp(flatter @ [n, d]))
 
-        return Truth(N, D, float(lr), float(batch), height)
+        return GroupTruth(N, D, float(lr), float(batch), height)
 
     rows = []
     for N in (6e7, 1.5e8, 4e8):
         for D in (3e9, 1e10, 3e10):
             t = truth(N, D)
-            box = rng.uniform(-2, 2, (per, 2)) + 0.35 * rng.normal(size=2)  # its middle misses the optimum a little
+            # The middle of the box is slightly off the optimum.
+            box = rng.uniform(-2, 2, (per_group, 2)) + 0.35 * rng.normal(size=2)
             for x, y in box:
                 loss = 3 * (N / 1e8) ** -0.05 * (D / 1e10) ** -0.05 * np.exp(t.height(x, y) + noise * rng.normal())
                 rows.append((N, D, t.optimum[0] * np.exp(x), t.optimum[1] * np.exp(y), loss))
@@ -165,22 +181,22 @@ def family(
     return runs, [truth(N, D) for N, D in ((8e8, 3e10), (8e8, 1e11), (3.2e9, 6e10), (3.2e9, 2.4e11))]
 
 
-def planted(count: int, pers: list[int], noise: float) -> None:
+def compare_planted(count: int, per_groups: list[int], noise: float) -> None:
     centres: dict[str, tuple[float, float, float, float] | None] = {
         "exponents from the prior": None,
-        "-.4, 0, .4, 0": (-0.4, 0.0, 0.4, 0.0),
-        "-.7, .3, .57, 0": (-0.7, 0.3, 0.57, 0.0),
-        "-.7, .3, .57, -.2": (-0.7, 0.3, 0.57, -0.2),
-        "-.2, -.3, .4, 0": (-0.2, -0.3, 0.4, 0.0),
+        "-0.4, 0, 0.4, 0": (-0.4, 0.0, 0.4, 0.0),
+        "-0.7, 0.3, 0.57, 0": (-0.7, 0.3, 0.57, 0.0),
+        "-0.7, 0.3, 0.57, -0.2": (-0.7, 0.3, 0.57, -0.2),
+        "-0.2, -0.3, 0.4, 0": (-0.2, -0.3, 0.4, 0.0),
     }
-    for per in pers:
-        print(f"{per or 60} runs a group, noise of a run {100 * noise:g} %")
+    for per_group in per_groups:
+        print(f"{per_group or 60} runs a group, noise of a run {100 * noise:g} %")
         for name, centre in centres.items():
             rows = []
             for seed in range(count):
-                runs, asked = family(np.random.default_rng(seed), per or 60, centre, noise)
-                rows.append(score(runs, asked))
-            show(f"  {name}", rows)
+                runs, truths = make_family(np.random.default_rng(seed), per_group or 60, centre, noise)
+                rows.append(score_fit(runs, truths))
+            print_row(f"  {name}", rows)
 
 
 def main() -> None:
@@ -188,16 +204,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the folder with steplaw_dense.csv")
     parser.add_argument("--planted", type=int, default=0, metavar="COUNT", help="families for each row")
     parser.add_argument("--per-group", type=int, nargs="+", default=[0, 20, 10, 8], help="runs a group; 0: all")
-    parser.add_argument("--draws", type=int, default=6, help="random choices of the runs of real groups")
+    parser.add_argument("--draws", type=int, default=6, help="random subsets of the runs of real groups")
     parser.add_argument("--noise", type=float, default=0.001, help="sd of a planted run's ln loss")
     options = parser.parse_args()
     if options.data is None and not options.planted:
-        parser.error("say --data FOLDER, --planted COUNT, or both")
+        parser.error("needed --data FOLDER, --planted COUNT, or both")
     print(f"{'%':32}{'regret':>9}{'expected':>10}{'ratio':>7}{'80%: lr':>8}{'B':>6}{'recipe':>11}{'s':>7}")
     if options.data is not None:
-        real(options.data, options.per_group, options.draws)
+        compare_real(options.data, options.per_group, options.draws)
     if options.planted:
-        planted(options.planted, options.per_group, options.noise)
+        compare_planted(options.planted, options.per_group, options.noise)
 
 
 if __name__ == "__main__":

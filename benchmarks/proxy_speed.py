@@ -1,14 +1,15 @@
-"""How fast a proxy trains, against two plain training steps (benchmarks/nano.py), measured alternately in one process.
+"""Compare a proxy's training step with two plain ones (benchmarks/nano.py), alternately in one process.
 
     python benchmarks/proxy_speed.py --threads 1 2 --widths 64 128 256
     python benchmarks/proxy_speed.py --profile                  where a step's time goes, by kind of operation
     python benchmarks/proxy_speed.py --startup 5                seconds to the first step in a fresh process
     python benchmarks/proxy_speed.py --memory                   peak memory of a fresh process by width
-    python benchmarks/proxy_speed.py --together 8               K members in one program against one by one
-    python benchmarks/proxy_speed.py --gpu-124m                 124M parameters, T = 1024, bfloat16, compiled; needs a GPU
+    python benchmarks/proxy_speed.py --together 8               8 members in one program against one by one
+    python benchmarks/proxy_speed.py --gpu-124m                 124M parameters, T = 1024, bfloat16, compiled, on a GPU
 
-A ratio is the plain step's time over ours in the same round; shown are the median and the quartiles of all rounds. With
---cpu-time a step is timed by the CPU time of the process, which other processes disturb less (one thread only).
+A ratio is the plain step's time divided by ours in the same round; the median and the quartiles of all rounds are
+printed. With --cpu-time a step is timed by the CPU time of the process, which other processes disturb less (one thread
+only).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from nano import Step, gpt2_flops_per_token, gpt2_step, llama_step
+from nano import Step, compute_gpt2_flops_per_token, make_gpt2_step, make_llama_step
 
 from proxies.config.proxy import ProxyConfig
 from proxies.config.steps import plan_steps
@@ -33,7 +34,9 @@ from proxies.data.mixture import open_data
 from proxies.training.run_state import Run
 from proxies.training.stacked import Stack
 
-H100_BF16_FLOPS = 989e12  # dense, SXM
+# Dense, SXM.
+H100_BF16_FLOPS = 989e12
+# Kinds of operations by the beginning of their names.
 FAMILIES = {
     "matrix products": ("mm", "bmm", "addmm", "baddbmm"),
     "attention": ("_scaled_dot_product",),
@@ -44,8 +47,8 @@ FAMILIES = {
 }
 
 
-def our_step(config: ProxyConfig, device: str = "cpu") -> Step:
-    """One training step as `train` does it."""
+def make_proxy_step(config: ProxyConfig, device: str = "cpu") -> Step:
+    """Return a training step as `train` takes it."""
     run = Run(config, plan_steps(config, 1 << 40), "", torch.device(device))
 
     def step(x_bt: torch.Tensor, y_bt: torch.Tensor) -> torch.Tensor:
@@ -57,100 +60,108 @@ def our_step(config: ProxyConfig, device: str = "cpu") -> Step:
     return step
 
 
-def batch(config: ProxyConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text; a run of random tokens would have gradients of another size."""
+def read_batch(config: ProxyConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch of text, since random tokens would have gradients of another size."""
     return open_data(config).windows.batch(0, config.batch_seqs)
 
 
-def quartiles(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+def format_quartiles(values: list[float]) -> str:
+    """Return the median and the quartiles as text."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def compare(options: argparse.Namespace) -> None:
+    """Compare our step with the plain steps, by threads and width."""
     clock = time.process_time if options.cpu_time else time.perf_counter
-    print(f"{'threads':>7}{'width':>6}{'T':>5}{'ours tok/s':>12}{'GFLOP/s':>9}   time of a plain step over ours")
+    print(f"{'threads':>7}{'width':>6}{'T':>5}{'ours tok/s':>12}{'GFLOP/s':>9}   time of a plain step / ours")
     for threads in options.threads:
         torch.set_num_threads(threads)
         for width in options.widths:
             config = ProxyConfig(d_model=width, seq_len=options.seq_len, precision=options.precision)
-            x_bt, y_bt = batch(config)
-            steps = {"ours": our_step(config), "gpt2": gpt2_step(config), "llama": llama_step(config)}
-            took: dict[str, list[float]] = {name: [] for name in steps}
+            x_bt, y_bt = read_batch(config)
+            steps = {"ours": make_proxy_step(config), "gpt2": make_gpt2_step(config), "llama": make_llama_step(config)}
+            times: dict[str, list[float]] = {name: [] for name in steps}
             for _ in range(options.rounds + 3):
                 for name, step in steps.items():
-                    began = clock()
+                    start = clock()
                     step(x_bt, y_bt)
-                    took[name].append(clock() - began)
-            took = {name: seconds[3:] for name, seconds in took.items()}
-            speed = config.batch_tokens / statistics.median(took["ours"])
-            ratio = {n: [b / a for a, b in zip(took["ours"], took[n], strict=True)] for n in ("gpt2", "llama")}
-            more = config.flops_per_token / gpt2_flops_per_token(config)
+                    times[name].append(clock() - start)
+            times = {name: seconds[3:] for name, seconds in times.items()}
+            speed = config.batch_tokens / statistics.median(times["ours"])
+            ratios = {n: [b / a for a, b in zip(times["ours"], times[n], strict=True)] for n in ("gpt2", "llama")}
+            flops_ratio = config.flops_per_token / compute_gpt2_flops_per_token(config)
             print(
                 f"{threads:>7}{width:>6}{config.seq_len:>5}{speed:>12,.0f}{speed * config.flops_per_token / 1e9:>9.1f}"
-                f"   gpt2 {quartiles(ratio['gpt2'])}, per FLOP {more * statistics.median(ratio['gpt2']):.2f};"
-                f" same shape {quartiles(ratio['llama'])}",
+                f"   gpt2 {format_quartiles(ratios['gpt2'])}, "
+                f"per FLOP {flops_ratio * statistics.median(ratios['gpt2']):.2f};"
+                f" same shape {format_quartiles(ratios['llama'])}",
                 flush=True,
             )
 
 
 def profile(options: argparse.Namespace) -> None:
+    """Print the share of each kind of operation in the time of a step."""
     torch.set_num_threads(options.threads[0])
     for width in options.widths:
         config = ProxyConfig(d_model=width, seq_len=options.seq_len)
-        x_bt, y_bt = batch(config)
-        makers: dict[str, Callable[[ProxyConfig], Step]] = {"ours": our_step, "gpt2": gpt2_step, "llama": llama_step}
-        for name, make in makers.items():
-            step = make(config)
+        x_bt, y_bt = read_batch(config)
+        makers: dict[str, Callable[[ProxyConfig], Step]]
+        makers = {"ours": make_proxy_step, "gpt2": make_gpt2_step, "llama": make_llama_step}
+        for name, make_step in makers.items():
+            step = make_step(config)
             for _ in range(3):
                 step(x_bt, y_bt)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
                 for _ in range(options.rounds):
                     step(x_bt, y_bt)
-            spent: Counter[str] = Counter()
+            microseconds: Counter[str] = Counter()
             for row in trace.key_averages():
-                spent[family(row.key)] += row.self_cpu_time_total
-            total = spent.total()
-            shares = ", ".join(f"{kind} {100 * us / total:.0f} %" for kind, us in spent.most_common())
+                microseconds[get_family(row.key)] += row.self_cpu_time_total
+            total = microseconds.total()
+            shares = ", ".join(f"{kind} {100 * us / total:.0f} %" for kind, us in microseconds.most_common())
             print(f"width {width:>4} {name:>6} {total / options.rounds / 1e3:8.1f} ms: {shares}", flush=True)
 
 
-def family(operation: str) -> str:
+def get_family(operation: str) -> str:
+    """Return the kind of an operation."""
     name = operation.removeprefix("aten::")
     return next((kind for kind, names in FAMILIES.items() if name.startswith(names)), "other")
 
 
-def fresh(code: str) -> float:
-    """The number that this code prints, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+def run_in_fresh_process(code: str) -> float:
+    """Run code in a new process and return the number that it prints."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(result.stdout.split()[-1])
 
 
 FIRST_STEP = """
-import time; began = time.perf_counter()
+import time; start = time.perf_counter()
 import proxies
 points = proxies.train(proxies.ProxyConfig(d_model={width}, eval_windows=1, warmup_tokens=0), 4096)
 next(points)
 import resource
-print({what})
+print({expression})
 """
 
 
-def startup(options: argparse.Namespace) -> None:
-    code = FIRST_STEP.format(width=options.widths[0], what="time.perf_counter() - began")
-    took = [fresh(code) for _ in range(options.startup)]
-    print(
-        f"import, data, build, first steps at width {options.widths[0]}: " + ", ".join(f"{s:.1f}" for s in took) + " s"
-    )
+def measure_startup(options: argparse.Namespace) -> None:
+    """Print the seconds to the first step in fresh processes."""
+    code = FIRST_STEP.format(width=options.widths[0], expression="time.perf_counter() - start")
+    times = ", ".join(f"{run_in_fresh_process(code):.1f}" for _ in range(options.startup))
+    print(f"import, data, build, first steps at width {options.widths[0]}: {times} s")
 
 
-def memory(options: argparse.Namespace) -> None:
+def measure_memory(options: argparse.Namespace) -> None:
+    """Print the peak memory of fresh processes by width."""
+    peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
     for width in options.widths:
-        kib = fresh(FIRST_STEP.format(width=width, what="resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"))
+        kib = run_in_fresh_process(FIRST_STEP.format(width=width, expression=peak))
         print(f"width {width:>4}: peak {kib / 1024:,.0f} MiB, torch and data included")
 
 
-def together(options: argparse.Namespace) -> None:
+def compare_together(options: argparse.Namespace) -> None:
+    """Compare K members trained in one program with the same members one by one."""
     clock = time.process_time if options.cpu_time else time.perf_counter
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(options.threads[0])
@@ -164,17 +175,21 @@ def together(options: argparse.Namespace) -> None:
         stack = Stack(stacked)
         ratios = []
         for _ in range(options.rounds + 2):
-            began = clock()
-            for run, of in zip(alone, data, strict=True):
-                float(run.advance(of.windows))  # waits for the device
+            start = clock()
+            for run, run_data in zip(alone, data, strict=True):
+                # The conversion to float waits for the device.
+                float(run.advance(run_data.windows))
             middle = clock()
             float(stack.advance(data).sum())
-            ratios.append((middle - began) / (clock() - middle))
-        print(f"{device.type}, width {width}, batch {options.batch}: one by one over together {quartiles(ratios[2:])}")
+            ratios.append((middle - start) / (clock() - middle))
+        print(
+            f"{device.type}, width {width}, batch {options.batch}: "
+            f"time one by one / together {format_quartiles(ratios[2:])}"
+        )
 
 
-def gpu_124m(options: argparse.Namespace) -> None:
-    """124M parameters: 12 layers, d = 768, heads of 64, GPT-2's vocabulary rounded up to 50,304."""
+def measure_gpu_124m(options: argparse.Namespace) -> None:
+    """Print the speed of 124M parameters: 12 layers, d = 768, heads of 64, GPT-2's vocabulary rounded up to 50,304."""
     tiny = options.tiny
     device = "cpu" if tiny else "cuda"
     config = ProxyConfig(
@@ -188,18 +203,19 @@ def gpu_124m(options: argparse.Namespace) -> None:
         precision="bfloat16",
         compile=not tiny,
     )
-    step = our_step(config, device)
+    step = make_proxy_step(config, device)
     generator = torch.Generator().manual_seed(0)
     x_bt, y_bt = (torch.randint(config.vocab, (config.batch_seqs, config.seq_len), generator=generator) for _ in "xy")
     x_bt, y_bt = x_bt.to(device), y_bt.to(device)
     for _ in range(5):
         float(step(x_bt, y_bt))
-    took = []
+    times = []
     for _ in range(options.rounds):
-        began = time.perf_counter()
-        float(step(x_bt, y_bt))  # waits for the device
-        took.append(time.perf_counter() - began)
-    speed = config.batch_tokens / statistics.median(took)
+        start = time.perf_counter()
+        # The conversion to float waits for the device.
+        float(step(x_bt, y_bt))
+        times.append(time.perf_counter() - start)
+    speed = config.batch_tokens / statistics.median(times)
     name = "CPU, a smoke test" if tiny else torch.cuda.get_device_name()
     print(f"{name}: N = {config.counts.N:,}, {speed:,.0f} tokens/s, {speed * config.flops_per_token:.3g} FLOP/s (PaLM)")
     if not tiny:
@@ -213,8 +229,10 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=16, help="of --together")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="of ours; the plain steps are float32")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step with --together")
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16"], help="precision of our step; the plain steps use float32"
+    )
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--startup", type=int, metavar="TIMES")
@@ -224,15 +242,15 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="--gpu-124m as a smoke test on CPU")
     options = parser.parse_args()
     if options.cpu_time and options.threads != [1]:
-        parser.error("needed one thread with --cpu-time, which adds up the time of all")
+        parser.error("needed one thread with --cpu-time, which adds up the time of all threads")
     chosen = {
         profile: options.profile,
-        startup: options.startup,
-        memory: options.memory,
-        together: options.together,
-        gpu_124m: options.gpu_124m,
+        measure_startup: options.startup,
+        measure_memory: options.memory,
+        compare_together: options.together,
+        measure_gpu_124m: options.gpu_124m,
     }
-    for mode in [mode for mode, asked in chosen.items() if asked] or [compare]:
+    for mode in [mode for mode, is_chosen in chosen.items() if is_chosen] or [compare]:
         mode(options)
 
 

@@ -5,11 +5,15 @@
     python benchmarks/search_regret.py networks --seeds 10
     python benchmarks/search_regret.py ask --trials 100 1000 --sampler mfbo
 
-noise: the problems of hpo_regret.py in the folder --bench, every loss with Gaussian noise, regret without it, beside the
-noiseless search of the same seeds. raise: a search whose largest run is 1/9 of the target's for the first --before of
-its cost, then extended twice, beside one that knew from the start. networks: two planted seven-parameter problems with
-integers whose runs resume. Cost 1 is one run at the target fidelity; medians over seeds; "observed" is the best loss at
-the highest fidelity reached, "recommended" is Search.best().
+noise     The problems of hpo_regret.py in the folder --bench with Gaussian noise in every loss, beside the noiseless
+          search with the same seeds. The regret is computed without noise.
+raise     A search whose largest run is 1/9 of the target for the first --before of its cost, then extended twice, beside
+          one that knew the target from the start.
+networks  Two synthetic problems with seven parameters, some of them integers, whose runs resume.
+ask       The time of one ask in a study of --trials finished trials.
+
+Cost 1 is one run at the target fidelity, and numbers are medians over seeds. "observed" is the best loss at the highest
+fidelity reached, "recommended" is Search.best().
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ from scipy.optimize import minimize
 
 from hpo import Job, Search
 
-UNIT = 27_000_000  # tokens that stand for fidelity 1
+# Tokens that stand for fidelity 1.
+UNIT = 27_000_000
 LEVELS = (1 / 27, 1 / 9, 1 / 3, 1.0)
 
 
@@ -46,9 +51,12 @@ class Problem(Protocol):
     def f(self, x: dict[str, Any], z: float) -> float: ...
 
 
-class Network:
-    """Error in percent of a network after a share z of its epochs, planted: a rotated bowl with ripples, whose optimum
-    drifts with z, and a rate of learning that depends on the learning rate."""
+class PlantedNetwork:
+    """A synthetic error in percent of a network after a share z of its epochs.
+
+    It is a rotated bowl with ripples, whose optimum drifts with z, and it falls at a rate that depends on the learning
+    rate.
+    """
 
     def __init__(self, which: int) -> None:
         rng = np.random.default_rng(1000 + which)
@@ -59,9 +67,8 @@ class Network:
         fits = [
             minimize(self.error, rng.random(7), args=(1.0,), method="L-BFGS-B", bounds=[(0, 1)] * 7) for _ in range(40)
         ]
-        self.optimum = float(
-            min(fit.fun for fit in fits)
-        )  # of the continuous relaxation: integers cannot quite reach it
+        # The optimum of the continuous relaxation, which integers cannot quite reach.
+        self.optimum = float(min(fit.fun for fit in fits))
 
     def space(self) -> dict[str, BaseDistribution]:
         return {
@@ -90,13 +97,18 @@ class Network:
 
 @dataclass(frozen=True)
 class SearchRun:
-    """What one search reached at each checkpoint: (observed, recommended), and the CPU seconds of an evaluation."""
+    """The result of one search.
+
+    Attributes:
+        marks: Observed and recommended regret at each checkpoint.
+        seconds: CPU seconds of an evaluation.
+    """
 
     marks: dict[float, tuple[float, float]]
     seconds: float
 
 
-def search(
+def run_search(
     problem: Problem,
     seed: int,
     checkpoints: Sequence[float],
@@ -106,10 +118,13 @@ def search(
     raised_at: float | None = None,
     sampler: str = "mfbo",
 ) -> SearchRun:
-    """One search until the last checkpoint. raised_at: the cost at which the largest run is raised from 1/9 to 1."""
+    """Run one search until the last checkpoint.
+
+    raised_at: cost at which the largest run is raised from 1/9 to 1 of the target.
+    """
     rng = np.random.default_rng([seed, 99])
     largest = UNIT if raised_at is None else UNIT // 9
-    it = Search(
+    search = Search(
         problem.space(),
         tokens=(UNIT // 27, largest),
         eta=3,
@@ -123,18 +138,18 @@ def search(
     marks: dict[float, tuple[float, float]] = {}
     while True:
         if raised_at is not None and largest < UNIT and spent >= raised_at - 1e-6:
-            it.extend(UNIT)
+            search.extend(UNIT)
             largest = UNIT
-        began = time.process_time()
-        job = it.ask()
-        seconds += time.process_time() - began
+        start = time.process_time()
+        job = search.ask()
+        seconds += time.process_time() - start
         assert job is not None
         level = min(LEVELS, key=lambda share: abs(math.log(share * UNIT / job.fidelity.D)))
         price = level - (job.resume_tokens or 0) / UNIT
         if spent + price > checkpoints[-1] + 1e-6:
             break
         loss = problem.f(job.params, level) + noise * float(rng.standard_normal())
-        it.tell(job, loss)
+        search.tell(job, loss)
         spent += price
         evaluations += 1
         if level > top + 1e-9:
@@ -143,19 +158,20 @@ def search(
             best = loss, job.params
         for mark in checkpoints:
             if mark not in marks and spent >= mark - 1e-6:
-                marks[mark] = regrets(problem, it, best)
-    for mark in checkpoints:  # what the next evaluation would have overrun
+                marks[mark] = compute_regrets(problem, search, best)
+    # Checkpoints that the next evaluation would have passed.
+    for mark in checkpoints:
         if mark not in marks and spent >= 0.85 * mark:
-            marks[mark] = regrets(problem, it, best)
+            marks[mark] = compute_regrets(problem, search, best)
     return SearchRun(marks, seconds / max(evaluations, 1))
 
 
-def regrets(problem: Problem, it: Search, best: tuple[float, dict[str, Any]] | None) -> tuple[float, float]:
+def compute_regrets(problem: Problem, search: Search, best: tuple[float, dict[str, Any]] | None) -> tuple[float, float]:
     assert best is not None
-    return problem.f(best[1], 1.0) - problem.optimum, problem.f(it.best(), 1.0) - problem.optimum
+    return problem.f(best[1], 1.0) - problem.optimum, problem.f(search.best(), 1.0) - problem.optimum
 
 
-def show(name: str, runs: Sequence[SearchRun], checkpoints: Sequence[float]) -> None:
+def print_rows(name: str, runs: Sequence[SearchRun], checkpoints: Sequence[float]) -> None:
     for i, kind in enumerate(("observed", "recommended")):
         cells = ""
         for mark in checkpoints:
@@ -164,8 +180,8 @@ def show(name: str, runs: Sequence[SearchRun], checkpoints: Sequence[float]) -> 
         print(f"{name:34s}{kind:12s}{cells}   {np.mean([run.seconds for run in runs]):.3f} s", flush=True)
 
 
-def problems_of(folder: Path) -> dict[str, Callable[[], Problem]]:
-    """The problems of hpo_regret.py in a folder."""
+def load_problems(folder: Path) -> dict[str, Callable[[], Problem]]:
+    """Load the problems of hpo_regret.py in a folder."""
     spec = importlib.util.spec_from_file_location("hpo_regret", folder / "hpo_regret.py")
     if spec is None or spec.loader is None or not (folder / "hpo_regret.py").is_file():
         raise SystemExit(f"no hpo_regret.py in {folder}: give its folder with --bench")
@@ -176,11 +192,11 @@ def problems_of(folder: Path) -> dict[str, Callable[[], Problem]]:
 
 
 def time_asks(trials: int, sampler: str, parameters: int) -> None:
-    """One ask, and one best(), in a study of so many finished trials on four rungs."""
+    """Time one ask and one best() in a study of `trials` finished trials on four rungs."""
     space: dict[str, BaseDistribution] = {f"x{i}": FloatDistribution(0.0, 1.0) for i in range(parameters)}
     storage = optuna.storages.InMemoryStorage()
 
-    def opened() -> Search:
+    def open_search() -> Search:
         return Search(
             space,
             tokens=(UNIT // 27, UNIT),
@@ -192,37 +208,49 @@ def time_asks(trials: int, sampler: str, parameters: int) -> None:
             cost=lambda fidelity: fidelity.D / UNIT,
         )
 
-    it = opened()
+    old_worker = open_search()
     rng = np.random.default_rng(0)
-    levels = it.ladder.levels
+    levels = old_worker.ladder.levels
     for number in range(trials):
         rung = int(rng.choice(4, p=[0.5, 0.25, 0.15, 0.1]))
         params = {name: float(rng.random()) for name in space}
         loss = sum((x - 0.5 - 0.05 * (3 - rung)) ** 2 for x in params.values()) + 0.3 * (3 - rung)
-        attrs: dict[str, Any] = {"tokens": levels[rung], "N": 1.0, "config": number, "rung": rung, "continues": None}
-        attrs |= {"resumed_tokens": 0, "seeds": 1, "worker": "", "bracket": [number, 0, rung]}
-        it.study.add_trial(optuna.create_trial(params=params, distributions=space, value=loss, user_attrs=attrs))
-    times, fresh, answers = [], [], []
+        user_attrs: dict[str, Any] = {
+            "tokens": levels[rung],
+            "N": 1.0,
+            "config": number,
+            "rung": rung,
+            "continues": None,
+        }
+        user_attrs |= {"resumed_tokens": 0, "seeds": 1, "worker": "", "bracket": [number, 0, rung]}
+        old_worker.study.add_trial(
+            optuna.create_trial(params=params, distributions=space, value=loss, user_attrs=user_attrs)
+        )
+    times, new_times, answers = [], [], []
 
-    def timed(search: Search, times: list[float]) -> Job:
-        began = time.process_time()
+    def ask(search: Search, times: list[float]) -> Job:
+        start = time.process_time()
         job = search.ask()
-        times.append(time.process_time() - began)
+        times.append(time.process_time() - start)
         assert job is not None
         return job
 
-    for turn in range(12):  # asks in turn by a worker that has asked before and by one that has just come
-        it.tell(timed(it, times), 1.0 + 0.01 * turn)
-        other = opened()
-        it.tell(timed(other, fresh), 1.0 + 0.01 * turn)
-        began = time.process_time()
-        it.best()
-        answers.append(time.process_time() - began)
-    times, fresh, answers = times[1:], fresh[1:], answers[1:]  # the first imports
+    # A worker that has asked before and a new one take turns.
+    for turn in range(12):
+        old_worker.tell(ask(old_worker, times), 1.0 + 0.01 * turn)
+        new_worker = open_search()
+        old_worker.tell(ask(new_worker, new_times), 1.0 + 0.01 * turn)
+        start = time.process_time()
+        old_worker.best()
+        answers.append(time.process_time() - start)
+    # The first of each includes imports.
+    times, new_times, answers = times[1:], new_times[1:], answers[1:]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"{sampler}, {parameters} parameters, {trials} trials: ask {np.median(times) * 1e3:.1f} ms (most {max(times) * 1e3:.1f}), "
-        f"of a new worker {np.median(fresh) * 1e3:.1f} ms (most {max(fresh) * 1e3:.1f}), best {np.median(answers) * 1e3:.1f} ms, peak memory {peak:.2f} GiB",
+        f"{sampler}, {parameters} parameters, {trials} trials: "
+        f"ask {np.median(times) * 1e3:.1f} ms (at most {max(times) * 1e3:.1f}), "
+        f"by a new worker {np.median(new_times) * 1e3:.1f} ms (at most {max(new_times) * 1e3:.1f}), "
+        f"best {np.median(answers) * 1e3:.1f} ms, peak memory {peak:.2f} GiB",
         flush=True,
     )
 
@@ -251,21 +279,21 @@ def main() -> None:
     print(f"{'median regret at cost':46s}" + "".join(f"{mark:11g}" for mark in marks))
     if options.what == "networks":
         for which in (0, 1):
-            network = Network(which)
-            runs = [search(network, s, marks, resumable=True, sampler=options.sampler) for s in seeds]
-            show(f"network {which}", runs, marks)
+            network = PlantedNetwork(which)
+            runs = [run_search(network, s, marks, resumable=True, sampler=options.sampler) for s in seeds]
+            print_rows(f"network {which}", runs, marks)
         return
-    problems = problems_of(options.bench)
+    problems = load_problems(options.bench)
     for name in options.problems:
         problem = problems[name]()
-        plain = [search(problem, s, marks, sampler=options.sampler) for s in seeds]
-        show(name, plain, marks)
+        plain = [run_search(problem, s, marks, sampler=options.sampler) for s in seeds]
+        print_rows(name, plain, marks)
         if options.what == "noise":
-            noisy = [search(problem, s, marks, noise=options.noise, sampler=options.sampler) for s in seeds]
-            show(f"{name}, noise {options.noise:g}", noisy, marks)
+            noisy = [run_search(problem, s, marks, noise=options.noise, sampler=options.sampler) for s in seeds]
+            print_rows(f"{name}, noise {options.noise:g}", noisy, marks)
         else:
-            raised = [search(problem, s, marks, raised_at=options.before, sampler=options.sampler) for s in seeds]
-            show(f"{name}, raised at {options.before:g}", raised, marks)
+            raised = [run_search(problem, s, marks, raised_at=options.before, sampler=options.sampler) for s in seeds]
+            print_rows(f"{name}, raised at {options.before:g}", raised, marks)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A plain PyTorch training script that knows nothing of muscale: an LSTM on Python's standard library, read as bytes."""
+"""A plain PyTorch training script that does not use muscale: an LSTM on the bytes of Python's standard library."""
 
 import argparse
 import json
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-SEQ = 64  # bytes per sequence
+# Bytes per sequence.
+SEQ = 64
 
 options = argparse.ArgumentParser()
 options.add_argument("--lr", type=float, required=True)
@@ -52,10 +53,13 @@ def evaluate() -> float:
 
 model = LanguageModel(args.width)
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
-done, reported, total = 0, 0, args.tokens // SEQ  # sequences
+# In sequences.
+done, reported, total = 0, 0, args.tokens // SEQ
 while done < total:
-    size = min(args.batch, total - done)  # the last step is smaller, so that the run is as long as asked
-    for group in optimizer.param_groups:  # warm-up over a twentieth, then linear decay to zero
+    # The last step may be smaller, so that the run has exactly the tokens that were asked for.
+    size = min(args.batch, total - done)
+    # The rate warms up over a twentieth of the run, then decays linearly to zero.
+    for group in optimizer.param_groups:
         group["lr"] = args.lr * min((done + size) / (0.05 * total), (total - done) / (0.95 * total))
     loss = loss_on(windows(train, torch.randint(split - SEQ, (size,))))
     optimizer.zero_grad()

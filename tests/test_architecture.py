@@ -1,4 +1,4 @@
-"""The structure of the packages: rooms import only rooms before them, big dependencies have one place, commands have help."""
+"""The structure of the packages: the order of imports, where big dependencies are imported, help of the commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Each room may import the rooms that stand before it. A comma joins rooms that may not import each other.
+# Each subpackage may import those before it. A comma joins subpackages that may not import each other.
 ORDER = {
     "scaling": ("common", "laws", "tracking", "fitting", "runs", "curves", "advice", "report", "__main__"),
     "hpo": ("surrogate, storage", "samplers", "search", "study", "worker", "launch", "confirm", "__main__"),
@@ -31,7 +31,7 @@ ORDER = {
 }
 PACKAGES = tuple(ORDER)
 LONGEST_MODULE = 450
-MODULES_IN_A_ROOM = 12
+MODULES_IN_A_SUBPACKAGE = 12
 COMMANDS = {
     "hpo": ("validate", "launch", "resume", "extend", "worker", "status", "best", "forget", "confirm"),
     "scaling": ("import", "fit", "recommend", "report"),
@@ -86,9 +86,9 @@ def internal() -> Iterator[tuple[str, str]]:
 
 
 def position(module: str) -> tuple[int, str]:
-    """The place of a module's room in the order, and the room."""
-    package, room = module.split(".")[:2]
-    return next(i for i, rooms in enumerate(ORDER[package]) if room in rooms.split(", ")), room
+    """Return the position of a module's subpackage in the order, and its name."""
+    package, subpackage = module.split(".")[:2]
+    return next(i for i, subpackages in enumerate(ORDER[package]) if subpackage in subpackages.split(", ")), subpackage
 
 
 def test_packages_import_only_lower_packages() -> None:
@@ -106,25 +106,25 @@ def test_packages_import_only_lower_packages() -> None:
     assert up == []
 
 
-def test_rooms_import_only_rooms_before_them() -> None:
+def test_subpackages_import_only_those_before_them() -> None:
     up = []
     for module, other in internal():
         if module.split(".")[0] != other.split(".")[0] or module.count(".") == 1:
             continue
-        # `import scaling` names no room: the public interface is for users, not for the rooms themselves
+        # `import scaling` names no subpackage: the public interface is for users, not for the packages themselves.
         if other.count(".") == 0:
             up.append(f"{module} imports the package {other}")
             continue
-        (here, room), (there, other_room) = position(module), position(other)
-        if other_room != room and there >= here:
+        (here, subpackage), (there, other_subpackage) = position(module), position(other)
+        if other_subpackage != subpackage and there >= here:
             up.append(f"{module} imports {other}")
     assert up == []
 
 
-def test_every_folder_is_a_room_in_the_order() -> None:
-    for package, rooms in ORDER.items():
+def test_every_folder_is_a_subpackage_in_the_order() -> None:
+    for package, subpackages in ORDER.items():
         folders = {p.name for p in (ROOT / package).iterdir() if p.is_dir() and p.name != "__pycache__"}
-        assert folders == {room for names in rooms for room in names.split(", ")} - {"__main__"}
+        assert folders == {subpackage for names in subpackages for subpackage in names.split(", ")} - {"__main__"}
         assert {p.name for p in (ROOT / package).glob("*.py")} == {"__init__.py", "__main__.py"}
 
 
@@ -136,27 +136,29 @@ def test_no_circle_of_modules() -> None:
     assert list(TopologicalSorter(graph).static_order())
 
 
-def test_a_room_is_one_paragraph_and_a_few_modules_of_a_readable_length() -> None:
+def test_a_subpackage_has_one_paragraph_and_a_few_modules_of_a_readable_length() -> None:
     for package in PACKAGES:
-        for room in (p for p in (ROOT / package).iterdir() if p.is_dir() and p.name != "__pycache__"):
-            (paragraph,) = ast.parse((room / "__init__.py").read_text()).body
-            assert isinstance(paragraph, ast.Expr), f"{room.name}/__init__.py holds its paragraph and nothing else"
+        for subpackage in (p for p in (ROOT / package).iterdir() if p.is_dir() and p.name != "__pycache__"):
+            (paragraph,) = ast.parse((subpackage / "__init__.py").read_text()).body
+            assert isinstance(paragraph, ast.Expr), (
+                f"{subpackage.name}/__init__.py holds its paragraph and nothing else"
+            )
             assert isinstance(paragraph.value, ast.Constant)
             assert "\n\n" not in str(paragraph.value.value)
-            assert len(list(room.glob("*.py"))) - 1 <= MODULES_IN_A_ROOM, room
+            assert len(list(subpackage.glob("*.py"))) - 1 <= MODULES_IN_A_SUBPACKAGE, subpackage
     long = {module: n for module, p in MODULES.items() if (n := len(p.read_text().splitlines())) > LONGEST_MODULE}
     assert long == {}
 
 
 @pytest.mark.parametrize(
-    ("dependency", "rooms"),
+    ("dependency", "subpackages"),
     [
         ("mlflow", {"scaling.tracking"}),
         ("botorch", {"hpo.surrogate", "proxies.training"}),
         ("gpytorch", {"hpo.surrogate", "proxies.training"}),
     ],
 )
-def test_big_dependencies_are_imported_in_one_room(dependency: str, rooms: set[str]) -> None:
+def test_big_dependencies_are_imported_in_one_place(dependency: str, subpackages: set[str]) -> None:
     """Imports for type checking aside. AutoLRS in proxies.training has a Gaussian process of its own."""
     importers = set()
     for module, path in MODULES.items():
@@ -167,10 +169,10 @@ def test_big_dependencies_are_imported_in_one_room(dependency: str, rooms: set[s
         names |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         if dependency in {name.split(".")[0] for name in names}:
             importers.add(".".join(module.split(".")[:2]))
-    assert importers == rooms
+    assert importers == subpackages
 
 
-def test_torch_has_its_rooms() -> None:
+def test_torch_is_imported_where_it_may_be() -> None:
     hpo = {
         module.split(".")[1]
         for module, p in MODULES.items()
@@ -234,8 +236,8 @@ def test_public_names_are_there(package: str) -> None:
         _ = module.nonsense
 
 
-def test_no_room_hides_a_public_function() -> None:
+def test_no_subpackage_hides_a_public_function() -> None:
     """`import scaling.x` sets scaling.x, so a lazily imported function of that name would turn into a module."""
     for package in PACKAGES:
-        rooms = {p.name for p in (ROOT / package).iterdir() if p.is_dir()}
-        assert rooms.isdisjoint(__import__(package).__all__)
+        subpackages = {p.name for p in (ROOT / package).iterdir() if p.is_dir()}
+        assert subpackages.isdisjoint(__import__(package).__all__)

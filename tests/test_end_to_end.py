@@ -142,9 +142,9 @@ def test_the_report_is_one_file_that_needs_no_network(loop: Loop) -> None:
         "Loss against learning rate (base width)": bowls,
         "Loss against batch, tokens per step": bowls,
         "Loss against compute": 2,
-        "lr* and B* against scale": 2,
+        "Best learning rate and batch against tokens": 2,
         # One for each size.
-        "Curves": 3,
+        "Loss curves": 3,
         "Rungs and promotions": 3,
         "The target against its prediction": 1,
     }.items():

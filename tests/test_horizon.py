@@ -47,7 +47,7 @@ def test_a_promotion_costs_all_its_tokens_under_a_horizon_and_the_difference_wit
     files.toml.write_text(STUDY % schedule)
     result = CliRunner().invoke(app, ["launch", str(files.toml), "--dry-run"])
     assert result.exit_code == 0, result.output
-    assert ("promotions start afresh" in result.output) == (schedule == "cosine")
+    assert ("promotions start from scratch" in result.output) == (schedule == "cosine")
 
     trained: list[tuple[int, Path | None]] = []
     train = loop.train
@@ -61,7 +61,7 @@ def test_a_promotion_costs_all_its_tokens_under_a_horizon_and_the_difference_wit
     study, trainer = load_study(files.toml)
     expected = open_search(study, trainer, None).plan()
     search = create_study(files, study, trainer, uri=uri)
-    assert run_worker(files, uri=uri, apart=False) == 0
+    assert run_worker(files, uri=uri, in_child_process=False) == 0
     assert search.finished
 
     levels = [tokens for tokens, _ in trained]

@@ -1,7 +1,8 @@
 """A study made by muscale 0.1 and stopped halfway: later versions resume, fit and report it.
 
-tests/data/study-0.1 holds what 0.1 wrote: the study file, journal, study.json, results, checkpoints and the MLflow store. It was made in
-the folder that MLflow's artifact locations name, which the tests replace by the folder they copy it to.
+tests/data/study-0.1 holds what 0.1 wrote: the study file, journal, study.json, results, checkpoints and the MLflow
+store. It was made in the folder that MLflow's artifact locations name, which the tests replace by the folder they copy
+it to.
 """
 
 from __future__ import annotations

@@ -364,7 +364,9 @@ def test_a_trainer_is_named_before_its_module_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hpo.study.config import StudyError, load_study
+    from scaling.common.logs import configure_logging
 
+    configure_logging()
     (tmp_path / "loud_trainer.py").write_text(
         "import sys\nprint('imported', file=sys.stderr)\nraise RuntimeError('at import')\n"
     )

@@ -83,8 +83,8 @@ def describe_lead(search: Search, best: dict[str, Any], study: str) -> str:
         value = f": {measured:.4f} nats" if math.isfinite(measured) else ""
         paragraphs.append(
             f"lead over {rival}{value}\n"
-            "  one seed per configuration cannot tell how much of it is noise;\n"
-            f"  `hpo confirm {study}` can, by training both on fresh seeds"
+            "  one seed per configuration does not show how much of it is noise;\n"
+            f"  `hpo confirm {study}` does, by training both on fresh seeds"
         )
     return "\n".join(paragraphs)
 
@@ -262,8 +262,8 @@ def _judge_difference(difference: Interval, seeds: int) -> tuple[Held, str]:
         better = f"the runner-up is {-difference.mean:.4f} nats better on {seeds} fresh seeds"
         return "no", f"the lead did not hold: {better} {spread}"
     verdict = (
-        f"undecided: the lead is {difference.mean:.4f} nats on {seeds} fresh seeds {spread}, which cannot be told from "
-        "zero: take either, or use more seeds"
+        f"undecided: the lead is {difference.mean:.4f} nats on {seeds} fresh seeds {spread}, which cannot be "
+        "distinguished from zero: take either, or use more seeds"
     )
     return "undecided", verdict
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from hpo.search.hyperband import VARIANTS, Variant
 from hpo.search.ladder import Ladder
-from scaling.common.suggest import find_similar
+from scaling.common.suggest import did_you_mean
 from scaling.laws.compute import Fidelity
 
 SCHEDULERS = ("incremental-hyperband",)
@@ -238,5 +238,5 @@ def check_choice(setting: str, value: str, known: Iterable[str]) -> None:
     """Check that a setting has one of the known values. The ValueError suggests the most similar one."""
     names = list(known)
     if value not in names:
-        (similar,) = find_similar(str(value), names, cutoff=0.0)
-        raise ValueError(f"{setting} must be one of {', '.join(names)}, got {value!r}: did you mean {similar!r}?")
+        suggestion = did_you_mean(str(value), names, before=": ", cutoff=0.0)
+        raise ValueError(f"{setting} must be one of {', '.join(names)}, got {value!r}{suggestion}")

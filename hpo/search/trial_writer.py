@@ -279,7 +279,7 @@ class TrialWriter:
         actual = attributes.get("worker")
         if owner is not None and actual != owner:
             raise LeaseLost(
-                f"{name} was taken over by {actual or 'nobody yet'}: its lease had expired, or it was given back"
+                f"{name} was taken over by {actual or 'no worker yet'}: its lease had expired, or it was given back"
             )
         return trial_id, trial
 

@@ -22,7 +22,8 @@ class StopRequest(Protocol):
     """A request to stop this process, such as `hpo.worker.signals.StopSignals`."""
 
     @property
-    def requested(self) -> bool: ...
+    def requested(self) -> bool:
+        """Whether this process was told to stop."""
 
 
 def retry_storage(operation: Callable[[], T], stop: StopRequest | None = None) -> T:

@@ -49,7 +49,7 @@ class Slope:
         value: The slope.
         low: Lower end of the t interval over seeds; NaN with one seed.
         high: Its upper end.
-        levels: The quantity itself: for each size its steps, geometric mean over seeds.
+        levels: The quantity itself: for each size its steps, mean over seeds.
     """
 
     over: Axis
@@ -80,7 +80,7 @@ class CoordCheck:
         steps: Training steps of each run.
         seeds: Seeds of each size.
         engine: What ran the steps.
-        losses: For each width and seed the training loss of the last three steps, in nats per token.
+        losses: For each width and seed the mean training loss of the last three steps, in nats per token.
     """
 
     slopes: tuple[Slope, ...]
@@ -115,9 +115,9 @@ class CoordCheck:
         """Widths whose training loss exceeds the next smaller width's by over two standard deviations of a seed."""
         values = np.array(self.losses)
         sd = values.std(axis=1, ddof=1) if values.shape[1] > 1 else np.zeros(len(values))
-        most = 2 * np.maximum(sd[1:], sd[:-1])
-        rise = np.diff(values.mean(axis=1))
-        return tuple(w for w, up, noise in zip(self.widths[1:], rise, most, strict=True) if not up <= noise)
+        limits = 2 * np.maximum(sd[1:], sd[:-1])
+        rises = np.diff(values.mean(axis=1))
+        return tuple(w for w, rise, limit in zip(self.widths[1:], rises, limits, strict=True) if not rise <= limit)
 
     @property
     def text(self) -> str:
@@ -134,19 +134,16 @@ class CoordCheck:
                 span = "" if math.isnan(s.low) else f"[{s.low:+.2f}, {s.high:+.2f}]"
                 lines.append(f"{s.where:44}{s.what:>8}{s.value:+9.2f}{span:>18}{'   too steep' if s.steep else ''}")
         means = ", ".join(f"{w}: {np.mean(v):.3f}" for w, v in zip(self.widths, self.losses, strict=True))
-        worse = (
-            f", rises at {', '.join(map(str, self.wider_is_worse))}"
-            if self.wider_is_worse
-            else ", no rise beyond the spread of seeds"
-        )
-        lines.append(f"training loss after {self.steps} steps by width: {means}{worse}")
+        rises = ", ".join(map(str, self.wider_is_worse))
+        trend = f"rises at {rises}" if rises else "no rise beyond the spread of seeds"
+        lines.append(f"training loss after {self.steps} steps by width: {means}, {trend}")
         verdict = "passed" if self.passed else f"failed, activations depend on size: {'; '.join(self.failures)}"
         lines.append(f"{self.seeds} seeds, lr {self.lr:g} at base width, engine {self.engine}: {verdict}")
         return "\n".join(lines)
 
     @property
     def json(self) -> dict[str, Any]:
-        """The same as JSON."""
+        """The outcome as values that JSON can represent. A slope that is not a number is None."""
         more = {"passed": self.passed, "failures": self.failures, "modules": self.modules}
         more["wider_is_worse"] = self.wider_is_worse
         plain: dict[str, Any] = replace_nonfinite(asdict(self) | more)
@@ -198,8 +195,10 @@ def coordinate_check(
     """
     base = config.base_width
     wide = _check_sizes("widths", widths if widths is not None else (base // 2, base, 2 * base, 4 * base))
-    usual = tuple(config.base_layers * 2**i for i in range(4)) if config.base_layers else ()
-    deep = _check_sizes("depths", depths) if depths is not None and len(depths) else usual if depths is None else ()
+    if depths is None:
+        deep = tuple(config.base_layers * 2**i for i in range(4)) if config.base_layers else ()
+    else:
+        deep = _check_sizes("depths", depths) if len(depths) else ()
     if seeds < 1 or steps < 1:
         raise ValueError(f"needed at least one seed and one step, got {seeds} and {steps}")
     rate = 3 * config.lr if lr is None else lr
@@ -219,9 +218,9 @@ def coordinate_check(
     plans: list[tuple[str, int, int, str]] = []
     specs: list[ProbeSpec] = []
     for over, sizes, members in axes:
-        for size, one in zip(sizes, members, strict=True):
+        for size, member in zip(sizes, members, strict=True):
             for seed in range(seeds):
-                seeded = one.model_copy(update={"seed": config.seed + seed})
+                seeded = member.model_copy(update={"seed": config.seed + seed})
                 plans.append((over, size, seed, "activations"))
                 specs.append(ProbeSpec(seeded, "activations", steps, batch_seqs, double=double))
                 for kind, scales in stress.items():
@@ -268,7 +267,10 @@ def fit_slopes(over: Axis, sizes: tuple[int, ...], runs: list[list[ProbeResult]]
     for where, names in _match_quantities(over, runs).items():
         # Model size, seed, step, (size, change). Step 0 has no change, and its size is not that of training.
         values = np.array(
-            [[[s[name] for s in t.seen[1:]] for t in seeds] for name, seeds in zip(names, runs, strict=True)]
+            [
+                [[step[name] for step in result.measurements[1:]] for result in seeds]
+                for name, seeds in zip(names, runs, strict=True)
+            ]
         )
         size, change = values[..., 0], values[..., 1]
         change = np.where((change < ROUNDING * size).all(axis=(0, 1)), 0.0, change)
@@ -284,11 +286,11 @@ def _match_quantities(over: Axis, runs: list[list[ProbeResult]]) -> dict[str, li
 
     The stream after the first block is not among them: one layer's share of it falls as 1 / depth when all is well.
     """
-    named = [list(seeds[0].seen[0]) for seeds in runs]
+    names_by_size = [list(seeds[0].measurements[0]) for seeds in runs]
     if over == "width":
-        return {name: [name] * len(runs) for name in named[0]}
-    inner = [name.removeprefix("block 0 ") for name in named[0] if name.startswith("block 0 ")]
-    last = [sum(name.endswith(" stream") for name in names) - 1 for names in named]
+        return {name: [name] * len(runs) for name in names_by_size[0]}
+    inner = [name.removeprefix("block 0 ") for name in names_by_size[0] if name.startswith("block 0 ")]
+    last = [sum(name.endswith(" stream") for name in names) - 1 for names in names_by_size]
     return {
         "embedding": ["embedding"] * len(runs),
         **{f"first block {what}": [f"block 0 {what}"] * len(runs) for what in inner if what != "stream"},
@@ -300,9 +302,9 @@ def _match_quantities(over: Axis, runs: list[list[ProbeResult]]) -> dict[str, li
 def _fit_stress_slopes(
     over: Axis, sizes: tuple[int, ...], runs: list[list[ProbeResult]], what: Literal["eps", "decay"]
 ) -> list[Slope]:
-    roles = list(runs[0][0].seen[0])
+    roles = list(runs[0][0].measurements[0])
     return [
-        fit_slope(over, role, what, sizes, np.array([[[t.seen[0][role][1]] for t in seeds] for seeds in runs]))
+        fit_slope(over, role, what, sizes, np.array([[[r.measurements[0][role][1]] for r in seeds] for seeds in runs]))
         for role in roles
     ]
 
@@ -320,7 +322,7 @@ def fit_slope(over: Axis, where: str, what: Quantity, sizes: tuple[int, ...], va
         return Slope(over, where, what, 0.0, 0.0, 0.0, levels)
     if not ((used > 0) & np.isfinite(used)).all():
         return Slope(over, where, what, math.nan, math.nan, math.nan, levels)
-    # Size, seed.
+    # Mean over steps: [size, seed].
     heights = np.log2(used).mean(axis=2)
     per_seed = np.polyfit(np.log2(sizes), heights, 1)[0]
     value, n = float(per_seed.mean()), len(per_seed)

@@ -40,11 +40,12 @@ class ProbeResult:
     """The measurements of one run.
 
     Attributes:
-        seen: For each step from 0, (mean |x|, mean |x - x at step 0|) by quantity.
+        measurements: For each step from 0, (mean |x|, mean |x - x at step 0|) by quantity. Under stress there is one
+            entry, by role, whose second value is the update or the share that has decayed.
         losses: The training loss of every step, in nats per token.
     """
 
-    seen: tuple[dict[str, tuple[float, float]], ...]
+    measurements: tuple[dict[str, tuple[float, float]], ...]
     losses: tuple[float, ...]
 
 
@@ -71,7 +72,15 @@ class ProbeSpec:
 
 @torch.no_grad()
 def compute_coordinates(model: Transformer, x_bt: Tensor) -> dict[str, Tensor]:
-    """Compute every quantity of the check on one batch, by name; branches before they are added to the stream."""
+    """Compute every quantity of the check on one batch.
+
+    Args:
+        model: The model.
+        x_bt: Tokens, int64.
+
+    Returns:
+        Quantities by name; the outputs of branches are those before they are added to the stream.
+    """
     rope = model.get_rope(x_bt)
     stream = model.stem(x_bt)
     quantities = {"embedding": stream}
@@ -90,17 +99,20 @@ def compute_coordinates(model: Transformer, x_bt: Tensor) -> dict[str, Tensor]:
 def measure_gradient_scales(spec: ProbeSpec) -> dict[str, float]:
     """Measure the RMS gradient of each role: the median over the steps of a plain run in which it is not zero."""
     model = _build_model(spec)
-    norms: dict[str, list[float]] = {}
+    scales: dict[str, list[float]] = {}
 
     def record_gradients() -> None:
         squares: dict[str, list[Tensor]] = {}
         for name, parameter in model.named_parameters():
             squares.setdefault(get_role(name), []).append(parameter.grad.double().square().flatten())  # type: ignore[union-attr]
         for role, parts in squares.items():
-            norms.setdefault(role, []).append(float(torch.cat(parts).mean().sqrt()))
+            scales.setdefault(role, []).append(float(torch.cat(parts).mean().sqrt()))
 
     _take_steps(spec, model, make_optimizer(model, spec.config, verified=False), before_step=record_gradients)
-    return {role: float(torch.tensor([v for v in values if v > 0] or [0.0]).median()) for role, values in norms.items()}
+    return {
+        role: float(torch.tensor([value for value in values if value > 0] or [0.0]).median())
+        for role, values in scales.items()
+    }
 
 
 def run_probes(specs: Sequence[ProbeSpec], engine: ProbeEngine = "plain", ranks: int = 2) -> list[ProbeResult]:
@@ -130,8 +142,8 @@ def run_probes(specs: Sequence[ProbeSpec], engine: ProbeEngine = "plain", ranks:
         spawn_ranks(_run_on_rank, ranks, engine, list(specs), out)
         stored = json.loads(out.read_text())
     return [
-        ProbeResult(tuple({k: (at, change) for k, (at, change) in step.items()} for step in seen), tuple(losses))
-        for seen, losses in stored
+        ProbeResult(tuple({k: (size, change) for k, (size, change) in step.items()} for step in steps), tuple(losses))
+        for steps, losses in stored
     ]
 
 
@@ -139,7 +151,7 @@ def _run_on_rank(ranks: Ranks, specs: Sequence[ProbeSpec], out: Path) -> None:
     """Run the probes on one rank; rank 0 writes the measurements."""
     results = [_run_probe(spec, ranks) for spec in specs]
     if ranks.rank == 0:
-        out.write_text(json.dumps([(result.seen, result.losses) for result in results]))
+        out.write_text(json.dumps([(result.measurements, result.losses) for result in results]))
 
 
 @torch.no_grad()
@@ -160,7 +172,7 @@ def _run_probe(spec: ProbeSpec, ranks: Ranks, *, compiled: bool = False) -> Prob
         # Every model is a new one, and after eight of them torch would run uncompiled.
         torch.compiler.reset()
         model = cast(nn.Module, torch.compile(model))
-    # Whether the optimizer's rule holds is what the check finds out.
+    # Not verified: whether the optimizer's rule holds is what the check finds out.
     optimizer = make_optimizer(model, spec.config, verified=False)
     if spec.what == "activations":
         return _measure_activations(spec, model, optimizer, twin, ranks)
@@ -181,19 +193,21 @@ def _measure_activations(
     # These windows are not trained on.
     probe, _ = open_data(spec.config).windows.batch(spec.steps * spec.batch_seqs, spec.batch_seqs)
     first = compute_coordinates(twin, probe)
-    seen: list[dict[str, tuple[float, float]]] = []
+    measurements: list[dict[str, tuple[float, float]]] = []
 
     def record_activations() -> None:
         weights = gather_weights(model)
         with torch.no_grad():
             for name, parameter in twin.named_parameters():
                 parameter.copy_(weights[name])
-        now = compute_coordinates(twin, probe)
-        seen.append({name: (float(x.abs().mean()), float((x - first[name]).abs().mean())) for name, x in now.items()})
+        coordinates = compute_coordinates(twin, probe)
+        measurements.append(
+            {name: (float(x.abs().mean()), float((x - first[name]).abs().mean())) for name, x in coordinates.items()}
+        )
 
     record_activations()
     losses = _take_steps(spec, model, optimizer, ranks, after_step=record_activations)
-    return ProbeResult(tuple(seen), losses)
+    return ProbeResult(tuple(measurements), losses)
 
 
 def _take_steps(
@@ -227,22 +241,22 @@ def _take_steps(
 def _measure_movement(
     spec: ProbeSpec, twin: Transformer, weights: Mapping[str, Tensor], optimizer: Any
 ) -> dict[str, tuple[float, float]]:
-    """Measure how far weights moved under stress, by role, as the second value of each pair (a change).
+    """Measure how far weights moved under stress, by role.
 
-    For "eps" it is mean |w - w0| over the peak rate. For "decay" it is the share of the initial weights that is gone, 1
-    - <w, w0> / <w0, w0>, since what training adds is almost orthogonal to the start. The decay of a readout that starts
-        at zero cannot be measured.
+    The measure is the second value of each pair, like a change. For "eps" it is mean |w - w0| divided by the peak rate.
+    For "decay" it is the share of the initial weights that is gone, 1 - <w, w0> / <w0, w0>, since what training adds is
+    almost orthogonal to the initial weights. The decay of a readout that starts at zero cannot be measured.
     """
     rates = {group["role"]: group["peak_lr"] for group in optimizer.param_groups}
     decayed = {group["role"] for group in optimizer.param_groups if group["weight_decay"] > 0}
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, start in twin.named_parameters():
         pairs.setdefault(get_role(name), []).append((start.detach().flatten(), weights[name].flatten()))
-    moved = {}
-    for role, both in pairs.items():
-        w0, w = (torch.cat(part) for part in zip(*both, strict=True))
+    movement = {}
+    for role, members in pairs.items():
+        w0, w = (torch.cat(part) for part in zip(*members, strict=True))
         if spec.what == "eps":
-            moved[role] = float((w - w0).abs().mean()) / rates[role]
+            movement[role] = float((w - w0).abs().mean()) / rates[role]
         elif role in decayed and bool(w0.any()):
-            moved[role] = 1 - float(w @ w0) / float(w0 @ w0)
-    return {role: (math.nan, value) for role, value in moved.items()}
+            movement[role] = 1 - float(w @ w0) / float(w0 @ w0)
+    return {role: (math.nan, value) for role, value in movement.items()}

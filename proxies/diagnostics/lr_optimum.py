@@ -18,6 +18,7 @@ WINDOW = 5
 COARSE = 4
 # The penalty is extrapolated to this many times the largest size.
 FURTHER = 8
+# Bootstrap draws.
 DRAWS = 2000
 # The probability of every interval.
 MASS = 0.95
@@ -119,16 +120,16 @@ def choose_next_rates(losses: Mapping[int, float], start: int = 0, coarse: int =
         return [start - coarse, start, start + coarse]
     tried = sorted(losses)
     best = min(tried, key=lambda j: losses[j])
-    at = tried.index(best)
+    index = tried.index(best)
     if not math.isfinite(losses[best]):
         return [tried[0] - COARSE]
-    if at == 0:
+    if index == 0:
         return [best - (tried[1] - best if len(tried) > 1 else 1)]
-    if at == len(tried) - 1:
+    if index == len(tried) - 1:
         return [best + best - tried[-2]]
     for reach in (2, 1):
         missing = [j for j in (best - reach, best + reach) if j not in losses]
-        if missing and (reach == 1 or any(abs(best - j) > reach for j in (tried[at - 1], tried[at + 1]))):
+        if missing and (reach == 1 or any(abs(best - j) > reach for j in (tried[index - 1], tried[index + 1]))):
             return missing
     if missing := [j for j in (best - 2, best + 2) if j not in losses]:
         return missing

@@ -16,7 +16,7 @@ from functools import partial
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from proxies.config.proxy import ProxyConfig
 from proxies.diagnostics.lr_optimum import (
@@ -29,8 +29,10 @@ from proxies.diagnostics.lr_optimum import (
     fit_arm,
 )
 
+if TYPE_CHECKING:
+    from proxies.diagnostics.coord_check import Axis
+
 Submit = Callable[[Sequence[tuple[ProxyConfig, int]]], Iterator[tuple[int, float]]]
-Over = Literal["width", "depth"]
 # (rate, seed) -> final loss
 Losses = dict[tuple[int, int], float]
 # Rates that are typically tried per size with the first seed, for the estimate of the cost.
@@ -48,7 +50,7 @@ class Transfer:
         arms: The study's own parametrization, then its control.
     """
 
-    over: Over
+    over: Axis
     tokens: int
     seeds: int
     arms: tuple[TransferArm, ...]
@@ -79,7 +81,7 @@ class Transfer:
 
     @property
     def json(self) -> dict[str, Any]:
-        """The same as JSON. A loss or regret that is null means that the run diverged."""
+        """The outcome as values that JSON can represent. A loss or regret that is None means that the run diverged."""
         from proxies.diagnostics.coord_check import replace_nonfinite
 
         more = {
@@ -92,7 +94,7 @@ class Transfer:
 
 
 def make_arms(
-    config: ProxyConfig, over: Over, sizes: Sequence[int], *, control: bool = True
+    config: ProxyConfig, over: Axis, sizes: Sequence[int], *, control: bool = True
 ) -> dict[str, dict[int, ProxyConfig]]:
     """Return the configurations of each arm by size.
 
@@ -131,7 +133,16 @@ def make_arms(
 
 
 def estimate_cost(arms: Mapping[str, Mapping[int, ProxyConfig]], tokens: int, seeds: int) -> tuple[float, float]:
-    """Estimate FLOPs and core seconds of a typical number of runs. The speed of each size is measured."""
+    """Estimate the cost of a typical number of runs. The speed of each size is measured.
+
+    Args:
+        arms: Configurations by arm and size.
+        tokens: Tokens of every run.
+        seeds: Seeds of each rate.
+
+    Returns:
+        FLOPs, and seconds on one core.
+    """
     from proxies.training.throughput import measure_speed
 
     runs = TYPICAL_RATES + WINDOW * (seeds - 1)
@@ -148,7 +159,7 @@ def transfer(
     sizes: Sequence[int],
     tokens: int,
     *,
-    over: Over = "width",
+    over: Axis = "width",
     seeds: int = 2,
     control: bool = True,
     runs: Path | None = None,
@@ -284,12 +295,11 @@ def train_to_final_loss(config: ProxyConfig, tokens: int) -> float:
 def open_pool(workers: int) -> Iterator[Submit]:
     """Yield a function that runs (config, tokens) pairs and yields (index, loss) as they end.
 
-    Runs use one thread each, also in this process: small matrices are no faster with more, and so a loss does not
-        depend on the number of
-    cores.
+    Runs use one thread each, also in this process: small matrices are no faster with more threads, and the loss then
+    does not depend on the number of cores.
 
     Args:
-        workers: Processes; 1 runs in this process.
+        workers: Number of processes; with 1, the runs take place in this process.
     """
     import torch
 

@@ -60,14 +60,13 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
     problems = []
     if (note["N"], note["D"]) != (size.N, size.D):
         problems.append(
-            f"the recommendation is for N {note['N']:,.0f}, D {note['D']:,.0f}, the target in {toml} has N "
-            f"{size.N:,.0f}, "
-            f"D {size.D:,.0f}: {recommend} again after `hpo resume {study}`"
+            f"the recommendation is for N {note['N']:,.0f}, D {note['D']:,.0f}, the target in {toml} has "
+            f"N {size.N:,.0f}, D {size.D:,.0f}: {recommend} again after `hpo resume {study}`"
         )
     if size.N < largest:
         problems.append(
-            f"{toml}, [target]: needed a target at least as large as the largest proxy, N {largest:,.0f}, got N "
-            f"{size.N:,.0f}"
+            f"{toml}, [target]: needed a target at least as large as the largest proxy, N {largest:,.0f}, "
+            f"got N {size.N:,.0f}"
         )
     if outdated := describe_staleness(note, runs, study):
         problems.append(outdated)

@@ -188,8 +188,7 @@ def read_run(path: Path, ranks: Ranks = ALONE, form: str = FORMAT) -> dict[str, 
     if wrong:
         raise ValueError(
             f"needed a run saved by `train`, got {path}, which is truncated or damaged "
-            f"({', '.join(wrong)} in {data.name}): "
-            "give another checkpoint, or train it again"
+            f"({', '.join(wrong)} in {data.name}): give another checkpoint, or train it again"
         )
     run: dict[str, Any] = header["run"]
     if run.get("format") != form:

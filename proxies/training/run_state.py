@@ -49,8 +49,7 @@ FLAGS = ("differentiable", "maximize", "capturable")
 
 
 class Run:
-    """Everything that changes while a proxy trains: weights, moments, position, and the loss summed since the last
-    point.
+    """Everything that changes while a proxy trains: weights, moments, position, and the loss since the last point.
 
     Each rank has its own run; the values that it reports are the same on all ranks.
     """
@@ -261,8 +260,7 @@ class Run:
         if SCHEDULES[self.config.schedule].has_horizon and not same_cooldown and saved["phase"] != "trunk":
             warnings.warn(
                 f"schedule {self.config.schedule!r} has a horizon: a run of {self.cut.tokens:,} tokens starts from the "
-                "beginning, it "
-                f"cannot continue {path}, which is {saved['phase']} for {saved['tokens']:,} tokens",
+                f"beginning, it cannot continue {path}, which is {saved['phase']} for {saved['tokens']:,} tokens",
                 stacklevel=4,
             )
         like = self.make_layout()
@@ -317,7 +315,7 @@ def _check_fused_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _get_kind(value: Any) -> Any:
-    """Return the kind of a value. All numbers are one kind: some optimizers start with None and go on with tensors."""
+    """Return the kind of a value. All numbers are one kind: some optimizers start with None and later have tensors."""
     return float if value is None or isinstance(value, int | float | Tensor) else type(value)
 
 
@@ -328,7 +326,7 @@ def _compile_model(model: Transformer, ranks: Ranks) -> None:
         return
     for block in model.blocks:
         block.forward = torch.compile(block.forward)
-    for part in ("rope_for", "stem", "head"):
+    for part in ("get_rope", "stem", "head"):
         setattr(model, part, torch.compile(getattr(model, part)))
 
 

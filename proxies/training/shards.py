@@ -199,7 +199,7 @@ class _TableUnpickler(pickle._Unpickler):
 
 
 def _check_table(table: Any) -> Metadata:
-    """Return the table if it describes where all of each tensor lies in its own folder's files, else raise ValueError."""
+    """Return the table if it locates every part of each tensor in the folder's own files, else raise ValueError."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 

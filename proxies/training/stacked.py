@@ -73,7 +73,7 @@ def train_together(
 
     Members may differ in the settings of `OWN`. Losses equal those of separate runs up to rounding (1e-5), not bit for
     bit, since a batched matrix product sums in another order. A member that diverges yields its last point, as in
-    `train`, and the others go on.
+    `train`, and the others continue.
 
     Args:
         configs: One configuration per member.

@@ -88,8 +88,6 @@ def measure_speed(config: ProxyConfig, *, threads: int, min_seconds: float = 0.1
     Returns:
         Training tokens per second.
     """
-    import torch
-
     from proxies.config.steps import StepPlan
     from proxies.training.run_state import Run
 

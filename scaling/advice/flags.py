@@ -163,7 +163,9 @@ def _flag_extrapolation(hp: HPFit, N: float, D: float) -> list[Flag]:
         low, high = hp.ranges[name]
         ratio = max(value / high, low / value)
         if ratio > 1 + 1e-9:
-            relation = f"{ratio:.3g} times the largest" if value > high else f"{1 / ratio:.3g} times the smallest"
+            relation = (
+                f"{_format_ratio(ratio)} times the largest" if value > high else f"{1 / ratio:.3g} times the smallest"
+            )
             text = f"The target's {name} is {relation} in the data ({format_count(low)} to {format_count(high)})."
             if ratio > MAX_RATIO:
                 text += f" The laws are not checked beyond a factor of {MAX_RATIO:.0f}: add runs closer to the target."
@@ -171,7 +173,7 @@ def _flag_extrapolation(hp: HPFit, N: float, D: float) -> list[Flag]:
     largest = 6 * float((hp.floors["N"] * hp.floors["D"]).max())
     ratio = 6 * N * D / largest
     if ratio > 1 + 1e-9:
-        text = f"The target's compute is {ratio:.3g} times that of the largest run ({largest:.3g} FLOPs)."
+        text = f"The target's compute is {_format_ratio(ratio)} times that of the largest run ({largest:.3g} FLOPs)."
         if ratio > CHECKED_COMPUTE_RATIO:
             text += (
                 f" Intervals of the loss were checked on real runs only up to {CHECKED_COMPUTE_RATIO:.0f} times: "
@@ -190,12 +192,16 @@ def _flag_extrapolation(hp: HPFit, N: float, D: float) -> list[Flag]:
         exponent_low, exponent_high = hp.exponents(0.9)["batch_N"]
         text = (
             f"Beyond the largest N, the best batch is extrapolated as N^{hp.law.batch_N:+.2f} (90 % interval: "
-            f"{exponent_low:+.2f} to {exponent_high:+.2f}), an average of no trend in N, as other studies found, and of "
-            f"the trend in these runs: the recommended batch is {factor:.2g} times that at the largest N. If you can, try "
-            "half and twice this batch, too."
+            f"{exponent_low:+.2f} to {exponent_high:+.2f}), an average of no trend in N, as other studies found, and "
+            f"of the trend in these runs: the recommended batch is {factor:.2g} times that at the largest N. If you "
+            "can, try half and twice this batch, too."
         )
         flags.append(Flag("batch-beyond-N", text, serious=False))
     return flags
+
+
+def _format_ratio(ratio: float) -> str:
+    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}"
 
 
 def _flag_few_scales(hp: HPFit, N: float, D: float) -> list[Flag]:
@@ -312,8 +318,8 @@ def flag_optimum(fit: Fit, C: float, best: Allocation) -> list[Flag]:
         return flags
     if abs(math.log(N / best.N)) > math.log(NOTABLE_OPTIMUM_FACTOR):
         text = (
-            f"The plain law E + A/N^alpha + B/D^beta puts the compute-optimal N at {format_count(N)}, the averaged forms "
-            f"at {format_count(best.N)}, where they predict a loss that is "
+            f"The plain law E + A/N^alpha + B/D^beta puts the compute-optimal N at {format_count(N)}, the averaged "
+            f"forms at {format_count(best.N)}, where they predict a loss that is "
             f"{100 * _compute_loss_excess(fit, C, N, best.N):.2f} % lower."
         )
         flags.append(Flag("optimum-forms", text, serious=False))

@@ -189,13 +189,14 @@ class Recommendation:
             if interval is not None:
                 text = f"{format_count(interval[0])} to {format_count(interval[1])}"
                 rows.append((f"compute-optimal {symbol}", format_count(value), text))
+        rows.append(("training FLOPs, 6ND", f"{self.C:.3g}", ""))
         rows.append(("learning rate", f"{self.lr:.4g}", f"{self.lr_interval[0]:.4g} to {self.lr_interval[1]:.4g}"))
         rows.append(("batch, tokens per step", f"{self.batch_tokens:,.0f}", f"{batch_low:,.0f} to {batch_high:,.0f}"))
         if self.batch_seqs is not None:
             rows.append((f"  in sequences of {self.seq_len:,}", f"{self.batch_seqs:,}", ""))
         rows.append(("loss, nats per token", f"{self.loss:.4f}", f"{loss_low:.4f} to {loss_high:.4f}"))
         rows.append(("expected regret", f"{100 * self.expected_regret:.2f} %", "of the loss; an upper bound"))
-        title = f"Recommendation for N = {self.N:,.0f}, D = {self.D:,.0f} (C = {self.C:.3g} FLOPs)"
+        title = f"Recommendation for N = {self.N:,.0f}, D = {self.D:,.0f}"
         return [title, *(f"  {name:26}{value:>16}   {interval}".rstrip() for name, value, interval in rows)]
 
 

@@ -14,9 +14,12 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place when the block ends without an error.
 
-    The block writes a file there, or makes a folder. Its name is its own, so two processes that write the same path do not
-    collide: the last one to finish wins. A file is flushed to disk before it is renamed, so `path` holds either what it held
-    before or all of the new content. A folder replaces only an empty folder or nothing; its files are the block's to flush.
+    The block writes a file there, or makes a folder. Its name is its own, so two processes that write the same path do
+    not
+    collide: the last one to finish wins. A file is flushed to disk before it is renamed, so `path` holds either what it
+        held
+    before or all of the new content. A folder replaces only an empty folder or nothing; its files are the block's to
+    flush.
 
     Args:
         path: The file or folder to write. Its parent must exist.

@@ -56,7 +56,8 @@ def _with_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
         configure_logging(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
         return function(*args, **options)
 
-    # Typer reads the signature, whose annotations are strings in modules with deferred evaluation: they are resolved here.
+    # Typer reads the signature, whose annotations are strings in modules with deferred evaluation: they are resolved
+    # here.
     hints = get_type_hints(function, include_extras=True)
     parameters = [p.replace(annotation=hints[p.name]) for p in inspect.signature(function).parameters.values()]
     parameters += [

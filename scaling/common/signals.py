@@ -1,4 +1,5 @@
-"""Handle SIGINT and SIGTERM: both end a command by the same path, and neither arrives where it would tear a state apart.
+"""Handle SIGINT and SIGTERM: both end a command by the same path, and neither arrives where it would tear a state
+apart.
 
 Only this module installs handlers. Python runs them in the main thread, between two of its bytecodes.
 """

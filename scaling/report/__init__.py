@@ -1,1 +1,4 @@
-"""What people read: the HTML page with its figures and tables, and the text of `scaling fit`. Imports every other room."""
+"""What people read: the HTML page with its figures and tables, and the text of `scaling fit`.
+
+May import every other room.
+"""

@@ -1,4 +1,4 @@
-"""One HTML file that shows a study whole: figures as inline SVG, no network, no script."""
+"""Render one HTML file that shows a whole study: figures as inline SVG, no network access, no scripts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import jinja2
 import numpy as np
 import pandas as pd
 
+from scaling.common.quantities import format_count
 from scaling.curves.backtest import RunCurve, check_forecasts, read_table_curves
 from scaling.fitting.envelope import compare_approaches
 from scaling.fitting.forms import Comparison, compare_forms
 from scaling.fitting.isoflop import Frontier
 from scaling.fitting.loss_law import Fit, fit_loss_law
 from scaling.fitting.lr_batch_law import HPFit, fit_hp_law
-from scaling.laws.published import PublishedLaw, list_published_laws, get_published_law
+from scaling.laws.published import PublishedLaw, get_published_law, list_published_laws
 from scaling.report import figures, tables
-from scaling.report.figures import TargetCurve, count, draw_panel
+from scaling.report.figures import TargetCurve, draw_panel
 from scaling.report.tables import ReportTable
 from scaling.report.template import PAGE_TEMPLATE
 from scaling.runs.importer import summarize_exclusions
@@ -30,33 +31,53 @@ if TYPE_CHECKING:
     from scaling.advice.recommendation import Recommendation
     from scaling.common.arrays import Array
 
-__all__ = ["RunCurve", "TargetCurve", "render"]
-
-MAX_BOWLS = 12  # groups that are drawn
-MIN_BOWL_RUNS = 3  # runs in one
-MAX_SIZES = 8  # of curves and rungs
+# Groups whose bowls are drawn, and runs that such a group needs.
+MAX_BOWLS = 12
+MIN_BOWL_RUNS = 3
+# Sizes whose curves and rungs are drawn.
+MAX_SIZES = 8
+# Inches.
 SMALL_PANEL = {"width": 2.4, "height": 2.1}
 
 
 @dataclass(frozen=True)
 class ReportSection:
-    """Figures, what they show, and tables."""
+    """A part of the page.
+
+    Attributes:
+        title: The heading.
+        panels: Figures, as SVG.
+        caption: What they show.
+        tables: Tables below them.
+        small: Whether the figures are small, and many.
+    """
 
     title: str
     panels: Sequence[str] = ()
     caption: str = ""
     tables: Sequence[ReportTable | None] = ()
-    small: bool = False  # many little panels
+    small: bool = False
 
 
 @dataclass(frozen=True)
 class ReportFits:
-    """All that is fitted for the page; a sentence in place of what these runs do not allow."""
+    """All that is fitted for the page. A sentence takes the place of what these runs do not allow.
+
+    Attributes:
+        used: The runs that laws are fitted to.
+        left_out: Proxies with a loss that laws do not use.
+        floors: N, D, loss and sd of each group: what the loss law is fitted to.
+        mup: Whether learning rates are at base width.
+        hp: The law of learning rate and batch.
+        law: The loss law.
+        forms: The comparison of its forms.
+        approaches: The compute-optimal sizes by each approach.
+    """
 
     used: pd.DataFrame
-    left_out: pd.DataFrame  # proxies with a loss that laws do not use
-    floors: pd.DataFrame  # N, D, loss, sd: what the loss law is fitted to
-    mup: bool  # rates are at base width
+    left_out: pd.DataFrame
+    floors: pd.DataFrame
+    mup: bool
     hp: HPFit | str
     law: Fit | str
     forms: Comparison | str
@@ -64,34 +85,56 @@ class ReportFits:
 
 
 def fit_everything(runs: pd.DataFrame, seed: int = 0) -> ReportFits:
-    """Fit everything to a checked run table. ValueError when no row is usable."""
+    """Fit everything that a report shows.
+
+    Args:
+        runs: A checked run table.
+        seed: Seed of the fits' random draws.
+
+    Returns:
+        The fits, or the reasons why they do not exist.
+
+    Raises:
+        ValueError: If laws can use no row.
+    """
     used = usable(runs)
     if used.empty:
-        reasons = [f"{n} {why}" for why, n in runs["excluded"].value_counts().items() if why]
+        reasons = [f"{n} {reason}" for reason, n in runs["excluded"].value_counts().items() if reason]
         raise ValueError(
-            f"a report needs runs that laws can use, got none of {len(runs)} ({'; '.join(reasons) or 'all are targets'})"
+            f"a report needs runs that laws can use, got none of {len(runs)} "
+            f"({'; '.join(reasons) or 'all are targets'})"
         )
     others = runs.drop(used.index)
-    sized = np.isfinite(others["loss"]) & others["N"].gt(0) & others["D"].gt(0)
+    has_result = np.isfinite(others["loss"]) & others["N"].gt(0) & others["D"].gt(0)
     hp: HPFit | str
     try:
         hp = fit_hp_law(used, seed=seed)
         floors = hp.floors
-    except ValueError as error:  # no such columns, say: then every run counts as tuned
+    # For example, a table without learning rates: then every run counts as tuned.
+    except ValueError as error:
         hp = str(error)
         floors = used[["N", "D", "loss"]].assign(sd=math.nan, n=1).reset_index(drop=True)
-    at = tuple(floors[c].to_numpy(float) for c in ("N", "D", "loss"))
+    N, D, loss = (floors[c].to_numpy(float) for c in ("N", "D", "loss"))
     law: Fit | str
     forms: Comparison | str
     approaches: dict[str, Frontier | str] = {}
     try:
-        law = fit_loss_law(*at, seed=seed)
-        forms = compare_forms(*at)
-        approaches = compare_approaches(*at, seed=seed)
+        law = fit_loss_law(N, D, loss, seed=seed)
+        forms = compare_forms(N, D, loss)
+        approaches = compare_approaches(N, D, loss, seed=seed)
     except ValueError as error:
         law = forms = str(error)
     mup = "parametrization" in used and bool((used["parametrization"] == "mup").all())
-    return ReportFits(used, others[sized & (others["role"] != "target")], floors, mup, hp, law, forms, approaches)
+    return ReportFits(
+        used=used,
+        left_out=others[has_result & (others["role"] != "target")],
+        floors=floors,
+        mup=mup,
+        hp=hp,
+        law=law,
+        forms=forms,
+        approaches=approaches,
+    )
 
 
 def render_report(
@@ -105,23 +148,35 @@ def render_report(
     curves: Sequence[RunCurve] = (),
     seed: int = 0,
 ) -> str:
-    """The page. `runs`: the checked run table, targets included; laws are fitted here, to what `usable` keeps of it.
+    """Render the page.
 
-    predicted: what targets are compared with, the prediction made before them; default: the recommendation.
-    curves: of `scaling.curves.backtest.read_study_curves`; without any, those that the table itself holds. ValueError when no row
-    is usable.
+    Args:
+        study: The title.
+        runs: The checked run table, with the targets. Laws are fitted here, to the rows that `scaling.usable` keeps.
+        recommendation: The recommendation to show.
+        predicted: The prediction that targets are compared with, made before them; by default the recommendation.
+        targets: The launched targets.
+        warm_start: Figures on a warm start, by name.
+        curves: The curves of `scaling.curves.backtest.read_study_curves`; by default those that the table holds.
+        seed: Seed of the fits' random draws.
+
+    Returns:
+        The text of an HTML file.
+
+    Raises:
+        ValueError: If laws can use no row.
     """
-    found, predicted = fit_everything(runs, seed), predicted or recommendation
+    fits, predicted = fit_everything(runs, seed), predicted or recommendation
     sections = [
-        *_build_bowl_sections(found),
-        *_build_optimum_sections(found, recommendation),
-        *_build_loss_law_sections(found, recommendation, targets),
-        *_build_frontier_sections(found, recommendation),
+        *_build_bowl_sections(fits),
+        *_build_optimum_sections(fits, recommendation),
+        *_build_loss_law_sections(fits, recommendation, targets),
+        *_build_frontier_sections(fits, recommendation),
         *_build_curve_sections(curves or read_table_curves(runs)),
         *_build_rung_sections(runs[runs["role"] == "proxy"]),
         *_build_target_sections(targets, predicted),
-        ReportSection("Rows kept out of laws", tables=[tables.tabulate_exclusions(runs)]),
-        ReportSection("Best runs", tables=[tables.tabulate_best_runs(runs, found.used)]),
+        ReportSection("Rows that laws do not use", tables=[tables.tabulate_exclusions(runs)]),
+        ReportSection("Best runs", tables=[tables.tabulate_best_runs(runs, fits.used)]),
     ]
     plain = recommendation.to_dict() if recommendation else {}
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE_TEMPLATE)
@@ -132,74 +187,81 @@ def render_report(
         predicted=predicted,
         trustworthy=recommendation.trustworthy if recommendation else True,
         flags=sorted(recommendation.flags, key=lambda f: not f.serious) if recommendation else (),
-        next_run=tables.describe_next_run(plain.get("next_run")),  # notes of older versions have none
+        # Notes of older versions have no next run.
+        next_run=tables.describe_next_run(plain.get("next_run")),
         provenance=tables.describe_values(plain.get("provenance")),
-        mup=found.mup,
+        mup=fits.mup,
         warm_start=warm_start,
         targets=targets,
         sections=[s for s in sections if s.panels or s.caption or any(s.tables)],
     )
 
 
-def _get_point_of_interest(found: ReportFits, recommendation: Recommendation | None) -> tuple[float, float]:
-    """(N, D) of the target, else of the group of most compute."""
+def _get_point_of_interest(fits: ReportFits, recommendation: Recommendation | None) -> tuple[float, float]:
+    """Return (N, D) of the target or, without one, of the group with the most compute."""
     if recommendation is not None:
         return recommendation.N, recommendation.D
-    largest = found.floors.iloc[int((found.floors["N"] * found.floors["D"]).argmax())]
+    largest = fits.floors.iloc[int((fits.floors["N"] * fits.floors["D"]).argmax())]
     return float(largest["N"]), float(largest["D"])
 
 
-def _build_bowl_sections(found: ReportFits) -> list[ReportSection]:
-    hp = found.hp
+def _build_bowl_sections(fits: ReportFits) -> list[ReportSection]:
+    hp = fits.hp
     if isinstance(hp, str):
         return [ReportSection("Learning rate and batch", caption=f"No law of learning rate and batch: {hp}.")]
     floors = hp.floors[hp.floors["n"] >= MIN_BOWL_RUNS]
-    every = list(floors[["N", "D", "loss"]].itertuples(index=False, name=None))
-    shown = (
-        [every[i] for i in np.unique(np.linspace(0, len(every) - 1, MAX_BOWLS).round().astype(int))] if every else []
-    )
-    some = f" {len(shown)} of {len(every)} groups." if len(shown) < len(every) else ""
+    groups = list(floors[["N", "D", "loss"]].itertuples(index=False, name=None))
+    picked = np.unique(np.linspace(0, len(groups) - 1, MAX_BOWLS).round().astype(int)) if groups else []
     colours = figures.assign_colours(hp.floors["N"])
-    words = {"lr": "learning rate" + (" (base width)" if found.mup else ""), "batch_tokens": "batch, tokens per step"}
+    names = {"lr": "learning rate" + (" (base width)" if fits.mup else ""), "batch_tokens": "batch, tokens per step"}
     sections = []
-    for column, other in (("lr", "batch"), ("batch_tokens", "learning rate")):
+    for column, setting, other in (("lr", "learning rate", "batch"), ("batch_tokens", "batch", "learning rate")):
+        # If the column does not vary, the status of the law says that its optimum is assumed.
         if hp.used[column].nunique() < 2:
-            continue  # the law's status says that its optimum is assumed
+            continue
         panels = []
-        for N, D, floor in shown:
+        for N, D, floor in (groups[i] for i in picked):
             group = hp.used[(hp.used["N"] == N) & (hp.used["D"] == D)]
             draw = partial(figures.draw_bowl, group=group, hp=hp, floor=floor, column=column, colour=colours[N])
-            panels.append(draw_panel(draw, f"loss against {words[column]}, N {count(N)}, D {count(D)}", **SMALL_PANEL))
+            label = f"loss against {names[column]}, N {format_count(N)}, D {format_count(D)}"
+            panels.append(draw_panel(draw, label, **SMALL_PANEL))
         caption = (
-            f"Coloured points: runs whose {other} is within 1.6 times the fitted best; grey: other runs. Curve: the fitted bowl at "
-            f"the best {other}. Line and shade: the law's optimum for the group, with its 80 % interval.{some}"
+            f"Coloured points: runs whose {other} is within a factor of 1.6 of the fitted best; grey: other runs. "
+            f"Curve: the fitted bowl at the best {other}. Line and shaded area: the best {setting} by the law, with "
+            "its 80 % interval."
         )
-        sections.append(ReportSection(f"Loss against {words[column]}", panels, caption if panels else "", small=True))
+        if len(picked) < len(groups):
+            caption += f" {len(picked)} of {len(groups)} groups are shown."
+        sections.append(ReportSection(f"Loss against {names[column]}", panels, caption if panels else "", small=True))
     return sections
 
 
-def _build_optimum_sections(found: ReportFits, recommendation: Recommendation | None) -> list[ReportSection]:
-    hp = found.hp
+def _build_optimum_sections(fits: ReportFits, recommendation: Recommendation | None) -> list[ReportSection]:
+    hp = fits.hp
     if isinstance(hp, str):
         return []
     laws = [get_published_law(name) for name in list_published_laws()]
     panels = []
     for i, column in enumerate(("lr", "batch_tokens")):
-        speaking = [] if found.mup and column == "lr" else [(law.name, partial(_evaluate_published, law, i)) for law in laws]
+        beside = [(law.name, partial(_evaluate_published, law, i)) for law in laws]
+        if fits.mup and column == "lr":
+            beside = []
         draw = partial(
-            figures.draw_optima, used=hp.used, hp=hp, column=column, recommendation=recommendation, beside=speaking
+            figures.draw_optima, used=hp.used, hp=hp, column=column, recommendation=recommendation, beside=beside
         )
         panels.append(draw_panel(draw, f"best {column} against tokens"))
     caption = (
-        "Lines: the law at each size, with its 80 % band from draws. Points: the best single run of each group, which the law does "
-        "not follow: all runs speak. Grey: published laws at the largest size, except where they are known to be outside what they were measured on."
+        "Lines: the law at each size, with its 80 % band. Points: the best single run of each group; the law is "
+        "fitted to all runs, so it need not pass through them. Grey: published laws at the largest size, where they "
+        "are not known to be outside the range they were measured in."
     )
-    beside = tables.tabulate_published(laws, hp, *_get_point_of_interest(found, recommendation), found.mup)
-    return [ReportSection("lr* and B* against scale", panels, caption, [tables.tabulate_hp_law(hp), beside])]
+    published = tables.tabulate_published(laws, hp, *_get_point_of_interest(fits, recommendation), fits.mup)
+    title = "Best learning rate and batch against tokens"
+    return [ReportSection(title, panels, caption, [tables.tabulate_hp_law(hp), published])]
 
 
 def _evaluate_published(law: PublishedLaw, i: int, N: float, D: Array) -> Array | None:
-    """What a published law says of lr (0) or batch (1) where it may; NaN elsewhere, None when nowhere."""
+    """Return the lr (0) or batch (1) of a published law; NaN where it does not apply, None if it applies nowhere."""
     value = law(N, D)[i]
     if value is None:
         return None
@@ -207,61 +269,64 @@ def _evaluate_published(law: PublishedLaw, i: int, N: float, D: Array) -> Array 
     return None if np.isnan(value).all() else value
 
 
-def _build_loss_law_sections(found: ReportFits, recommendation: Recommendation | None, targets: Sequence[TargetCurve]) -> list[ReportSection]:
-    floors, grouped = found.floors, isinstance(found.hp, HPFit)
-    fit = None if isinstance(found.law, str) else found.law
+def _build_loss_law_sections(
+    fits: ReportFits, recommendation: Recommendation | None, targets: Sequence[TargetCurve]
+) -> list[ReportSection]:
+    floors, has_groups = fits.floors, isinstance(fits.hp, HPFit)
+    law = None if isinstance(fits.law, str) else fits.law
     draw = partial(
         figures.draw_compute,
-        used=found.used,
-        left_out=found.left_out,
+        used=fits.used,
+        left_out=fits.left_out,
         floors=floors,
-        law=fit,
+        law=law,
         recommendation=recommendation,
         targets=targets,
     )
     panels = [draw_panel(draw, "loss against compute")]
-    caption = "Points: runs" + ("; pale: runs kept out of laws." if len(found.left_out) else ".")
-    caption += " Diamonds: the fitted minimum of each (N, D) group." if grouped else ""
-    if fit is None:
-        return [ReportSection("Loss against compute", panels, f"{caption} No loss law: {found.law}.")]
-    N, D = _get_point_of_interest(found, recommendation)
-    panels.append(draw_panel(partial(figures.draw_two_forms, law=fit, floors=floors, N=N, D=D), "the two averaged forms"))
-    one = "new group's minimum" if grouped else "new run"
+    caption = "Points: runs" + ("; pale: runs that laws do not use." if len(fits.left_out) else ".")
+    caption += " Diamonds: the fitted minimum of each (N, D) group." if has_groups else ""
+    if law is None:
+        return [ReportSection("Loss against compute", panels, f"{caption} No loss law: {fits.law}.")]
+    N, D = _get_point_of_interest(fits, recommendation)
+    draw = partial(figures.draw_two_forms, law=law, floors=floors, N=N, D=D)
+    panels.append(draw_panel(draw, "the two averaged forms of the loss law"))
+    one = "the minimum of a new group" if has_groups else "a new run"
     caption += (
-        f" First figure: the averaged prediction along some sizes, with the 80 % band of one {one}"
-        + (", dashed at the target's size; bar: the recommendation's interval" if recommendation else "")
+        f" First figure: the averaged prediction along some sizes, with the 80 % band of {one}"
+        + (", dashed at the size of the target; bar: the interval of the recommendation" if recommendation else "")
         + ("; star: a measured target" if targets else "")
-        + ". Second: what is averaged, at one size; no run has more tokens than at the vertical line."
+        + ". Second figure: the forms that are averaged, at one size; no run has more tokens than the vertical line."
     )
-    sections = [ReportSection("Loss against compute", panels, caption, [tables.tabulate_loss_law(fit, N, D)])]
-    left = []
+    sections = [ReportSection("Loss against compute", panels, caption, [tables.tabulate_loss_law(law, N, D)])]
+    panels = []
     for column in ("N", "D"):
-        draw = partial(figures.draw_residuals, law=fit, floors=floors, column=column)
-        left.append(draw_panel(draw, f"what the loss law leaves, against {column}", height=2.6))
-    caption = "ln(loss / prediction)" + (
-        " of each group's minimum, with the minimum's own sd" if grouped else " of each run"
+        draw = partial(figures.draw_residuals, law=law, floors=floors, column=column)
+        panels.append(draw_panel(draw, f"residuals of the loss law against {column}", height=2.6))
+    caption = "ln(loss / prediction) of each " + (
+        "group's minimum, with the standard deviation of that minimum" if has_groups else "run"
     )
-    sections.append(
-        ReportSection("What the loss law leaves", left, f"{caption}. Grey: the scatter that the interval counts with.")
-    )
-    if isinstance(found.forms, Comparison):
-        sections.append(ReportSection("Forms of the loss law", tables=[tables.tabulate_forms(found.forms)]))
+    caption += ". Grey: the scatter that the intervals assume."
+    sections.append(ReportSection("Residuals of the loss law", panels, caption))
+    if isinstance(fits.forms, Comparison):
+        sections.append(ReportSection("Forms of the loss law", tables=[tables.tabulate_forms(fits.forms)]))
     return sections
 
 
-def _build_frontier_sections(found: ReportFits, recommendation: Recommendation | None) -> list[ReportSection]:
-    if not found.approaches:
+def _build_frontier_sections(fits: ReportFits, recommendation: Recommendation | None) -> list[ReportSection]:
+    if not fits.approaches:
         return []
     panels, caption = [], ""
-    if any(isinstance(v, Frontier) for v in found.approaches.values()):
-        draw = partial(figures.draw_approaches, found=found.approaches, recommendation=recommendation)
+    if any(isinstance(v, Frontier) for v in fits.approaches.values()):
+        draw = partial(figures.draw_approaches, found=fits.approaches, recommendation=recommendation)
         panels = [draw_panel(draw, "compute-optimal N against compute", width=6.2, height=3.6)]
         caption = (
-            "N of least loss by the envelope of runs, by parabolas at equal compute, and by the loss law; 80 % bands."
+            "The N with the lowest loss at each compute, by the envelope of the runs, by parabolas at equal compute, "
+            "and by the loss law, with 80 % bands."
         )
-    N, D = _get_point_of_interest(found, recommendation)
-    table = tables.tabulate_approaches(found.approaches, 6 * N * D)
-    return [ReportSection("Compute-optimal sizes, three ways", panels, caption, [table])]
+    N, D = _get_point_of_interest(fits, recommendation)
+    table = tables.tabulate_approaches(fits.approaches, 6 * N * D)
+    return [ReportSection("Compute-optimal size by three approaches", panels, caption, [table])]
 
 
 def _build_curve_sections(curves: Sequence[RunCurve]) -> list[ReportSection]:
@@ -270,14 +335,15 @@ def _build_curve_sections(curves: Sequence[RunCurve]) -> list[ReportSection]:
     colours = figures.assign_colours(c.N for c in curves)
     panels = []
     for N in figures.pick_few(list(colours), MAX_SIZES):
-        mine = [(c.tokens, c.loss) for c in curves if c.N == N]
-        draw = partial(figures.draw_curves, of_one_size=mine, colour=colours[N], N=N)
-        panels.append(draw_panel(draw, f"loss along runs, N {count(N)}", **SMALL_PANEL))
+        of_size = [(c.tokens, c.loss) for c in curves if c.N == N]
+        draw = partial(figures.draw_curves, curves=of_size, colour=colours[N], N=N)
+        panels.append(draw_panel(draw, f"loss along runs, N {format_count(N)}", **SMALL_PANEL))
     checks = check_forecasts(curves)
-    caption = "Loss along runs; the last point is the end, after the cooldown where there is one."
+    caption = "Loss along runs. The last point is the final loss, after the cooldown if there is one."
     if any(c.schedule is None for c in curves):
-        caption += " Some schedules are not recorded: there, forecasts take the rate as constant."
-    return [ReportSection("Curves", panels, caption, [tables.tabulate_forecasts(checks)] if checks else [], small=True)]
+        caption += " Some schedules are not recorded: forecasts of those runs assume a constant learning rate."
+    table = [tables.tabulate_forecasts(checks)] if checks else []
+    return [ReportSection("Loss curves", panels, caption, table, small=True)]
 
 
 def _build_rung_sections(proxies: pd.DataFrame) -> list[ReportSection]:
@@ -288,8 +354,8 @@ def _build_rung_sections(proxies: pd.DataFrame) -> list[ReportSection]:
     panels = []
     for N in figures.pick_few(list(colours), MAX_SIZES):
         draw = partial(figures.draw_rungs, runs=proxies, N=N, colour=colours[N], ceiling=ceiling)
-        panels.append(draw_panel(draw, f"rungs, N {count(N)}", **SMALL_PANEL))
-    caption = "One line per configuration, one point per rung; a cross marks a diverged run."
+        panels.append(draw_panel(draw, f"rungs, N {format_count(N)}", **SMALL_PANEL))
+    caption = "One line per configuration, one point per rung. A cross marks a diverged run."
     return [ReportSection("Rungs and promotions", panels, caption, small=True)]
 
 
@@ -297,6 +363,9 @@ def _build_target_sections(targets: Sequence[TargetCurve], predicted: Recommenda
     if not targets:
         return []
     draw = partial(figures.draw_targets, targets=targets, recommendation=predicted)
-    caption = "Curves: validation loss on the constant-rate trunk. Star: after the cooldown, which is what the law predicts (bar)."
+    caption = (
+        "Lines: validation loss on the constant-rate trunk. Star: the loss after the cooldown, which is what the law "
+        "predicts (bar)."
+    )
     figure = draw_panel(draw, "the target against its prediction", width=6.2, height=3.6)
     return [ReportSection("The target against its prediction", [figure], caption)]

@@ -1,4 +1,4 @@
-"""The report's page: a jinja2 template. Every name is escaped; only figures, which we draw, are put in as they are."""
+"""The page of a report, as a jinja2 template. All text is escaped, except the figures, which are drawn here."""
 
 from __future__ import annotations
 
@@ -6,46 +6,69 @@ PAGE_TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ study }}: scaling report</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #24292f; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .5rem; }
-table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }
-th { font-weight: 600; } .num td { font-variant-numeric: tabular-nums; } td.n, th.n { text-align: right; white-space: nowrap; }
-td.long { min-width: 14rem; } td.some { min-width: 8rem; } .wide { overflow-x: auto; } .wide { margin: .6rem 0 .3rem; } p.quiet { margin: .2rem 0; }
-.flag { border-left: 3px solid #9a6700; padding-left: .7rem; margin: .4rem 0; } .serious { border-color: #cf222e; }
-figure { margin: 0 0 .8rem; } figcaption { margin-top: .4rem; } svg { display: block; width: 100%; height: auto; } figcaption, .quiet { color: #57606a; font-size: .9rem; }
-.panels { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+body { font: 15px/1.5 system-ui, sans-serif; color: #24292f; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 0.5rem; }
+table { border-collapse: collapse; }
+td, th { padding: 0.2rem 0.9rem 0.2rem 0; text-align: left; vertical-align: top; }
+th { font-weight: 600; } .num td { font-variant-numeric: tabular-nums; }
+td.n, th.n { text-align: right; white-space: nowrap; }
+td.long { min-width: 14rem; } td.some { min-width: 8rem; }
+.wide { overflow-x: auto; } .wide { margin: 0.6rem 0 0.3rem; } p.quiet { margin: 0.2rem 0; }
+.flag { border-left: 3px solid #9a6700; padding-left: 0.7rem; margin: 0.4rem 0; } .serious { border-color: #cf222e; }
+figure { margin: 0 0 0.8rem; } figcaption { margin-top: 0.4rem; } svg { display: block; width: 100%; height: auto; }
+figcaption, .quiet { color: #57606a; font-size: 0.9rem; }
+.panels { display: grid; gap: 0.6rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 .panels.lone { max-width: 36rem; } .panels.small { grid-template-columns: repeat(4, 1fr); }
 @media (max-width: 48rem) { .panels.small { grid-template-columns: 1fr 1fr; } }
 </style></head><body>
 {% macro table(t) %}
-{% if t.rows %}<div class="wide"><table class="num"><tr>{% for c in t.columns %}<th{% if c.number %} class="n"{% endif %}>{{ c.name }}</th>{% endfor %}</tr>
-{% for row in t.rows %}<tr>{% for cell in row %}<td{% if t.columns[loop.index0].number %} class="n"{% elif cell|length > 60 %} class="long"{% elif cell|length > 20 %} class="some"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>{% endif %}
+{% if t.rows %}
+<div class="wide"><table class="num"><tr>
+{% for c in t.columns %}<th{% if c.is_number %} class="n"{% endif %}>{{ c.name }}</th>{% endfor %}</tr>
+{% for row in t.rows %}
+<tr>{% for cell in row %}
+<td{% if t.columns[loop.index0].is_number %} class="n"{% elif cell|length > 60 %} class="long"
+{%- elif cell|length > 20 %} class="some"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endif %}
 {% for note in t.notes %}<p class="quiet">{{ note }}</p>
 {% endfor %}
 {% endmacro %}
+{% macro row(name, value, text) %}
+<tr><th>{{ name }}</th><td>{{ value }}</td><td>{{ text }}</td></tr>
+{% endmacro %}
+{% macro interval(mass, ends, form) %}
+{{ "{:.0f} %".format(100 * mass) }} interval: {{ form.format(ends[0]) }} to {{ form.format(ends[1]) }}
+{%- endmacro %}
 <h1>{{ study }}</h1>
 <p class="quiet">{{ counted | join("; ") }}. Losses in nats per token on held-out text.</p>
 {% if recommendation %}{% set r = recommendation %}
 <h2>Recommendation for N = {{ "{:,.0f}".format(r.N) }}, D = {{ "{:,.0f}".format(r.D) }}</h2>
-{% if not trustworthy %}<p class="flag serious"><strong>Not to be trusted</strong> before the serious points below are mended.</p>{% endif %}
-{% set pc = "{:.0f} %".format(100 * r.mass) %}
+{% if not trustworthy %}
+<p class="flag serious"><strong>Not to be trusted</strong> until the serious warnings below are resolved.</p>
+{% endif %}
 <table class="num">
 {% for name, ends in (("N", r.N_interval), ("D", r.D_interval)) if ends %}
-<tr><th>compute-optimal {{ name }}</th><td>{{ "{:,.0f}".format(r[name]) }}</td><td>{{ pc }}: {{ "{:,.0f}".format(ends[0]) }} to {{ "{:,.0f}".format(ends[1]) }}</td></tr>
+{{ row("compute-optimal " ~ name, "{:,.0f}".format(r[name]), interval(r.mass, ends, "{:,.0f}")) }}
 {% endfor %}
-<tr><th>learning rate{% if mup %} (base width){% endif %}</th><td>{{ "{:.4g}".format(r.lr) }}</td>
-<td>{{ pc }}: {{ "{:.4g}".format(r.lr_interval[0]) }} to {{ "{:.4g}".format(r.lr_interval[1]) }}</td></tr>
-<tr><th>batch, tokens per step</th><td>{{ "{:,.0f}".format(r.batch_tokens) }}{% if r.batch_seqs %} ({{ "{:,}".format(r.batch_seqs) }} sequences){% endif %}</td>
-<td>{{ pc }}: {{ "{:,.0f}".format(r.batch_interval[0]) }} to {{ "{:,.0f}".format(r.batch_interval[1]) }}</td></tr>
-<tr><th>predicted loss of one run</th><td>{{ "{:.4f}".format(r.loss) }}</td>
-<td>{{ pc }}: {{ "{:.4f}".format(r.loss_interval[0]) }} to {{ "{:.4f}".format(r.loss_interval[1]) }}</td></tr>
-<tr><th>expected regret</th><td>{{ "{:.2f} %".format(100 * r.expected_regret) }}</td><td>of the loss, on the whole an upper bound</td></tr>
+{{ row("learning rate" ~ (" (base width)" if mup else ""), "{:.4g}".format(r.lr),
+  interval(r.mass, r.lr_interval, "{:.4g}")) }}
+{{ row("batch, tokens per step",
+  "{:,.0f}".format(r.batch_tokens) ~ (" ({:,} sequences)".format(r.batch_seqs) if r.batch_seqs else ""),
+  interval(r.mass, r.batch_interval, "{:,.0f}")) }}
+{{ row("predicted loss of one run", "{:.4f}".format(r.loss), interval(r.mass, r.loss_interval, "{:.4f}")) }}
+{{ row("expected regret", "{:.2f} %".format(100 * r.expected_regret), "of the loss; an upper bound") }}
 {% for t in targets %}
-<tr><th>measured, {{ t.name }}</th><td>{{ "{:.4f}".format(t.final_loss) }}</td><td>{{ "inside" if predicted.loss_interval[0] <= t.final_loss <= predicted.loss_interval[1] else "outside" }} the interval predicted before</td></tr>
+{% set held = predicted.loss_interval[0] <= t.final_loss <= predicted.loss_interval[1] %}
+{{ row("measured, " ~ t.name, "{:.4f}".format(t.final_loss),
+  ("inside" if held else "outside") ~ " the interval that was predicted") }}
 {% endfor %}
 </table>
-{% for f in flags %}<p class="flag{% if f.serious %} serious{% endif %}">{% if f.serious %}<strong>Serious.</strong> {% endif %}{{ f.text }}</p>
+{% for f in flags %}
+<p class="flag{% if f.serious %} serious{% endif %}">
+{% if f.serious %}<strong>Serious.</strong> {% endif %}{{ f.text }}</p>
 {% endfor %}
 {% if next_run %}
 <h2>What to run next to narrow this most</h2>

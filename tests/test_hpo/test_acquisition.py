@@ -95,7 +95,7 @@ def set_hyperparameters(fit: Surrogate, **logs: float) -> Surrogate:
 
 
 def two_level_runs(sign: float = 1.0, n: int = 10) -> tuple[Array, Surrogate]:
-    """Make half of the runs at t = 1 and half at the target. With sign -1 the best settings at t = 1 are the worst there."""
+    """Make half of the runs at t = 1 and half at the target. Sign -1: the best at t = 1 are the worst there."""
     U = np.random.default_rng(8).random((n, 2))
     T = np.tile(np.array([[1.0, 0.0], [0.0, 0.0]]), (n // 2, 1))
     bowl = ((U - 0.4) ** 2).sum(1)
@@ -329,9 +329,7 @@ def test_a_more_useful_lower_fidelity_gets_more_cost_before_the_highest(
     monkeypatch.setattr(acquisition, "compute_usefulness", lambda *_: np.array([useful, 1.0]))
 
     def choose_slot(low: float, high: float = 0.0, limit: float = INF) -> int:
-        available = make_available(
-            U, slots, np.array([1e-3, 1.0]), top=1, spent=(low, low + high), limit=limit
-        )
+        available = make_available(U, slots, np.array([1e-3, 1.0]), top=1, spent=(low, low + high), limit=limit)
         return suggest(fit, PlainCube(2), U, available, seed=[0, 1])[1]
 
     assert choose_slot(0.98 * most) == 0

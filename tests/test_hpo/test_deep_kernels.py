@@ -1,4 +1,4 @@
-"""The surrogates beside the default: their covariances by other ways, their fits, and one contract for all three."""
+"""The alternative surrogates: independent checks of their covariances, their fits, and one contract for all three."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ every_surrogate = pytest.mark.parametrize("surrogate", FITTERS)
 
 
 def inputs(rng: np.random.Generator, n: int, d: int) -> torch.Tensor:
-    """Random settings and fidelities; some beyond the target, some exactly at it."""
+    """Draw random settings and fidelities, some beyond the target and some exactly at it."""
     fidelity = np.where(rng.random((n, 2)) < 0.3, 0.0, rng.uniform(-0.5, 1.0, (n, 2)))
     return join_inputs(rng.random((n, d)), fidelity)
 
 
-def shaken(kernel: Any, rng: np.random.Generator) -> Any:
-    """The kernel with all its parameters drawn from their priors."""
+def randomise(kernel: Any, rng: np.random.Generator) -> Any:
+    """Draw all parameters of a kernel from their priors."""
     with torch.no_grad():
         for name, parameter in kernel.named_parameters():
-            own = getattr(kernel, f"{name}_prior")
+            prior = getattr(kernel, f"{name}_prior")
             draw = torch.from_numpy(rng.standard_normal(tuple(parameter.shape)))
-            parameter.copy_(own.loc + own.scale * draw.clamp(-3, 3))
+            parameter.copy_(prior.loc + prior.scale * draw.clamp(-3, 3))
     return kernel
 
 
-def bowl_of(U: Array, T: Array) -> Array:
-    """A loss whose optimum moves with tokens and size: (0.6, 0.4) at the target."""
+def bowl_loss(U: Array, T: Array) -> Array:
+    """Return a loss whose optimum moves with tokens and size; it is (0.6, 0.4) at the target."""
     centre = np.array([0.6, 0.4]) + T @ np.array([[0.2, -0.15], [-0.1, 0.05]])
     return np.asarray(2.0 + 0.4 * T[:, 0] + 0.3 * T[:, 1] + ((U - centre) ** 2) @ np.array([1.0, 0.6]))
 
@@ -73,10 +73,10 @@ def bowl_runs(seed: int, n: int) -> tuple[Array, Array, NDArray[np.int64], Array
     rng = np.random.default_rng(seed)
     U, T = rng.random((n, 2)), rng.choice([1.0, 0.5, 0.0], (n, 2))
     _, level = np.unique(T, axis=0, return_inverse=True)
-    return U, T, level.astype(np.int64).ravel(), bowl_of(U, T)
+    return U, T, level.astype(np.int64).ravel(), bowl_loss(U, T)
 
 
-# Covariances
+# Covariances.
 
 
 def test_level_offset_is_that_of_the_default() -> None:
@@ -93,56 +93,56 @@ def test_level_offset_is_that_of_the_default() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_infinite_width_kernel_is_the_expectation_over_random_units(depth: int) -> None:
-    """Each layer by an integral over the angle of two correlated normals, of the product of their positive parts."""
+    """Each layer is an integral, over the angle of two correlated normals, of the product of their positive parts."""
     rng = np.random.default_rng(depth)
-    kernel = shaken(deep_kernels.InfiniteWidthKernel(2, depth), rng)
+    kernel = randomise(deep_kernels.InfiniteWidthKernel(2, depth), rng)
     x = inputs(rng, 5, 2)
     angle = np.linspace(0, 2 * math.pi, 100_000, endpoint=False)
     circle = np.stack([np.cos(angle), np.sin(angle)])
 
     def layer(k: Array) -> Array:
-        """2 E[relu(f) relu(g)] for normal (f, g) of every pair's covariance; the radius integrates to 2."""
+        """Return 2 E[relu(f) relu(g)] for normal (f, g) with each pair's covariance; the radius integrates to 2."""
         out = np.empty_like(k)
         for i in range(len(k)):
             for j in range(len(k)):
-                near = k[i, j] / math.sqrt(k[i, i] * k[j, j])
+                correlation = k[i, j] / math.sqrt(k[i, i] * k[j, j])
                 f = math.sqrt(k[i, i]) * circle[0]
-                g = math.sqrt(k[j, j]) * (near * circle[0] + math.sqrt(max(0.0, 1 - near**2)) * circle[1])
+                g = math.sqrt(k[j, j]) * (correlation * circle[0] + math.sqrt(max(0.0, 1 - correlation**2)) * circle[1])
                 out[i, j] = 2 * 2 * (np.maximum(f, 0) * np.maximum(g, 0)).mean()
         return out
 
     scale, bias, weight = (np.exp(getattr(kernel, n).detach().numpy()) for n in ("log_input", "log_bias", "log_weight"))
     c = (x.numpy() - np.array([0.5, 0.5, 0.0, 0.0])) * scale
     k = c @ c.T
-    for one in range(depth):
-        k = weight[one] ** 2 * layer(k + bias[one] ** 2)
+    for index in range(depth):
+        k = weight[index] ** 2 * layer(k + bias[index] ** 2)
     with torch.no_grad():
-        got = kernel.forward(x, x) - deep_kernels.compute_level_offset(x, x)
-    np.testing.assert_allclose(got.numpy(), k, rtol=1e-6)
+        covariance = kernel.forward(x, x) - deep_kernels.compute_level_offset(x, x)
+    np.testing.assert_allclose(covariance.numpy(), k, rtol=1e-6)
 
 
 def test_a_deep_kernel_whose_network_is_zero_is_an_ordinary_matern_kernel() -> None:
     rng = np.random.default_rng(1)
-    kernel = shaken(deep_kernels.DeepKernel(3, 0), rng)
+    kernel = randomise(deep_kernels.DeepKernel(3, 0), rng)
     a, b = inputs(rng, 6, 3), inputs(rng, 5, 3)
     plain = MaternKernel(nu=2.5, ard_num_dims=5).double()
     with torch.no_grad():
         kernel.V.zero_()
         plain.lengthscale = torch.exp(kernel.log_length)
         expected = torch.exp(2 * kernel.log_scale) * plain(a, b).to_dense()
-        got = kernel.forward(a, b) - deep_kernels.compute_level_offset(a, b)
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+        covariance = kernel.forward(a, b) - deep_kernels.compute_level_offset(a, b)
+    torch.testing.assert_close(covariance, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_deep_kernel_compares_points_where_its_network_puts_them() -> None:
+def test_a_deep_kernel_compares_the_points_that_its_network_has_moved() -> None:
     rng = np.random.default_rng(2)
-    kernel = shaken(deep_kernels.DeepKernel(2, 0), rng)
+    kernel = randomise(deep_kernels.DeepKernel(2, 0), rng)
     x = inputs(rng, 4, 2)
     p = {name: value.detach().numpy() for name, value in kernel.named_parameters()}
     with torch.no_grad():
-        got = (kernel.forward(x, x) - deep_kernels.compute_level_offset(x, x)).numpy()
+        covariance = (kernel.forward(x, x) - deep_kernels.compute_level_offset(x, x)).numpy()
 
-    def place(row: Array) -> Array:
+    def move(row: Array) -> Array:
         c = row - np.array([0.5, 0.5, 0.0, 0.0])
         hidden = [
             math.tanh(sum(w * v for w, v in zip(unit, c, strict=True)) + b)
@@ -152,9 +152,9 @@ def test_a_deep_kernel_compares_points_where_its_network_puts_them() -> None:
 
     for i in range(4):
         for j in range(i):
-            r = math.dist(place(x.numpy()[i]), place(x.numpy()[j]))
+            r = math.dist(move(x.numpy()[i]), move(x.numpy()[j]))
             m52 = (1 + math.sqrt(5) * r + 5 * r * r / 3) * math.exp(-math.sqrt(5) * r)
-            assert got[i, j] == pytest.approx(math.exp(2 * p["log_scale"][0]) * m52, rel=1e-8, abs=1e-10)
+            assert covariance[i, j] == pytest.approx(math.exp(2 * p["log_scale"][0]) * m52, rel=1e-8, abs=1e-10)
 
 
 @every_kernel
@@ -163,9 +163,10 @@ def test_covariance_is_positive_semi_definite(make: Make, seed: int) -> None:
     rng = np.random.default_rng(seed)
     d = 1 + seed % 3
     x = inputs(rng, 50, d)
-    x = torch.cat([x, x[:5]])  # runs may be repeated
+    # Runs may be repeated.
+    x = torch.cat([x, x[:5]])
     with torch.no_grad():
-        k = shaken(make(d), rng).forward(x, x).numpy()
+        k = randomise(make(d), rng).forward(x, x).numpy()
     np.testing.assert_allclose(k, k.T, rtol=1e-10)
     eigenvalues = np.linalg.eigvalsh(k)
     assert eigenvalues.min() > -1e-9 * eigenvalues.max()
@@ -183,7 +184,7 @@ def test_kernel_gives_the_diagonal_and_batches(make: Make) -> None:
 
 
 @every_kernel
-def test_gradients_are_slopes_where_runs_coincide_too(make: Make) -> None:
+def test_gradients_are_slopes_even_where_runs_coincide(make: Make) -> None:
     rng = np.random.default_rng(4)
     kernel, x = make(2), inputs(rng, 6, 2)
     x = torch.cat([x, x[:2]])
@@ -206,18 +207,18 @@ def test_gradients_are_slopes_where_runs_coincide_too(make: Make) -> None:
             assert float(parameter.grad.view(-1)[i]) == pytest.approx((above - below) / 2e-5, rel=1e-4, abs=1e-4)
 
 
-# Fits
+# Fits.
 
 
 def noise_prior() -> Any:
-    """Of the logarithm of the noise's standard deviation, the default's."""
+    """Return the default prior of the logarithm of the noise's standard deviation."""
     mean, sd = make_priors(1)["log_noise"]
     return norm(float(mean), sd)
 
 
 @every_kernel
 def test_what_is_maximised_is_the_log_posterior(make: Make) -> None:
-    """Against SciPy's densities; the prior of the noise is on the logarithm of its standard deviation."""
+    """It is compared with SciPy's densities. The prior of the noise is on the logarithm of its standard deviation."""
     U, T, level, y = bowl_runs(0, 14)
     x, z = join_inputs(U, T), torch.from_numpy(standardise(y, level)[0])
     value, kernel, noise = deep_kernels._fit_kernel(make(2), x, z)
@@ -225,8 +226,8 @@ def test_what_is_maximised_is_the_log_posterior(make: Make) -> None:
         k = kernel.forward(x, x).numpy() + noise * np.eye(len(z))
     expected = multivariate_normal(np.zeros(len(z)), k).logpdf(z.numpy())
     for name, parameter in kernel.named_parameters():
-        own = getattr(kernel, f"{name}_prior")
-        expected += norm(float(own.loc), float(own.scale)).logpdf(parameter.detach().numpy()).sum()
+        prior = getattr(kernel, f"{name}_prior")
+        expected += norm(float(prior.loc), float(prior.scale)).logpdf(parameter.detach().numpy()).sum()
     expected += noise_prior().logpdf(0.5 * math.log(noise))
     assert value * len(z) == pytest.approx(expected, rel=1e-6)
 
@@ -234,7 +235,7 @@ def test_what_is_maximised_is_the_log_posterior(make: Make) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_fit_is_more_probable_than_the_network_that_made_the_data(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    truth, x, noise = shaken(deep_kernels.InfiniteWidthKernel(2), rng), inputs(rng, 30, 2), 1e-3
+    truth, x, noise = randomise(deep_kernels.InfiniteWidthKernel(2), rng), inputs(rng, 30, 2), 1e-3
     with torch.no_grad():
         k = truth.forward(x, x).numpy() + noise * np.eye(30)
     z = np.linalg.cholesky(k) @ rng.standard_normal(30)
@@ -244,8 +245,8 @@ def test_the_fit_is_more_probable_than_the_network_that_made_the_data(seed: int)
             k = kernel.forward(x, x).numpy() + noise * np.eye(30)
         total = float(multivariate_normal(np.zeros(30), k).logpdf(z)) + noise_prior().logpdf(0.5 * math.log(noise))
         for name, parameter in kernel.named_parameters():
-            own = getattr(kernel, f"{name}_prior")
-            total += norm(float(own.loc), float(own.scale)).logpdf(parameter.detach().numpy()).sum()
+            prior = getattr(kernel, f"{name}_prior")
+            total += norm(float(prior.loc), float(prior.scale)).logpdf(parameter.detach().numpy()).sum()
         return float(total)
 
     [(kernel, fitted_noise)] = deep_kernels.fit_nngp_kernel(x, torch.from_numpy(z))
@@ -253,7 +254,7 @@ def test_the_fit_is_more_probable_than_the_network_that_made_the_data(seed: int)
 
 
 @pytest.mark.slow
-def test_networks_are_given_the_most_probable_first() -> None:
+def test_networks_are_returned_with_the_most_probable_first() -> None:
     U, T, level, y = bowl_runs(1, 25)
     x, z = join_inputs(U, T), torch.from_numpy(standardise(y, level)[0])
     values = [
@@ -267,20 +268,20 @@ def test_networks_are_given_the_most_probable_first() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_fits_from_other_beginnings_arrive_at_the_same_posterior(seed: int) -> None:
-    """A badly scaled parameter stops the optimizer early, each time somewhere else."""
+def test_fits_from_other_initialisations_reach_the_same_posterior(seed: int) -> None:
+    """A badly scaled parameter would stop the optimizer early, at a different point each time."""
     U, T, level, y = bowl_runs(seed, 20)
     x, z = join_inputs(U, T), torch.from_numpy(standardise(y, level)[0])
     rng = np.random.default_rng(seed)
     starts = [
         deep_kernels.InfiniteWidthKernel(2),
-        *(shaken(deep_kernels.InfiniteWidthKernel(2), rng) for _ in range(3)),
+        *(randomise(deep_kernels.InfiniteWidthKernel(2), rng) for _ in range(3)),
     ]
     values = [len(z) * deep_kernels._fit_kernel(kernel, x, z)[0] for kernel in starts]
     assert max(values) - min(values) < 0.1
 
 
-def test_a_fit_that_begins_at_a_singular_covariance_begins_again_at_a_draw_of_its_own() -> None:
+def test_a_fit_that_meets_a_singular_covariance_restarts_from_a_draw_with_a_fixed_seed() -> None:
     class Singular(deep_kernels.InfiniteWidthKernel):
         calls = 0
 
@@ -306,7 +307,7 @@ def test_a_fit_that_begins_at_a_singular_covariance_begins_again_at_a_draw_of_it
     assert values[0] == values[1] == pytest.approx(smooth, abs=0.05)
 
 
-# One contract for all
+# One contract for all.
 
 
 @every_surrogate
@@ -317,7 +318,7 @@ def test_the_optimum_at_the_target_is_found_and_its_loss_within_the_interval(sur
     grid = np.stack(np.meshgrid(np.linspace(0, 1, 41), np.linspace(0, 1, 41)), -1).reshape(-1, 2)
     mean, sd = fit.predict(grid, np.zeros(2))
     assert np.abs(grid[mean.argmin()] - [0.6, 0.4]).max() <= 0.1
-    truth = bowl_of(grid, np.zeros((len(grid), 2)))
+    truth = bowl_loss(grid, np.zeros((len(grid), 2)))
     assert np.corrcoef(mean, truth)[0, 1] > 0.95
     assert (np.abs(mean - truth) < 3 * sd + 0.01).mean() > 0.9
 
@@ -346,15 +347,16 @@ def test_the_same_point_many_times_gives_the_mean_of_its_losses(surrogate: str) 
 
 
 @every_surrogate
-def test_pending_runs_keep_the_mean_and_lower_the_doubt(surrogate: str) -> None:
+def test_pending_runs_keep_the_mean_and_lower_the_variance(surrogate: str) -> None:
     U, T, level, y = bowl_runs(4, 15)
     fit = fit_surrogate(U, T, level, y, fitter=FITTERS[surrogate])
-    there, at, V = np.array([[0.3, 0.8]]), np.array([[0.5, 0.5]]), np.random.default_rng(0).random((10, 2))
-    told = fit.with_pending(there, at)
-    np.testing.assert_allclose(told.predict(V, np.zeros(2))[0], fit.predict(V, np.zeros(2))[0], atol=1e-5)
-    assert (told.predict(V, np.zeros(2))[1] <= fit.predict(V, np.zeros(2))[1] + 1e-9).all()
-    for one, other in zip(fit.members, told.members, strict=True):
-        x = join_inputs(there, at)
+    point, coordinates = np.array([[0.3, 0.8]]), np.array([[0.5, 0.5]])
+    V = np.random.default_rng(0).random((10, 2))
+    updated = fit.with_pending(point, coordinates)
+    np.testing.assert_allclose(updated.predict(V, np.zeros(2))[0], fit.predict(V, np.zeros(2))[0], atol=1e-5)
+    assert (updated.predict(V, np.zeros(2))[1] <= fit.predict(V, np.zeros(2))[1] + 1e-9).all()
+    for one, other in zip(fit.members, updated.members, strict=True):
+        x = join_inputs(point, coordinates)
         before, after = float(one.posterior(x)[1][0]), float(other.posterior(x)[1][0])
         assert after == pytest.approx(before * one.noise / (before + one.noise), rel=1e-3)
 
@@ -385,7 +387,7 @@ def test_a_fit_is_repeated_exactly_and_leaves_the_global_generators_alone(surrog
     assert state() == before
 
 
-# In a search
+# In a search.
 
 SPACE: dict[str, BaseDistribution] = {
     "lr": FloatDistribution(1e-4, 1e-1, log=True),
@@ -397,7 +399,7 @@ TARGET = Fidelity(1e6, 1e8)
 
 
 def run(study: optuna.Study, params: dict[str, Any], at: Fidelity, loss: float | None) -> None:
-    """A trial as a search writes it: None is still running, NaN has diverged."""
+    """Add a trial as a search writes it. A loss of None is a running trial, NaN a diverged one."""
     diverged = loss is not None and not math.isfinite(loss)
     state = TrialState.RUNNING if loss is None else TrialState.FAIL if diverged else TrialState.COMPLETE
     study.add_trial(
@@ -413,7 +415,7 @@ def run(study: optuna.Study, params: dict[str, Any], at: Fidelity, loss: float |
 
 @every_surrogate
 @pytest.mark.parametrize("losses", [[2.0] * 6, [2.0, math.nan, 3.0, None, 2.5, math.inf, None]])
-def test_equal_diverged_and_pending_runs_are_searched_on_from(surrogate: str, losses: list[float | None]) -> None:
+def test_the_search_continues_after_equal_diverged_and_pending_runs(surrogate: str, losses: list[float | None]) -> None:
     study, rng = optuna.create_study(), np.random.default_rng(0)
     cube = Cube(SPACE)
     for i, (point, loss) in enumerate(zip(rng.random((len(losses), 3)), losses, strict=True)):
@@ -432,7 +434,7 @@ def test_equal_diverged_and_pending_runs_are_searched_on_from(surrogate: str, lo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", MODEL_SAMPLERS)
-def test_a_search_with_it_ends_nearer_the_optimum_than_its_start(sampler: str) -> None:
+def test_a_search_with_each_surrogate_ends_near_the_optimum(sampler: str) -> None:
     def loss(params: dict[str, Any], tokens: float) -> float:
         drift = 0.1 * math.log(tokens / 27_000)
         x, y = math.log10(params["lr"] / 0.003) + drift, math.log2(params["batch"] / 64) / 3
@@ -447,7 +449,7 @@ def test_a_search_with_it_ends_nearer_the_optimum_than_its_start(sampler: str) -
     assert loss(best, 27_000) < loss({"lr": 0.003, "batch": 64, "kind": "b"}, 27_000) + 0.02
 
 
-def test_samplers_with_other_surrogates_are_made_by_name() -> None:
+def test_samplers_with_other_surrogates_are_created_by_name() -> None:
     assert set(MODEL_SAMPLERS) <= set(SAMPLERS)
     for name in MODEL_SAMPLERS:
         assert isinstance(make_sampler(name, seed=0), MultiFidelitySampler)
@@ -455,7 +457,7 @@ def test_samplers_with_other_surrogates_are_made_by_name() -> None:
         MultiFidelitySampler(surrogate="depe")
 
 
-def test_the_module_is_imported_only_by_those_who_use_it() -> None:
+def test_the_module_is_imported_only_when_it_is_used() -> None:
     code = (
         "import sys, optuna\n"
         "from hpo.samplers.multi_fidelity import MultiFidelitySampler\n"

@@ -46,7 +46,7 @@ def test_standardise_compresses_only_the_tail() -> None:
 
 
 def test_a_search_that_has_settled_keeps_the_shape_of_its_earlier_losses() -> None:
-    """Twenty runs are within 0.01 of the best, and fifteen on a bowl around it. The median, 0.009, would compress all."""
+    """Twenty runs are within 0.01 of the best, and fifteen on a bowl around it. The median would compress all."""
     far = np.linspace(1.0, 3.0, 15) ** 2
     z, offset, scale = standardise(2.0 + np.concatenate([np.linspace(0, 0.01, 20), far]), np.zeros(35, np.int64))
     compressed = offset + scale * z - 2.0

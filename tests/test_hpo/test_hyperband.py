@@ -1,3 +1,5 @@
+"""Incremental Hyperband: ladders, rung sizes, the variants, their costs, and what remains to run."""
+
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -52,7 +54,9 @@ def run_to_the_end(
     while True:
         possible = []
         if len(running) < workers and (stop_after is None or len(ran) < stop_after):
-            possible = list_moves(table.values(), ladder, variant=variant, asynchronous=asynchronous, scores=table_scores)
+            possible = list_moves(
+                table.values(), ladder, variant=variant, asynchronous=asynchronous, scores=table_scores
+            )
         if possible:
             move = possible[0]
             if isinstance(move, Promote):
@@ -139,7 +143,9 @@ def test_a_raised_ladder_keeps_its_lower_rungs() -> None:
     assert ladder.raised(1000) == ladder
 
 
-@pytest.mark.parametrize(("max_tokens", "nearest"), [(4000, "3000 and 9000"), (999, "1000 and 3000"), (1001, "1000 and 3000")])
+@pytest.mark.parametrize(
+    ("max_tokens", "nearest"), [(4000, "3000 and 9000"), (999, "1000 and 3000"), (1001, "1000 and 3000")]
+)
 def test_a_ladder_is_raised_by_powers_of_eta_only(max_tokens: int, nearest: str) -> None:
     with pytest.raises(ValueError, match=nearest):
         Ladder.make(100, 1000, 3).raised(max_tokens)
@@ -147,7 +153,13 @@ def test_a_ladder_is_raised_by_powers_of_eta_only(max_tokens: int, nearest: str)
 
 def test_bracket_sizes_are_those_of_the_formula_by_hand() -> None:
     # eta 3: ceil(5/5 81), ceil(5/4 27) = ceil(33.75), ceil(5/3 9), ceil(5/2 3), 5
-    assert [compute_rung_sizes(k, 4, 3) for k in range(5)] == [(81, 27, 9, 3, 1), (34, 11, 3, 1), (15, 5, 1), (8, 2), (5,)]
+    assert [compute_rung_sizes(k, 4, 3) for k in range(5)] == [
+        (81, 27, 9, 3, 1),
+        (34, 11, 3, 1),
+        (15, 5, 1),
+        (8, 2),
+        (5,),
+    ]
     assert [compute_rung_sizes(k, 4, 2) for k in range(5)] == [(16, 8, 4, 2, 1), (10, 5, 2, 1), (7, 3, 1), (5, 2), (5,)]
     # Beyond the range in which floats are exact.
     assert compute_rung_sizes(0, 40, 3)[0] == 3**40
@@ -210,7 +222,9 @@ def test_the_next_iteration_opens_when_the_one_before_is_done_or_waits() -> None
     run_to_the_end(table, ladder, "discarding", lambda c, _: float(c))
     assert list_moves(table.values(), ladder, iterations=1) == []
     again = [FreeSlots(Bracket(1, 0, 0), 3), FreeSlots(Bracket(1, 0, 1), 2)]
-    assert list_moves(table.values(), ladder, iterations=2) == list_moves(table.values(), ladder, iterations=None) == again
+    assert (
+        list_moves(table.values(), ladder, iterations=2) == list_moves(table.values(), ladder, iterations=None) == again
+    )
     # Its promotion exists already, but nothing else can be run either.
     table[0].losses[0] = None  # type: ignore[index]
     assert list_moves(table.values(), ladder, iterations=None) == again
@@ -294,7 +308,7 @@ def count_spent_tokens(table: Table, ladder: Ladder, *, resumed: bool) -> int:
 
 
 def compute_shares(top: int, eta: int, variant: Variant, seed: int) -> tuple[Fraction, Fraction]:
-    """Return the cost of a raised run relative to Hyperband at R and again at eta R: in full, and with resumed promotions.
+    """Return the cost of a raised run, relative to Hyperband at R and again at eta R: in full, and with resumed runs.
 
     A loss is a Gaussian quality of the configuration plus equal noise at each rung.
     """
@@ -312,7 +326,8 @@ def compute_shares(top: int, eta: int, variant: Variant, seed: int) -> tuple[Fra
     scratch: Table = {}
     run_to_the_end(scratch, large, variant, loss)
     twice += count_spent_tokens(scratch, large, resumed=False)
-    return Fraction(count_spent_tokens(table, large, resumed=False), twice), Fraction(count_spent_tokens(table, large, resumed=True), twice)
+    plain, resumed = (count_spent_tokens(table, large, resumed=is_resumed) for is_resumed in (False, True))
+    return Fraction(plain, twice), Fraction(resumed, twice)
 
 
 def test_one_hyperband_costs_what_the_authors_say() -> None:

@@ -1,4 +1,4 @@
-"""A search without brackets, whose model chooses settings, rungs and what goes on."""
+"""A search without brackets, whose model chooses settings, rungs and which runs continue."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def open_search(**options: Any) -> Search:
     return Search(**(defaults | options))
 
 
-SHORT = (300, 2700)  # three rungs
+# Three rungs.
+SHORT = (300, 2700)
 
 
 def compute_loss(job: Job) -> float:
-    """A bowl around lr = 0.01 whose centre drifts; above 0.05 it diverges."""
+    """Return the loss of a bowl around lr = 0.01 whose centre drifts with the tokens. Above 0.05 it diverges."""
     lr, f = float(job.params["lr"]), job.fidelity
     if lr > 0.05:
         return math.nan
@@ -57,14 +58,16 @@ def outline(jobs: Sequence[Job]) -> list[tuple[Any, ...]]:
     return [(j.config, j.rung, j.resume_from, j.fidelity, tuple(j.params.items())) for j in jobs]
 
 
-def settings(job: Job, digits: int = 9) -> tuple[Any, ...]:
-    """Of a job, as they are told apart: two floats that differ by rounding are one setting."""
+def identify_settings(job: Job, digits: int = 9) -> tuple[Any, ...]:
+    """Return what identifies a job's settings: floats that differ only by rounding are equal."""
     return (job.fidelity.N, *(float(f"{x:.{digits}g}") if isinstance(x, float) else x for x in job.params.values()))
 
 
 def check_climbs(search: Search, jobs: Sequence[Job]) -> None:
-    """Every job starts at the bottom or continues its configuration's finished run one rung below; no run twice; the
-    tokens add up."""
+    """Check that every job starts at the bottom or continues its configuration's finished run one rung below.
+
+    No run may be repeated, and the tokens must add up.
+    """
     done: dict[tuple[int, int], Job] = {}
     for job in jobs:
         assert (job.config, job.rung) not in done
@@ -79,7 +82,7 @@ def check_climbs(search: Search, jobs: Sequence[Job]) -> None:
             assert trial.state == TrialState.COMPLETE
             assert math.isfinite(trial.value or 0.0)
         done[job.config, job.rung] = job
-    of_settings = {(settings(job), job.rung) for job in jobs}
+    of_settings = {(identify_settings(job), job.rung) for job in jobs}
     assert len(of_settings) == len(jobs)
     highest = {c: max(d.fidelity.D for (config, _), d in done.items() if config == c) for c, _ in done}
     progress = search.progress
@@ -134,7 +137,7 @@ def test_where_runs_do_not_resume_the_rung_is_chosen_at_once() -> None:
     jobs = run(search, 35)
     assert all((job.config, job.resume_from) == (job.number, None) for job in jobs)
     assert {job.rung for job in jobs} >= {0, 2}
-    assert len({(settings(job), job.rung) for job in jobs}) == len(jobs)
+    assert len({(identify_settings(job), job.rung) for job in jobs}) == len(jobs)
     assert search.progress.tokens_spent == sum(job.fidelity.D for job in jobs)
     assert search.progress.tokens_saved == 0
     assert abs(math.log(search.best()["lr"] / 0.0125)) < 0.3
@@ -150,7 +153,7 @@ def test_after_a_raise_the_new_top_is_used_and_nothing_is_run_again() -> None:
     check_climbs(search, [*first, *later])
     assert [(t.number, t.state, t.value) for t in search.study.trials[:15]] == before
     assert any(job.rung == 2 for job in later)
-    # Nor does the start-up begin again: a search that was that large at once has yet to see where the optimum is.
+    # The first random runs are not repeated either. A new search does not know yet where the optimum is.
     fresh = run(open_search(seed=4, tokens=SHORT), 3)
     assert max(abs(math.log(job.params["lr"] / 0.012)) for job in later[:3]) < 1.0
     assert max(abs(math.log(job.params["lr"] / 0.012)) for job in fresh) > 1.5
@@ -162,7 +165,8 @@ def test_killed_and_opened_again_at_any_point_it_decides_the_same(tmp_path: Path
         for _ in range(16):
             job = search.ask()
             assert job is not None
-            if kills is not None and kills.random() < 0.4:  # while it runs
+            # The worker is killed while the run is in progress.
+            if kills is not None and kills.random() < 0.4:
                 search = open_search(seed=6, storage=storage, worker="one")
                 assert search.ask() == job
             search.tell(job, compute_loss(job))
@@ -175,7 +179,7 @@ def test_killed_and_opened_again_at_any_point_it_decides_the_same(tmp_path: Path
     assert go(random.Random(0), tmp_path / "study.journal") == expected
 
 
-def test_four_threads_run_nothing_twice_and_none_waits_for_ever() -> None:
+def test_four_threads_run_nothing_twice_and_none_waits_forever() -> None:
     storage, done, lock = InMemoryStorage(), list[Job](), threading.Lock()
     errors: list[BaseException] = []
 
@@ -184,7 +188,8 @@ def test_four_threads_run_nothing_twice_and_none_waits_for_ever() -> None:
             search = open_search(seed=7, storage=storage, worker=worker)
             for _ in range(7):
                 job = search.ask()
-                assert job is not None  # without end there is always something
+                # A search without end always has a job.
+                assert job is not None
                 search.tell(job, compute_loss(job))
                 with lock:
                     done.append(job)
@@ -201,12 +206,12 @@ def test_four_threads_run_nothing_twice_and_none_waits_for_ever() -> None:
     check_climbs(open_search(seed=7, storage=storage, worker="reader"), sorted(done, key=lambda job: job.number))
 
 
-def test_jobs_that_run_at_once_are_different_runs() -> None:
-    """Eight are handed out before any is told, when there is a model and when there is none."""
+def test_jobs_that_run_at_the_same_time_are_different_runs() -> None:
+    """Several jobs are asked for before any is told, with and without a model."""
     search, jobs = open_search(seed=8), list[Job]()
     for most in (8, 6):
         asked = [job for _ in range(most) if (job := search.ask()) is not None]
-        assert len({(settings(job, 3), job.rung) for job in asked}) == len(asked) == most
+        assert len({(identify_settings(job, 3), job.rung) for job in asked}) == len(asked) == most
         for job in asked:
             search.tell(job, compute_loss(job))
         jobs += asked
@@ -218,7 +223,8 @@ def test_several_sizes_share_the_model_and_each_run_keeps_its_size() -> None:
     jobs = run(search, 40)
     check_climbs(search, jobs)
     assert {job.fidelity.N for job in jobs} == set(SIZES)
-    assert {job.fidelity.N for job in jobs[:3]} == {SIZES[0]}  # the start-up is at the cheapest
+    # The first random runs are at the cheapest fidelity.
+    assert {job.fidelity.N for job in jobs[:3]} == {SIZES[0]}
     assert search.target == Fidelity(SIZES[1], 900)
     assert any(job.fidelity == search.target for job in jobs)
     assert abs(math.log(search.best()["lr"] / 0.01)) < 0.4
@@ -244,8 +250,9 @@ def test_two_hundred_odd_losses_on_a_tiny_space(odd: str, resumable: bool) -> No
     if resumable:
         for job in jobs:
             assert job.resume_from is None or search.study.trials[job.resume_from].state == TrialState.COMPLETE
-    if odd == "constant":  # every place is taken before the space is exhausted
-        assert len({(settings(job), job.rung) for job in jobs}) == 18
+    # Every place is taken before settings are repeated.
+    if odd == "constant":
+        assert len({(identify_settings(job), job.rung) for job in jobs}) == 18
     if odd in ("NaN", "infinite"):
         with pytest.raises(ValueError, match="finite loss"):
             search.best()

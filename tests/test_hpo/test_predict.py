@@ -1,4 +1,4 @@
-"""What the sampler says when it is asked: predictions, differences, what is hopeless; and trials that broke a constraint."""
+"""The sampler's predictions, differences and hopeless settings, and trials that violate a constraint."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ LOW, TOP = Fidelity(1e6, 2e7), Fidelity(1e6, 8e7)
 XY: dict[str, BaseDistribution] = {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)}
 
 
-def scattered(n: int, seed: int = 0) -> optuna.Study:
-    """n random settings, each at one of the levels in turn; the last one is still running."""
+def make_scattered_study(n: int, seed: int = 0) -> optuna.Study:
+    """Return a study with n random settings, each at one of the levels in turn. The last one is still running."""
     study, cube, rng = optuna.create_study(), Cube(SPACE), np.random.default_rng(seed)
     for i in range(n):
         params, level = cube.to_params(rng.random(2)), CHEAP[i % len(CHEAP)]
@@ -32,12 +32,12 @@ def scattered(n: int, seed: int = 0) -> optuna.Study:
 
 
 def test_differences_are_those_of_losses_drawn_from_the_joint_posterior() -> None:
-    """A member of the ensemble, then both losses together: pairs near and far."""
+    """A draw takes a member of the ensemble, then both losses together, for pairs that are near and far."""
     from hpo.surrogate.fitting import fit_surrogate
     from hpo.surrogate.gp import join_inputs
     from hpo.surrogate.inputs import compute_fidelity_coordinates
 
-    study, cube, sampler = scattered(16), Cube(SPACE), MultiFidelitySampler(seed=0)
+    study, cube, sampler = make_scattered_study(16), Cube(SPACE), MultiFidelitySampler(seed=0)
     runs = study.get_trials(deepcopy=False)
     levels = [Fidelity(t.user_attrs["N"], t.user_attrs["tokens"]) for t in runs]
     T = compute_fidelity_coordinates(levels, TARGET)
@@ -56,17 +56,20 @@ def test_differences_are_those_of_losses_drawn_from_the_joint_posterior() -> Non
             drawn.append(mean.numpy() + rng.standard_normal((20_000, 2)) @ root.T)
         losses = np.vstack(drawn) * model.scale + model.offset
         gaps = losses[:, 1] - losses[:, 0]
-        there, back = sampler.difference(study, SPACE, a, b, TARGET), sampler.difference(study, SPACE, b, a, TARGET)
-        assert there is not None
-        assert there[0] == pytest.approx(gaps.mean(), abs=0.02 * gaps.std())
-        assert there[1] == pytest.approx(gaps.std(), rel=0.03)
-        assert back == pytest.approx((-there[0], there[1]), rel=1e-9)
+        forward, backward = (
+            sampler.difference(study, SPACE, a, b, TARGET),
+            sampler.difference(study, SPACE, b, a, TARGET),
+        )
+        assert forward is not None
+        assert forward[0] == pytest.approx(gaps.mean(), abs=0.02 * gaps.std())
+        assert forward[1] == pytest.approx(gaps.std(), rel=0.03)
+        assert backward == pytest.approx((-forward[0], forward[1]), rel=1e-9)
         predicted = sampler.predict(study, SPACE, [a, b], TARGET)
         assert predicted is not None
-        assert predicted[1] - predicted[0] == pytest.approx(there[0])
+        assert predicted[1] - predicted[0] == pytest.approx(forward[0])
     same = sampler.difference(study, SPACE, near, near, TARGET)
     assert same == pytest.approx((0.0, 0.0), abs=1e-5)
-    # Far from all runs the level is in doubt, but that doubt is common to neighbours.
+    # Far from all runs the level is uncertain, but that uncertainty is common to neighbours.
     a, b = {"lr": 0.004, "batch": 60}, {"lr": 0.005, "batch": 70}
     between = sampler.difference(study, SPACE, a, b, TARGET)
     assert between is not None
@@ -77,7 +80,8 @@ def test_differences_are_those_of_losses_drawn_from_the_joint_posterior() -> Non
 def test_without_a_model_nothing_is_predicted_and_nothing_is_hopeless() -> None:
     study, sampler = optuna.create_study(), MultiFidelitySampler(seed=0)
     a, b = {"lr": 0.001, "batch": 64}, {"lr": 0.1, "batch": 8}
-    for _ in range(2):  # without any run, and with one
+    # Without any run, and with one.
+    for _ in range(2):
         assert sampler.predict(study, SPACE, [a], TARGET) is None
         assert sampler.difference(study, SPACE, a, b, TARGET) is None
         assert not sampler.is_hopeless(study, SPACE, a, TARGET)
@@ -110,7 +114,7 @@ def test_what_is_clearly_worse_is_hopeless_and_what_may_be_best_is_not() -> None
         for params in ({"x": 0.3, "y": 0.6}, sampler.best(study, XY, TOP), {"x": 0.95, "y": 0.1}, {"x": 0.9, "y": 0.9})
     ]
     assert hopeless == [False, False, True, True]
-    # Whatever the level at which it looked bad: the model says what that means at the target.
+    # A bad loss at any fidelity counts as much as the model transfers it to the target.
     add_xy(study, {"x": 0.31, "y": 0.59}, LOW, 9.0)
     assert sampler.is_hopeless(study, XY, {"x": 0.95, "y": 0.1}, TOP)
 
@@ -127,7 +131,7 @@ def test_with_few_noisy_runs_nearly_nothing_is_hopeless() -> None:
 # Constraints
 
 
-def test_what_broke_a_constraint_is_not_the_best_before_there_is_a_model_either() -> None:
+def test_an_infeasible_trial_is_not_the_best_before_there_is_a_model_either() -> None:
     study, sampler = optuna.create_study(), MultiFidelitySampler(seed=0, n_startup_trials=5)
     add_xy(study, {"x": 0.1, "y": 0.1}, TOP, 1.0, memory=0.5)
     with pytest.raises(ValueError, match="finite loss"):
@@ -139,8 +143,8 @@ def test_what_broke_a_constraint_is_not_the_best_before_there_is_a_model_either(
 
 
 @pytest.mark.parametrize("broken", ["constraint", "divergence"])
-def test_regions_that_break_a_constraint_are_avoided_like_those_that_diverge(broken: str) -> None:
-    """The loss falls towards x = 1, but above x = 0.6 the run does not count."""
+def test_infeasible_regions_are_avoided_like_those_that_diverge(broken: str) -> None:
+    """The loss falls towards x = 1, but a run above x = 0.6 does not count."""
 
     def objective(trial: optuna.Trial) -> float:
         x, y = trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)
@@ -165,7 +169,7 @@ def test_regions_that_break_a_constraint_are_avoided_like_those_that_diverge(bro
 
 @pytest.mark.parametrize("name", ["tpe", "gp"])
 def test_optunas_samplers_run_a_search_by_name(name: str) -> None:
-    """One Hyperband of three rungs: 9 + 3 + 1, 5 + 1, and 3 that start at the top."""
+    """One Hyperband of three rungs has 9 + 3 + 1, 5 + 1, and 3 runs that start at the top."""
     assert type(make_sampler(name, seed=1)).__name__ == {"tpe": "TPESampler", "gp": "GPSampler"}[name]
     outlines = []
     for _ in range(2):
@@ -186,8 +190,8 @@ def test_optunas_samplers_run_a_search_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_answer_is_a_run_at_the_target_unless_the_model_is_sure_of_more(seed: int) -> None:
-    """Random losses: nothing can be gained, so what was run and came out well is the answer, or a point of which the
-    model expects at least half its doubt."""
+    """With random losses nothing can be gained, so the answer is a good run, or a point whose gain the model expects to
+    be at least half its uncertainty."""
     rng = np.random.default_rng(seed)
     search = Search(
         {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)}, tokens=(100, 900), resumable=False

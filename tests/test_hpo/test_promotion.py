@@ -16,13 +16,13 @@ from hpo.search.hyperband import (
     FreeSlots,
     Promote,
     Variant,
-    list_moves,
-    count_remaining,
-    replay,
     compute_rung_sizes,
+    count_remaining,
     find_standing,
+    list_moves,
+    replay,
 )
-from tests.test_hpo.test_hyperband import Table, halve_by_hand, make_ladder, run_to_the_end, make_tied_losses
+from tests.test_hpo.test_hyperband import Table, halve_by_hand, make_ladder, make_tied_losses, run_to_the_end
 
 # Asynchronous promotion
 
@@ -65,7 +65,9 @@ def test_guesses_are_never_more_than_there_are_places() -> None:
     entries = [Entry(i, bracket, {0: float(i)}) for i in range(27)]
     for i in range(14):
         entries[i].losses[1] = float(i) if i < 13 else None  # type: ignore[index]
-    others = [Entry(27 + i, Bracket(0, 0, s), {s: None}) for s in (1, 2, 3) for i in range(compute_rung_sizes(s, 3, 3)[0])]
+    others = [
+        Entry(27 + i, Bracket(0, 0, s), {s: None}) for s in (1, 2, 3) for i in range(compute_rung_sizes(s, 3, 3)[0])
+    ]
     guesses = list_moves([*entries, *others], make_ladder(4, 3), variant="preserving", asynchronous=True)
     assert guesses == [Promote(c, 2) for c in range(3)]
 
@@ -164,7 +166,9 @@ def simulate(
 
     while True:
         while len(running) < workers and now < until:
-            possible = list_moves(table.values(), ladder, variant=variant, iterations=iterations, asynchronous=asynchronous)
+            possible = list_moves(
+                table.values(), ladder, variant=variant, iterations=iterations, asynchronous=asynchronous
+            )
             if not possible:
                 break
             move = possible[0]
@@ -247,7 +251,7 @@ def test_scores_choose_instead_of_losses() -> None:
 
 
 def test_scores_are_asked_for_contested_places_only() -> None:
-    """In a bracket of 9, 4 do not diverge, for 3 places. The other brackets (5 for 1 place, 3 at the top) are as usual."""
+    """In a bracket of 9, 4 do not diverge, for 3 places. The others (5 for 1 place, 3 at the top) are complete."""
     asked: list[tuple[int, ...]] = []
 
     def scores(table: Table, configs: Sequence[int]) -> list[float]:
@@ -268,7 +272,10 @@ def test_scores_are_not_asked_for_when_there_is_room_for_all() -> None:
     def scores(_: Sequence[int]) -> list[float]:
         raise AssertionError("there are 2 candidates for 3 places")
 
-    assert list_moves(entries, make_ladder(3, 3), variant="efficient", scores=scores)[:2] == [Promote(0, 1), Promote(1, 1)]
+    assert list_moves(entries, make_ladder(3, 3), variant="efficient", scores=scores)[:2] == [
+        Promote(0, 1),
+        Promote(1, 1),
+    ]
 
 
 def test_all_contested_places_are_one_question() -> None:

@@ -1,4 +1,4 @@
-"""The samplers inside Optuna studies, alone and as a search uses them."""
+"""The samplers in Optuna studies, on their own and as a search uses them."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ CHEAP = [Fidelity(1e6, 2e7), Fidelity(2e6, 2e7), Fidelity(1e6, 4e7), Fidelity(2e
 
 
 def optimum(f: Fidelity) -> tuple[float, float]:
-    """ln lr*, ln batch*: both drift with size and tokens."""
+    """Return ln lr* and ln batch*, which both drift with size and tokens."""
     return math.log(0.02) - 0.25 * math.log(f.N / 1e6) + 0.1 * math.log(f.D / 2e7), 3.0 + 0.35 * math.log(f.D / 2e7)
 
 
 def bowl(params: dict[str, Any], f: Fidelity) -> float:
-    """A loss law plus a quadratic bowl around the drifting optimum; nats."""
+    """Return a loss law plus a quadratic bowl around the drifting optimum, in nats."""
     lr, batch = optimum(f)
     x, y = math.log(params["lr"]) - lr, math.log(params["batch"]) - batch
     return float(1.7 + 400 / f.N**0.34 + 400 / f.D**0.28 + 0.05 * x * x + 0.03 * y * y + 0.01 * x * y)
 
 
 def add(study: optuna.Study, params: dict[str, Any], f: Fidelity, loss: float | None, **attrs: Any) -> None:
-    """A finished trial as a search writes it; None is a trial still running, NaN one that diverged."""
+    """Add a trial as a search writes it. A loss of None is a running trial, NaN a diverged one."""
     diverged = loss is not None and not math.isfinite(loss)
     state = TrialState.RUNNING if loss is None else TrialState.FAIL if diverged else TrialState.COMPLETE
     study.add_trial(
@@ -61,7 +61,7 @@ def add(study: optuna.Study, params: dict[str, Any], f: Fidelity, loss: float | 
 
 
 def searched(seed: int, n: int, slots: Sequence[Fidelity] = CHEAP) -> optuna.Study:
-    """n runs on the drifting bowl, each where the sampler says."""
+    """Run n proposals of the sampler on the drifting bowl."""
     study, sampler = optuna.create_study(), MultiFidelitySampler(seed=seed)
     for _ in range(n):
         params, slot = sampler.propose(study, SPACE, slots, lambda f: f.C, TARGET)
@@ -79,19 +79,20 @@ def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
     return float(np.abs(cube.to_unit(a) - cube.to_unit(b)).max())
 
 
-def test_start_up_is_a_spread_at_the_cheapest_slot_and_any_process_gives_the_same() -> None:
+def test_start_up_points_are_spread_at_the_cheapest_slot_and_equal_in_every_process() -> None:
     study = optuna.create_study()
     space: dict[str, BaseDistribution] = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
     slots = [CHEAP[4], CHEAP[0], CHEAP[2]]
     points = []
     for _ in range(4):
         params, slot = MultiFidelitySampler(seed=7).propose(study, space, slots, lambda f: f.C, TARGET)
-        again = MultiFidelitySampler(seed=7).propose(study, space, slots, lambda f: f.C, TARGET)
-        assert (params, slot) == again
+        repeated = MultiFidelitySampler(seed=7).propose(study, space, slots, lambda f: f.C, TARGET)
+        assert (params, slot) == repeated
         assert slot == 1
         points.append((params["x"], params["y"]))
         study.add_trial(optuna.create_trial(params=params, distributions=space, value=sum(params.values())))
-    assert len({(x > 0.5, y > 0.5) for x, y in points}) == 4  # scrambled Sobol: one point per quarter of the square
+    # A scrambled Sobol sequence has one point in each quarter of the square.
+    assert len({(x > 0.5, y > 0.5) for x, y in points}) == 4
     other = MultiFidelitySampler(seed=8).propose(optuna.create_study(), space, slots, lambda f: f.C, TARGET)[0]
     assert abs(other["x"] - points[0][0]) > 1e-3
 
@@ -125,15 +126,20 @@ def test_a_proposal_is_a_function_of_the_trials_and_the_seed(searches: list[optu
     assert before == after
 
 
-def test_a_fit_that_goes_on_from_the_first_runs_depends_on_nothing_but_the_trials(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """From 40 runs on most fits begin at an earlier one; a worker that has just come must decide as one that saw all, also
-    when a run among the first ends late. And few fits begin anew: that is what it is for."""
+def test_a_warm_started_fit_depends_on_nothing_but_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 40 runs on, most fits start at an earlier one. A new worker must still decide like one that has seen them.
+
+    This holds also when one of the first runs ends late. Few fits start from scratch, which is the purpose.
+    """
     from hpo.surrogate import fitting
 
-    anew, fit = [], fitting.fit_bowl_kernel
-    monkeypatch.setattr(fitting, "fit_bowl_kernel", lambda x, z, near=None: anew.append(near is None) or fit(x, z, near))
+    from_scratch, fit = [], fitting.fit_bowl_kernel
+
+    def record(x: Any, z: Any, near: Any = None) -> Any:
+        from_scratch.append(near is None)
+        return fit(x, z, near)
+
+    monkeypatch.setattr(fitting, "fit_bowl_kernel", record)
     rng, old = np.random.default_rng(5), MultiFidelitySampler(seed=3)
     study = optuna.create_study()
     for number in range(52):
@@ -147,29 +153,35 @@ def test_a_fit_that_goes_on_from_the_first_runs_depends_on_nothing_but_the_trial
                 late._trial_id, TrialState.COMPLETE, [bowl(late.params, CHEAP[20 % 3])]
             )
         proposed = old.propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
-        began = len(anew)
+        own_fits = len(from_scratch)
         assert proposed == MultiFidelitySampler(seed=3).propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
-        del anew[began:]
-    assert anew.count(True) == 3  # to the first 40, to the first 48, and these again when the late run had ended
-    assert anew.count(False) == 7  # but where all runs are the first 48
+        del from_scratch[own_fits:]
+    # To the first 40 runs, to the first 48, and to these again when the late run has ended.
+    assert from_scratch.count(True) == 3
+    # All others, except the one where all runs are the first 48.
+    assert from_scratch.count(False) == 7
 
 
 def test_the_drift_is_followed_to_an_unseen_larger_target(searches: list[optuna.Study]) -> None:
-    """Four times the parameters and tokens of any run; from the cheapest level the optimum moves by a fifth of the cube."""
+    """The target has four times the parameters and tokens of any run.
+
+    From the cheapest level to the target the optimum moves by a fifth of the cube.
+    """
     lr, batch = optimum(TARGET)
     truth = {"lr": math.exp(lr), "batch": round(math.exp(batch))}
     floor = bowl(truth, TARGET)
-    ours, carried = [], []
+    recommended, lowest = [], []
     for seed, study in enumerate(searches):
         answer = MultiFidelitySampler(seed=seed).best(study, SPACE, TARGET)
         assert distance(answer, truth) < 0.05
-        ours.append(bowl(answer, TARGET) - floor)
-        carried.append(bowl(study.best_params, TARGET) - floor)  # the run with the lowest loss, as it is
-    assert max(ours) < 0.001
-    assert np.median(ours) < 0.2 * np.median(carried)
+        recommended.append(bowl(answer, TARGET) - floor)
+        # The settings of the run with the lowest loss, without a model.
+        lowest.append(bowl(study.best_params, TARGET) - floor)
+    assert max(recommended) < 0.001
+    assert np.median(recommended) < 0.2 * np.median(lowest)
 
 
-def test_cheap_runs_are_preferred_while_they_teach(searches: list[optuna.Study]) -> None:
+def test_cheap_runs_are_preferred_while_they_are_informative(searches: list[optuna.Study]) -> None:
     for study in searches:
         tokens = [t.user_attrs["tokens"] for t in study.trials]
         assert tokens.count(int(2e7)) > tokens.count(int(8e7)) > 0
@@ -179,13 +191,13 @@ def test_cheap_runs_are_preferred_while_they_teach(searches: list[optuna.Study])
 def test_workers_that_ask_at_once_get_different_points(searches: list[optuna.Study]) -> None:
     study = optuna.create_study()
     study.add_trials(searches[1].trials)
-    sampler, asked = MultiFidelitySampler(seed=0), []
+    sampler, proposals = MultiFidelitySampler(seed=0), []
     for _ in range(4):
         params, slot = sampler.propose(study, SPACE, CHEAP, lambda f: f.C, TARGET)
-        asked.append((*Cube(SPACE).to_unit(params), CHEAP[slot].N, CHEAP[slot].D))
+        proposals.append((*Cube(SPACE).to_unit(params), CHEAP[slot].N, CHEAP[slot].D))
         add(study, params, CHEAP[slot], None)
-    for i, one in enumerate(asked):
-        for other in asked[:i]:
+    for i, one in enumerate(proposals):
+        for other in proposals[:i]:
             same_level = one[2:] == other[2:]
             assert not same_level or np.abs(np.subtract(one[:2], other[:2])).max() > 0.01
 
@@ -206,7 +218,7 @@ def test_odd_losses_do_not_stop_the_search(losses: list[float]) -> None:
 
 
 def test_regions_that_diverge_are_avoided() -> None:
-    """A bowl around lr = 0.003; everything above 0.01, a third of the range, diverges."""
+    """The loss is a bowl around lr = 0.003, and everything above 0.01, a third of the range, diverges."""
     study, sampler, level = optuna.create_study(), MultiFidelitySampler(seed=0), Fidelity(1e6, 2e7)
     for _ in range(20):
         params, _ = sampler.propose(study, SPACE, [level], lambda f: f.C, level)
@@ -248,7 +260,7 @@ def hill(trial: optuna.Trial) -> float:
 
 @pytest.mark.slow
 def test_in_a_plain_study_it_beats_random_sampling() -> None:
-    def median(make: Callable[[int], BaseSampler]) -> float:
+    def compute_median(make: Callable[[int], BaseSampler]) -> float:
         best = []
         for seed in range(5):
             study = optuna.create_study(sampler=make(seed))
@@ -258,10 +270,10 @@ def test_in_a_plain_study_it_beats_random_sampling() -> None:
 
     grid = np.linspace(-5, 5, 20001)
     floor = float(((grid - 1.5) ** 2 + 0.3 * np.sin(3 * grid)).min())
-    ours = median(lambda seed: make_sampler("mfbo", seed=seed)) - floor
-    theirs = median(lambda seed: make_sampler("random", seed=seed)) - floor
-    assert ours < 0.01
-    assert ours < 0.1 * theirs
+    mfbo = compute_median(lambda seed: make_sampler("mfbo", seed=seed)) - floor
+    at_random = compute_median(lambda seed: make_sampler("random", seed=seed)) - floor
+    assert mfbo < 0.01
+    assert mfbo < 0.1 * at_random
 
 
 def test_maximising_is_minimising_the_negative() -> None:
@@ -282,7 +294,8 @@ def test_a_conditional_space_is_sampled() -> None:
     study = optuna.create_study(sampler=MultiFidelitySampler(seed=0))
     study.optimize(objective, n_trials=15)
     kinds = [t.params["kind"] for t in study.trials]
-    assert kinds[8:].count("a") > kinds[8:].count("b")  # "a" is always better
+    # "a" is always better.
+    assert kinds[8:].count("a") > kinds[8:].count("b")
 
 
 def test_a_study_with_every_kind_of_parameter_runs() -> None:
@@ -320,11 +333,11 @@ def test_bad_input_is_refused_before_anything_is_spent(change: dict[str, Any], m
         MultiFidelitySampler(seed=0).propose(optuna.create_study(), **call)
 
 
-def test_samplers_are_made_by_name() -> None:
+def test_samplers_are_created_by_name() -> None:
     assert isinstance(make_sampler("mfbo", seed=0), MultiFidelitySampler)
     assert isinstance(make_sampler("random", seed=0), optuna.samplers.RandomSampler)
     assert isinstance(make_sampler("qmc", seed=0), optuna.samplers.QMCSampler)
-    with pytest.raises(ValueError, match="did you mean 'random'"):
+    with pytest.raises(ValueError, match="did you mean random"):
         make_sampler("rnadom", seed=0)
     with pytest.raises(ValueError, match="non-negative"):
         MultiFidelitySampler(seed=-1)
@@ -333,7 +346,10 @@ def test_samplers_are_made_by_name() -> None:
 
 
 def test_importing_the_samplers_does_not_import_torch() -> None:
-    code = "import sys, hpo.samplers.multi_fidelity; print([m for m in ('torch', 'botorch', 'scipy.stats') if m in sys.modules])"
+    code = (
+        "import sys, hpo.samplers.multi_fidelity; "
+        "print([m for m in ('torch', 'botorch', 'scipy.stats') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

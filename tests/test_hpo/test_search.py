@@ -1,3 +1,5 @@
+"""A search from start to end: promotions, raises, kills, enqueued trials, storages and bad input."""
+
 import math
 import os
 import socket
@@ -55,14 +57,14 @@ def outline(jobs: list[Job]) -> list[tuple[Any, ...]]:
 
 
 def name_dead_worker() -> str:
-    """The name of a worker on this host that has ended."""
+    """Return the name of a worker on this host that has ended."""
     with subprocess.Popen(["sleep", "10"]) as process:
         created = psutil.Process(process.pid).create_time()
         process.kill()
     return f"{socket.gethostname()}/{process.pid}/{created!r}"
 
 
-# The course of a search
+# A search from start to end
 
 
 def test_one_iteration_runs_every_rung_of_every_bracket() -> None:
@@ -72,7 +74,8 @@ def test_one_iteration_runs_every_rung_of_every_bracket() -> None:
     assert Counter((j.bracket.start, j.rung) for j in jobs) == expected
     assert search.finished
     assert search.ask() is None
-    assert [j.fidelity.D for j in jobs if j.rung == 1] == [300] * 8  # 3 of the first bracket, 5 of the second
+    # 3 are of the first bracket, 5 of the second.
+    assert [j.fidelity.D for j in jobs if j.rung == 1] == [300] * 8
     assert {t.state for t in search.study.trials} == {TrialState.COMPLETE}
 
 
@@ -92,7 +95,7 @@ def test_the_best_of_a_rung_are_promoted_and_name_what_they_continue() -> None:
     assert {j.config for j in jobs if j.bracket.start == 0 and j.rung == 1} == {j.config for j in first[:3]}
 
 
-def test_a_trial_says_what_it_is() -> None:
+def test_a_trial_describes_itself_in_its_attributes() -> None:
     search = open_search(sizes=[2e6, 1e6], worker="me")
     jobs = run(search)
     promoted = next(j for j in jobs if j.resume_from is not None)
@@ -110,7 +113,8 @@ def test_a_trial_says_what_it_is() -> None:
         "worker": "me",
     }
     assert trial.params == promoted.params
-    assert {j.fidelity.N for j in jobs if j.bracket.size == 0} == {1e6}  # ascending
+    # Sizes are kept in ascending order.
+    assert {j.fidelity.N for j in jobs if j.bracket.size == 0} == {1e6}
     assert search.target == Fidelity(2e6, 900)
 
 
@@ -155,7 +159,7 @@ def test_a_search_without_end_goes_on_and_has_no_plan() -> None:
         search.plan()
 
 
-def test_when_all_waits_for_a_running_job_there_is_nothing_now_but_more_later() -> None:
+def test_while_everything_waits_for_a_running_job_there_is_no_job_but_the_search_is_not_finished() -> None:
     search = open_search()
     jobs = [search.ask() for _ in range(17)]
     assert None not in jobs
@@ -180,7 +184,8 @@ def test_several_sizes_each_have_a_hyperband() -> None:
     configs = {j.config: j.fidelity.N for j in jobs}
     assert all(configs[j.config] == j.fidelity.N for j in jobs)
     starts = [j.fidelity.C for j in jobs if j.config == j.number]
-    assert starts == sorted(starts)  # the cheapest slot is filled first
+    # The cheapest slot is filled first.
+    assert starts == sorted(starts)
 
 
 # Raising the largest run
@@ -207,7 +212,8 @@ def test_every_variant_extends_and_ends(variant: Any) -> None:
     search = open_search(variant=variant)
     run(search)
     left = search.plan(max_tokens=2700)
-    assert search.finished  # planning writes nothing
+    # Planning writes nothing.
+    assert search.finished
     search.extend(2700)
     assert search.plan() == left
     more = run(search)
@@ -236,7 +242,7 @@ def test_an_extended_study_opens_with_its_first_and_with_its_present_settings(tm
     assert search.ladder.levels[-1] == 2700
 
 
-# One state, many processes, any of which may die
+# One state and many processes, any of which may be killed
 
 
 @pytest.mark.parametrize("sampler", ["random", "qmc", "tpe", "gp"])
@@ -260,14 +266,14 @@ def test_configurations_differ_from_each_other() -> None:
         assert len({j.params["lr"] for j in jobs if j}) == 17
 
 
-def test_the_default_sampler_finds_its_way() -> None:
+def test_the_default_sampler_finds_the_optimum() -> None:
     search = Search({"x": FloatDistribution(0, 1)}, tokens=(1, 3), iterations=1)
     jobs = run(search, loss=lambda j: (j.params["x"] - 0.3) ** 2 + 1 / j.fidelity.D)
     assert Counter((j.bracket.start, j.rung) for j in jobs) == {(0, 0): 3, (0, 1): 1, (1, 1): 2}
     assert abs(search.best()["x"] - 0.3) < 0.2
 
 
-def test_any_optuna_sampler_will_do() -> None:
+def test_any_optuna_sampler_works() -> None:
     search = open_search(sampler=TPESampler(seed=1))
     assert len(run(search)) == 22
     assert search.study.sampler.__class__ is TPESampler
@@ -277,7 +283,8 @@ def test_a_job_of_a_dead_process_is_taken_over_as_the_same_trial(tmp_path: Path)
     storage = tmp_path / "study.journal"
     undisturbed = run(open_search())
     left = []
-    for at in (3, 9, 20):  # killed while a configuration, the first promotion and a late one were running
+    # The worker is killed while a configuration, the first promotion and a late promotion are running.
+    for at in (3, 9, 20):
         search = open_search(storage=storage, worker=name_dead_worker())
         run(search, most=at - len(search.study.trials))
         job = search.ask()
@@ -294,7 +301,7 @@ def test_a_job_of_a_dead_process_is_taken_over_as_the_same_trial(tmp_path: Path)
     assert [t.params for t in trials] == [j.params for j in undisturbed]
 
 
-def test_jobs_of_live_processes_and_of_other_hosts_are_left_alone() -> None:
+def test_jobs_of_live_processes_and_of_other_hosts_are_not_taken_over() -> None:
     storage = InMemoryStorage()
     alive = f"{socket.gethostname()}/{os.getpid()}/{psutil.Process().create_time()!r}"
     numbers = []
@@ -305,7 +312,8 @@ def test_jobs_of_live_processes_and_of_other_hosts_are_left_alone() -> None:
     last = open_search(storage=storage).ask()
     assert last is not None
     assert last.number not in numbers
-    reused = f"{socket.gethostname()}/{os.getpid()}/{psutil.Process().create_time() - 1000!r}"  # the pid of a dead one
+    # The pid of a dead process was given to this one.
+    reused = f"{socket.gethostname()}/{os.getpid()}/{psutil.Process().create_time() - 1000!r}"
     orphan = open_search(storage=storage, worker=reused).ask()
     assert open_search(storage=storage).ask() == orphan
 
@@ -320,7 +328,7 @@ def test_a_named_worker_takes_up_its_own_job_after_a_restart_only() -> None:
     assert open_search(storage=storage, worker="gpu0").ask() == first
 
 
-def test_a_killed_process_that_nobody_has_waited_for_is_dead() -> None:
+def test_a_killed_process_that_was_not_waited_for_is_dead() -> None:
     storage = InMemoryStorage()
     with subprocess.Popen(["sleep", "10"]) as process:
         worker = f"{socket.gethostname()}/{process.pid}/{psutil.Process(process.pid).create_time()!r}"
@@ -344,7 +352,7 @@ def test_a_released_job_is_asked_again_as_the_same_trial() -> None:
         search.release(job)
 
 
-def test_a_kill_between_creation_and_parameters_is_mended() -> None:
+def test_a_trial_whose_worker_was_killed_before_it_had_parameters_is_completed() -> None:
     storage = InMemoryStorage()
     search = open_search(storage=storage)
     expected = run(open_search(), most=3)
@@ -395,8 +403,8 @@ def test_a_kill_between_the_two_writes_of_a_divergence_is_a_divergence() -> None
     assert search.progress.diverged == 1
 
 
-def test_a_second_run_of_the_same_is_closed() -> None:
-    """Two processes without a common lock may both start a promotion; the first that is told counts."""
+def test_a_second_run_of_the_same_evaluation_is_closed() -> None:
+    """Two processes without a common lock may both start a promotion. The first one that is told counts."""
     search = open_search()
     run(search, most=17)
     job = search.ask()
@@ -417,7 +425,8 @@ def test_a_run_that_failed_from_outside_is_asked_again() -> None:
     search = open_search()
     job = search.ask()
     assert job is not None
-    search.study.tell(job.number, state=TrialState.FAIL)  # as the dashboard does
+    # This is what the dashboard does.
+    search.study.tell(job.number, state=TrialState.FAIL)
     again = search.ask()
     assert again is not None
     assert (again.config, again.params, again.fidelity, again.rung) == (job.config, job.params, job.fidelity, job.rung)
@@ -440,12 +449,13 @@ def test_a_diverged_run_ranks_last_and_is_not_asked_again(worst: float) -> None:
     assert all(t.user_attrs["diverged"] is True for t in diverged)
     assert len({(j.config, j.rung) for j in jobs}) == len(jobs)
     rungs = Counter(j.rung for j in jobs if j.bracket.start == 0)
-    assert rungs[1] == 2  # two were left; three would have fitted
+    # Two were left for three places.
+    assert rungs[1] == 2
     assert search.finished
     assert search.progress.diverged == 7
 
 
-def test_what_is_told_twice_or_unknown_changes_nothing() -> None:
+def test_a_job_that_is_told_twice_or_unknown_changes_nothing() -> None:
     search = open_search()
     job = search.ask()
     assert job is not None
@@ -481,22 +491,25 @@ def test_an_enqueued_trial_becomes_a_configuration_and_the_sampler_fills_in_the_
     assert second.params.keys() == SPACE.keys()
 
 
-def test_an_enqueued_trial_waits_for_room_and_holds_up_nothing() -> None:
+def test_an_enqueued_trial_waits_for_room_and_blocks_nothing() -> None:
     search = open_search()
-    jobs = [search.ask() for _ in range(17)]  # all configurations are started
+    # All configurations are started.
+    jobs = [search.ask() for _ in range(17)]
     search.study.enqueue_trial({"lr": 0.02, "batch": 16, "kind": "b"})
     for job in jobs:
         assert job is not None
         search.tell(job, compute_loss(job))
-    assert len(run(search)) == 5  # promotions pass it
+    # Promotions overtake it.
+    assert len(run(search)) == 5
     assert search.finished
     assert search.study.trials[17].state == TrialState.WAITING
     search.extend(2700)
     assert search.ask().number == 17  # type: ignore[union-attr]
 
 
-def test_a_trial_that_is_enqueued_while_another_is_chosen_takes_nothing_from_it() -> None:
-    def cost(fidelity: Fidelity) -> float:  # called between the look at the trials and the new one
+def test_a_trial_that_is_enqueued_while_another_is_chosen_does_not_affect_it() -> None:
+    # The cost is computed between reading the trials and creating the new one.
+    def cost(fidelity: Fidelity) -> float:
         if len(search.study.trials) == 3:
             search.study.enqueue_trial({"lr": 0.02})
         return fidelity.C
@@ -508,7 +521,7 @@ def test_a_trial_that_is_enqueued_while_another_is_chosen_takes_nothing_from_it(
     assert len(jobs) == 22
 
 
-def test_an_enqueued_trial_outside_the_space_is_failed_aloud() -> None:
+def test_an_enqueued_trial_outside_the_space_fails_with_a_warning() -> None:
     search = open_search()
     search.study.enqueue_trial({"lr": 5.0})
     with pytest.warns(UserWarning, match="trial 0 is not run.*lr"):
@@ -540,7 +553,7 @@ def test_a_study_may_be_opened_again_with_another_target(tmp_path: Path) -> None
     assert open_search(storage=storage, target=Fidelity(8.0, 9.0), sizes=(1.0,)).target == Fidelity(8.0, 9.0)
 
 
-def test_a_study_of_someone_else_is_refused() -> None:
+def test_a_study_that_no_search_made_is_refused() -> None:
     storage = InMemoryStorage()
     study = optuna.create_study(storage=storage, study_name="search", sampler=RandomSampler(seed=0))
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
@@ -566,7 +579,7 @@ def test_a_relative_journal_survives_a_change_of_folder(tmp_path: Path, monkeypa
     assert not list((tmp_path / "inside").iterdir())
 
 
-def test_threads_that_share_a_storage_never_run_the_same_twice() -> None:
+def test_threads_that_share_a_storage_never_run_an_evaluation_twice() -> None:
     storage = InMemoryStorage()
     done: list[Job] = []
 
@@ -637,9 +650,9 @@ def test_processes_that_share_a_journal_and_one_that_is_killed_run_all_exactly_o
         ({"sizes": (1e6, 1e6)}, "must differ"),
         ({"sizes": (1e6, -1.0)}, "positive"),
         ({"target": Fidelity(0.0, 1.0)}, "target"),
-        ({"scheduler": "hyperband"}, "'incremental-hyperband'"),
-        ({"variant": "discading"}, "'discarding'"),
-        ({"sampler": "mfbbo"}, "'mfbo'"),
+        ({"scheduler": "hyperband"}, "did you mean incremental-hyperband"),
+        ({"variant": "discading"}, "did you mean discarding"),
+        ({"sampler": "mfbbo"}, "did you mean mfbo"),
         ({"sampler": 3}, "Optuna sampler"),
         ({"iterations": 0}, "iterations"),
         ({"seed": -1}, "seed"),

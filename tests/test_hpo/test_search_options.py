@@ -1,4 +1,4 @@
-"""What a search may be told to do otherwise: more seeds, promotion before a rung is decided, promotion by prediction."""
+"""Options of a search: several seeds, promotion before a rung is decided, promotion by prediction."""
 
 import heapq
 import math
@@ -23,7 +23,7 @@ from hpo.search.search import Search
 from hpo.search.stored import SETTINGS_KEY
 from hpo.search.view import Job
 from scaling.laws.compute import Fidelity
-from tests.test_hpo.test_search import name_dead_worker, compute_loss, open_search, outline, run
+from tests.test_hpo.test_search import compute_loss, name_dead_worker, open_search, outline, run
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def _quiet() -> None:
 # Seeds
 
 
-def losses_of(job: Job) -> list[float]:
+def compute_losses(job: Job) -> list[float]:
     return [compute_loss(job) + 0.01 * i for i in range(job.seeds)]
 
 
@@ -42,7 +42,7 @@ def train(search: Search, most: int = 10_000) -> list[Job]:
     jobs: list[Job] = []
     while len(jobs) < most and (job := search.ask()) is not None:
         jobs.append(job)
-        search.tell(job, losses_of(job))
+        search.tell(job, compute_losses(job))
     return jobs
 
 
@@ -73,13 +73,15 @@ def test_tokens_are_counted_for_every_seed() -> None:
     job = search.ask()
     assert job is not None
     assert search.progress.tokens_planned == by_hand
-    search.tell(job, losses_of(job))
+    search.tell(job, compute_losses(job))
     train(search)
     after = search.progress
     assert (after.done, after.tokens_spent, after.tokens_planned) == (22, by_hand, by_hand)
-    assert after.tokens_saved == 3 * 100 + 300 + 300  # one seed each went on from below
+    # One seed of each promotion continued from the rung below.
+    assert after.tokens_saved == 3 * 100 + 300 + 300
     whole = open_search(seeds=2)
-    assert whole.progress.tokens_planned == 2 * 6900  # what one seed costs, twice
+    # Two seeds cost twice as much as one.
+    assert whole.progress.tokens_planned == 2 * 6900
     assert open_search(seeds=(1, 1, 3), resumable=False).progress.tokens_planned == by_hand + after.tokens_saved
 
 
@@ -88,8 +90,8 @@ def test_the_value_is_the_mean_and_the_losses_are_kept() -> None:
     jobs = train(search, most=20)
     for job in jobs:
         trial = search.study.trials[job.number]
-        assert trial.value == pytest.approx(sum(losses_of(job)) / job.seeds)
-        assert trial.user_attrs.get("losses") == (losses_of(job) if job.seeds > 1 else None)
+        assert trial.value == pytest.approx(sum(compute_losses(job)) / job.seeds)
+        assert trial.user_attrs.get("losses") == (compute_losses(job) if job.seeds > 1 else None)
 
 
 @pytest.mark.parametrize("worst", [math.nan, math.inf, -math.inf])
@@ -97,7 +99,8 @@ def test_one_seed_that_diverges_makes_the_configuration_diverge(worst: float) ->
     search = open_search(seeds=2)
     job = search.ask()
     assert job is not None
-    search.tell(job, np.array([0.5, worst]))  # type: ignore[arg-type]  # an array will do, too
+    # An array is accepted, too.
+    search.tell(job, np.array([0.5, worst]))  # type: ignore[arg-type]
     trial = search.study.trials[job.number]
     assert trial.state == TrialState.FAIL
     assert trial.user_attrs["diverged"] is True
@@ -146,7 +149,8 @@ def test_new_settings_are_compared_and_old_studies_have_the_defaults() -> None:
     study_id = storage.get_study_id_from_name("search")
     for trial in storage.get_all_trials(study_id, deepcopy=False):
         for name in ("seeds", "resumed_seeds"):
-            trial.user_attrs.pop(name)  # as written before there were several seeds
+            # Studies have no such attributes from before there were several seeds.
+            trial.user_attrs.pop(name)
     again = open_search(storage=storage, seeds=[1, 1, 1])
     assert outline(jobs + train(again)) == outline(train(open_search()))
     assert again.progress.tokens_spent == 6900
@@ -157,7 +161,7 @@ def test_new_settings_are_compared_and_old_studies_have_the_defaults() -> None:
 
 
 def test_where_to_start_is_chosen_by_the_cost_of_all_seeds() -> None:
-    """With 20 seeds at the upper rung the small size's upper rung costs more than the large size's lower one."""
+    """With 20 seeds at the upper rung, the small size's upper rung costs more than the large size's lower one."""
     options: dict[str, Any] = {"tokens": (100, 300), "sizes": (1.0, 8.0)}
     one = [(j.bracket.size, j.rung) for j in train(open_search(**options)) if j.config == j.number]
     many = [(j.bracket.size, j.rung) for j in train(open_search(**options, seeds=[1, 20])) if j.config == j.number]
@@ -169,7 +173,7 @@ def test_where_to_start_is_chosen_by_the_cost_of_all_seeds() -> None:
 
 
 class Contrarian(RandomSampler):
-    """Believes that what is worst now will be best, once it has seen a few results."""
+    """Predicts that the worst configuration now will be the best, once it has a few results."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed=seed)
@@ -198,14 +202,14 @@ class Contrarian(RandomSampler):
         done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
         if len(done) < 9:
             return None
-        # the last result changes all a little, as in a model
+        # As in a model, the last result changes all predictions a little.
         return np.array([-p["lr"] + 0.02 * math.sin(1e5 * p["lr"] * float(done[-1].value or 0)) for p in params])
 
 
 LR: dict[str, BaseDistribution] = {"lr": FloatDistribution(1e-4, 1e-1)}
 
 
-def predicted(**options: Any) -> Search:
+def open_predicting_search(**options: Any) -> Search:
     return open_search(**({"space": LR, "sampler": Contrarian(), "promote": "predicted"} | options))
 
 
@@ -213,8 +217,8 @@ def lr_loss(job: Job) -> float:
     return float(job.params["lr"])
 
 
-def test_the_sampler_says_who_is_promoted() -> None:
-    ranked, told = open_search(space=LR, sampler=Contrarian()), predicted()
+def test_the_sampler_decides_which_configurations_are_promoted() -> None:
+    ranked, told = open_search(space=LR, sampler=Contrarian()), open_predicting_search()
     by_rank, by_prediction = run(ranked, lr_loss), run(told, lr_loss)
     first = [sorted(lr_loss(j) for j in by_rank[:9]), sorted(lr_loss(j) for j in by_prediction[:9])]
     assert first[0] == first[1]
@@ -229,7 +233,7 @@ def test_the_sampler_says_who_is_promoted() -> None:
 
 
 def test_predictions_are_asked_for_when_they_decide_and_for_nothing_else() -> None:
-    search = predicted()
+    search = open_predicting_search()
     asked = search._sampler.asked  # type: ignore[attr-defined]
     for _ in range(22):
         before = len(asked)
@@ -249,18 +253,18 @@ def test_ranks_decide_while_there_is_no_model() -> None:
             return None
 
     by_rank = run(open_search(space=LR, sampler=Contrarian(), variant="efficient"), lr_loss)
-    assert outline(run(predicted(sampler=Modest()), lr_loss)) == outline(by_rank)
+    assert outline(run(open_predicting_search(sampler=Modest()), lr_loss)) == outline(by_rank)
 
 
 def test_a_sampler_that_cannot_predict_is_refused() -> None:
     storage = InMemoryStorage()
     with pytest.raises(ValueError, match='"predicted" needs a sampler that has a method predict, such as "mfbo"'):
-        predicted(sampler="random", storage=storage)
+        open_predicting_search(sampler="random", storage=storage)
     assert storage.get_all_studies() == []
 
 
 def test_a_diverged_run_is_never_promoted_however_good_it_is_predicted_to_be() -> None:
-    search = predicted()
+    search = open_predicting_search()
     jobs = run(search, lambda j: math.nan if j.params["lr"] > 0.03 else j.params["lr"])
     assert all(j.params["lr"] <= 0.03 for j in jobs if j.rung > j.bracket.start)
     assert search.finished
@@ -269,7 +273,7 @@ def test_a_diverged_run_is_never_promoted_however_good_it_is_predicted_to_be() -
 @pytest.mark.parametrize("variant", ["discarding", "preserving", "efficient"])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_predicted_places_are_kept_after_a_raise(variant: Any, asynchronous: bool) -> None:
-    search = predicted(variant=variant, asynchronous=asynchronous)
+    search = open_predicting_search(variant=variant, asynchronous=asynchronous)
     search._sampler.predict = lambda study, space, params, target: np.random.default_rng(  # type: ignore[attr-defined]
         len(study.get_trials(deepcopy=False))
     ).random(len(params))
@@ -283,25 +287,27 @@ def test_predicted_places_are_kept_after_a_raise(variant: Any, asynchronous: boo
     )
 
 
-# Killed at any moment, in every mode
+# Workers killed at any moment, in every mode
 
 
-def course(
+def run_course(
     storage: BaseStorage | Path, *, kills: random.Random | None = None, loss: Any = compute_loss, **options: Any
 ) -> list[Any]:
-    """What three workers do, in order of start, when every run takes its own time. With kills, now and then a worker
-    dies after an ask or a tell and is started again."""
+    """Return the jobs of three workers, in the order of start, when every run has its own duration.
 
-    def opened(worker: str) -> Search:
+    With `kills`, a worker sometimes dies after an ask or a tell and is started again.
+    """
+
+    def open_worker_search(worker: str) -> Search:
         return open_search(storage=storage, worker=worker, **options)
 
     def may_die(worker: str) -> bool:
         if kills is None or kills.random() > 0.3:
             return False
-        searches[worker] = opened(worker)
+        searches[worker] = open_worker_search(worker)
         return True
 
-    searches = {name: opened(name) for name in ("w0", "w1", "w2")}
+    searches = {name: open_worker_search(name) for name in ("w0", "w1", "w2")}
     idle, busy, order = list(searches), list[tuple[float, str, Job]](), list[Any]()
     now = 0.0
     while True:
@@ -329,17 +335,17 @@ def course(
 @pytest.mark.parametrize("variant", ["discarding", "preserving", "efficient"])
 def test_a_search_whose_workers_are_killed_decides_the_same(tmp_path: Path, variant: Any, asynchronous: bool) -> None:
     options = {"variant": variant, "asynchronous": asynchronous, "seed": 3}
-    expected = course(InMemoryStorage(), **options)
-    assert course(InMemoryStorage(), **options) == expected
-    assert course(tmp_path / "study.journal", kills=random.Random(0), **options) == expected
-    assert course(InMemoryStorage(), **(options | {"seed": 4})) != expected
+    expected = run_course(InMemoryStorage(), **options)
+    assert run_course(InMemoryStorage(), **options) == expected
+    assert run_course(tmp_path / "study.journal", kills=random.Random(0), **options) == expected
+    assert run_course(InMemoryStorage(), **(options | {"seed": 4})) != expected
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_search_by_prediction_whose_workers_are_killed_decides_the_same(asynchronous: bool) -> None:
     def go(kills: random.Random | None) -> list[Any]:
         options: dict[str, Any] = {"space": LR, "promote": "predicted", "asynchronous": asynchronous, "iterations": 2}
-        return course(InMemoryStorage(), kills=kills, loss=lr_loss, sampler=Contrarian(), **options)
+        return run_course(InMemoryStorage(), kills=kills, loss=lr_loss, sampler=Contrarian(), **options)
 
     assert go(random.Random(1)) == go(random.Random(2)) == go(None)
 
@@ -348,20 +354,21 @@ def test_a_search_by_prediction_whose_workers_are_killed_decides_the_same(asynch
 def test_a_model_based_search_whose_workers_are_killed_decides_the_same(asynchronous: bool) -> None:
     def go(kills: random.Random | None) -> list[Any]:
         options: dict[str, Any] = {"space": LR, "sampler": "mfbo", "tokens": (100, 300), "iterations": 2}
-        return course(InMemoryStorage(), kills=kills, loss=lr_loss, asynchronous=asynchronous, **options)
+        return run_course(InMemoryStorage(), kills=kills, loss=lr_loss, asynchronous=asynchronous, **options)
 
     expected = go(None)
     assert len(expected) >= 12
     assert go(random.Random(1)) == expected
 
 
-def test_an_abandoned_guess_is_taken_up_like_any_other_run() -> None:
+def test_an_abandoned_guess_is_taken_over_like_any_other_run() -> None:
     storage = InMemoryStorage()
     search = open_search(storage=storage, worker=name_dead_worker(), asynchronous=True)
     run(search, most=3)
     guess = search.ask()
     assert guess is not None
-    assert guess.rung == 1  # one of three goes on before the other six have started
+    # One of three is promoted before the other six have started.
+    assert guess.rung == 1
     heir = open_search(storage=storage, asynchronous=True)
     assert heir.ask() == guess
 
@@ -395,11 +402,11 @@ def test_eight_workers_on_one_journal_run_nothing_twice_and_lose_nothing(tmp_pat
     assert len(told) >= 22 if asynchronous else len(told) == 22
 
 
-# What raising saved
+# What a raise saves
 
 
-def test_what_a_raise_reuses_is_what_a_fresh_study_would_train_again() -> None:
-    """From (100, 300) to 900 tokens, by hand. Losses grow with the number, so that earlier ones win.
+def test_a_raise_reuses_what_a_new_study_would_train_again() -> None:
+    """A raise from (100, 300) to 900 tokens, by hand. Losses grow with the number, so that earlier ones win.
 
     Before: 3 at 100, the best to 300; 2 at 300. After: the first bracket has 9 at 100 (3 of them known), 3 at 300
     (1 known), 1 at 900; the second 5 at 300 (2 known), 1 at 900; the third 3 at 900.
@@ -408,11 +415,13 @@ def test_what_a_raise_reuses_is_what_a_fresh_study_would_train_again() -> None:
     run(search, lambda j: float(j.config))
     before = search.progress
     assert (before.done, before.reused, before.tokens_reused) == (6, 0, 0)
-    search.extend(300)  # no raise
+    # This is no raise.
+    search.extend(300)
     assert search.progress == before
     search.extend(900)
     now = search.progress
-    assert (now.reused, now.tokens_reused) == (3 + 2, 3 * 100 + 2 * 300)  # the rung at 300 of the first is open
+    # The rung at 300 tokens of the first bracket is still open.
+    assert (now.reused, now.tokens_reused) == (3 + 2, 3 * 100 + 2 * 300)
     run(search, lambda j: float(j.config))
     after = search.progress
     assert (after.reused, after.tokens_reused) == (3 + 1 + 2, 3 * 100 + 200 + 2 * 300)
@@ -423,8 +432,8 @@ def test_what_a_raise_reuses_is_what_a_fresh_study_would_train_again() -> None:
 
 @pytest.mark.parametrize(("variant", "reused"), [("discarding", 5), ("preserving", 5), ("efficient", 6)])
 def test_a_place_that_was_lost_is_not_counted_as_reused(variant: Any, reused: int) -> None:
-    """As above, but later ones win: the promoted one of the first three has no place among the best 3 of 9 any more,
-    unless places are kept."""
+    """In the same search with later ones winning, the promoted one of the first three is not among the best 3 of 9 any
+    more, unless places are kept."""
     search = open_search(tokens=(100, 300), variant=variant)
     run(search, lambda j: -float(j.config))
     search.extend(900)
@@ -433,7 +442,7 @@ def test_a_place_that_was_lost_is_not_counted_as_reused(variant: Any, reused: in
     assert search.progress.tokens_reused == 900 + 200 * (reused - 5)
 
 
-def test_what_was_running_when_the_raise_came_counts_once_it_has_a_result() -> None:
+def test_a_run_in_progress_at_the_raise_counts_once_it_has_a_result() -> None:
     search = open_search(tokens=(100, 300))
     run(search, most=2)
     job = search.ask()
@@ -451,7 +460,7 @@ def test_the_last_raise_counts_and_runs_with_seeds_are_counted_whole() -> None:
     train(search, most=2)
     search.extend(2700)
     assert search.study.user_attrs[SETTINGS_KEY]["raises"] == [[900, 6], [2700, 8]]
-    # at the start rungs all that was there has a place: 3 + 2 at 100, 2 at 300, each with 2 seeds
+    # At the start rungs, all earlier runs have a place: 3 + 2 at 100, 2 at 300, each with 2 seeds.
     assert (search.progress.reused, search.progress.tokens_reused) == (7, 2 * (5 * 100 + 2 * 300))
 
 
@@ -469,7 +478,7 @@ def test_the_last_raise_counts_and_runs_with_seeds_are_counted_whole() -> None:
         ({"seeds": [1, 2]}, r"one for each of the 3 rungs \(100, 300, 900\)"),
         ({"seeds": []}, "seeds needs one number"),
         ({"seeds": "3"}, "seeds needs one number"),
-        ({"promote": "predict"}, "'predicted'"),
+        ({"promote": "predict"}, "did you mean predicted"),
         ({"asynchronous": 1}, "asynchronous is True or False"),
     ],
 )
@@ -496,14 +505,14 @@ def test_when_all_diverge_there_is_no_best_and_asking_goes_on(asynchronous: bool
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_a_violated_constraint_is_never_promoted_and_never_the_answer(sampler: str) -> None:
-    """Losses are best where the constraint is broken."""
+    """Losses are lowest where the constraint is violated."""
     search = Search({"x": FloatDistribution(0.0, 1.0)}, tokens=(100, 900), sampler=sampler, iterations=1)
     while (job := search.ask()) is not None:
         trial = search.study.trials[job.number]
         if job.params["x"] < 0.5:
             optuna.trial.Trial(search.study, trial._trial_id).set_constraint("memory", 1.0)
         search.tell(job, job.params["x"])
-    broken = [t for t in search.study.trials if t.params["x"] < 0.5]
-    assert broken
-    assert {t.user_attrs["continues"] for t in broken} == {None}, "only those that start at a rung"
+    infeasible = [t for t in search.study.trials if t.params["x"] < 0.5]
+    assert infeasible
+    assert {t.user_attrs["continues"] for t in infeasible} == {None}, "only configurations that start at a rung"
     assert search.best()["x"] >= 0.5

@@ -1,7 +1,8 @@
-"""A trainer whose losses are a formula and whose every step is written down, so that a test can count what was trained."""
+"""A trainer whose losses are a formula and that logs every step, so that a test can count what was trained."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,18 +21,29 @@ from scaling.laws.compute import Fidelity
 
 
 class ToyTrainer(BaseModel):
-    """Loss 2 + (ln(lr / 0.01))^2 / 20 + N^-0.3 + D^-0.3; diverges above lr 0.5. Trains 1000 tokens a step, after `pause` seconds.
+    """Loss 2 + ln(lr / 0.01)^2 / 20 + N^-0.3 + D^-0.3; diverges above lr 0.5. A step trains 1000 tokens.
 
-    Repeats above 0 add `noise` times a normal number of their own.
+    If the folder `steps` has a file `hold` with [repeat, tokens], every run of at least this repeat and this many
+    tokens stops after its first step until the file is removed. Meanwhile a file held-PID shows that its process
+    waits.
+
+    Attributes:
+        sizes: N of each proxy.
+        pause: Seconds that each step takes.
+        noise: Repeats above 0 add this times a normal random number of their own to the loss.
+        hungry: Below this lr a run uses up all memory that it may have, 1 GiB.
+        hanging: Above this lr a run never yields a measurement.
+        steps: A folder where each process logs the steps that it has trained.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
     sizes: tuple[float, ...] = (1000.0, 4000.0)
     pause: float = 0.0
     noise: float = 0.0
-    hungry: float = 0.0  # below this lr a run takes all the memory that it may have, a GB
-    hanging: float = math.inf  # above this one it never says anything
-    steps: Path | None = None  # a folder where every process writes the steps that it has trained
+    hungry: float = 0.0
+    hanging: float = math.inf
+    steps: Path | None = None
 
     def problems(self, space: Mapping[str, Any], tokens: tuple[int, int] | None) -> list[str]:
         return []
@@ -73,8 +85,11 @@ class ToyTrainer(BaseModel):
                 blocks.append(bytearray(2**26))
         while params["lr"] > self.hanging:
             time.sleep(60)
+        started_at = state["tokens"]
         try:
             while state["tokens"] < fidelity.D:
+                if state["tokens"] > started_at:
+                    self._wait_while_held(fidelity, repeat)
                 time.sleep(self.pause)
                 state["tokens"] += 1000
                 if self.steps is not None:
@@ -98,3 +113,17 @@ class ToyTrainer(BaseModel):
         finally:
             if keep is not None:
                 keep.unlink(missing_ok=True)
+
+    def _wait_while_held(self, fidelity: Fidelity, repeat: int) -> None:
+        """Wait while the file `hold` exists and applies to this run."""
+        if self.steps is None:
+            return
+        hold, marker = self.steps / "hold", self.steps / f"held-{os.getpid()}"
+        with contextlib.suppress(FileNotFoundError):
+            while True:
+                first_repeat, least_tokens = json.loads(hold.read_text())
+                if repeat < first_repeat or fidelity.D < least_tokens:
+                    break
+                marker.touch()
+                time.sleep(0.02)
+        marker.unlink(missing_ok=True)

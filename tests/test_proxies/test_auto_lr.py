@@ -1,4 +1,4 @@
-"""AutoLRS: its trials against steps taken by hand, its price, and that a search cut off goes on exactly."""
+"""AutoLRS: trials compared with steps taken by hand, the cost of a search, exact continuation after an interrupt."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def config(**changes: Any) -> ProxyConfig:
     return ProxyConfig(**(small | {"eval_windows": 4} | changes))
 
 
-TOKENS = (4 + 3 * 100 + 76) * 16  # 4 steps of warm-up, three stages of 100 steps, and a cooldown of 76
+# 4 steps of warm-up, three stages of 100 steps, and a cooldown of 76.
+TOKENS = (4 + 3 * 100 + 76) * 16
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def same(a: Stage, b: Stage) -> bool:
 
 
 def test_a_trial_is_a_cooldown_to_zero_judged_on_the_batches_that_come_next() -> None:
-    """Against the same steps by hand: six at half the peak rate, then six along 1 - sqrt(u), in the middle of each."""
+    """The same steps by hand: six at half the peak rate, then six along 1 - sqrt(u), in the middle of each."""
     c = config()
     data = open_data(c)
     ours, by_hand = (Run(c, plan_steps(c, TOKENS), data.sha256, torch.device("cpu")) for _ in range(2))
@@ -62,7 +63,7 @@ def test_a_trial_is_a_cooldown_to_zero_judged_on_the_batches_that_come_next() ->
     assert ours.step == by_hand.step == 12
 
 
-def test_trials_that_diverge_are_as_bad_as_can_be_and_leave_the_run_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_that_diverge_get_the_worst_score_and_leave_the_run_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, auto_lr.LOST, 2.95])
     c = config()
     data = open_data(c)
@@ -81,7 +82,7 @@ def test_trials_that_diverge_are_as_bad_as_can_be_and_leave_the_run_as_it_was(mo
     assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
 
 
-def test_a_trial_with_weights_that_are_not_finite_is_lost_by_a_number() -> None:
+def test_a_trial_with_weights_that_are_not_finite_has_a_finite_loss() -> None:
     c = config()
     data = open_data(c)
     run = Run(c, plan_steps(c, TOKENS), data.sha256, torch.device("cpu"))
@@ -91,7 +92,7 @@ def test_a_trial_with_weights_that_are_not_finite_is_lost_by_a_number() -> None:
 
 
 def test_the_process_finds_the_best_of_a_planted_bowl_and_carries_it_to_the_next_stage() -> None:
-    """Loss (log2 rate - best)^2 / 50, the best moving from -7 by a third of an octave a stage; three trials in each."""
+    """The loss is (log2 rate - best)^2 / 50; the best moves from -7 by a third of an octave per stage."""
     search = auto_lr._RateSearch(2.0**-13, 2.0**-4, 8)
     misses = []
     for stage in range(6):
@@ -108,8 +109,8 @@ def test_the_process_finds_the_best_of_a_planted_bowl_and_carries_it_to_the_next
     assert sum(misses[3:]) / 3 < 0.6
 
 
-def test_what_was_seen_in_one_stage_moves_the_first_guess_in_the_next() -> None:
-    """The same first trial, after an earlier stage where low rates won and after one where high ones did."""
+def test_the_trials_of_one_stage_move_the_first_guess_in_the_next() -> None:
+    """The first trial is the same; in the earlier stage low rates won in one case and high rates in the other."""
     guesses = []
     for sign in (1, -1):
         search = auto_lr._RateSearch(2.0**-13, 2.0**-1, 2)
@@ -119,24 +120,25 @@ def test_what_was_seen_in_one_stage_moves_the_first_guess_in_the_next() -> None:
     assert guesses[0] < 2.0**-7 < guesses[1]
 
 
-def test_a_search_costs_what_it_may_and_says_what_it_tried(tmp_path: Path) -> None:
+def test_a_search_costs_at_most_its_overhead_and_reports_its_trials(tmp_path: Path) -> None:
     c = config()
-    found = list(autolrs(c, TOKENS, stages=3, save=tmp_path / "run.pt"))
-    assert [s.stage for s in found] == [0, 1, 2, 3]
-    assert [s.tokens for s in found] == [*((4 + 100 * k) * 16 for k in (1, 2, 3)), TOKENS]
-    assert [s.final for s in found] == [False, False, False, True]
-    assert [len(s.candidates) for s in found] == [3, 3, 3, 0]
-    # Three of 8 steps and 4 batches forwards, a third of a step each, fit into 30 of a stage's hundred steps; with 9 steps too few.
-    assert found[-1].searched_tokens == 9 * (8 + 4 / 3) * 16 <= 0.3 * TOKENS
+    points = list(autolrs(c, TOKENS, stages=3, save=tmp_path / "run.pt"))
+    assert [s.stage for s in points] == [0, 1, 2, 3]
+    assert [s.tokens for s in points] == [*((4 + 100 * k) * 16 for k in (1, 2, 3)), TOKENS]
+    assert [s.final for s in points] == [False, False, False, True]
+    assert [len(s.candidates) for s in points] == [3, 3, 3, 0]
+    # Three trials of 8 steps and 4 evaluated batches, a third of a step each, fit into 30 of a stage's hundred steps;
+    # three of 9 steps do not.
+    assert points[-1].searched_tokens == 9 * (8 + 4 / 3) * 16 <= 0.3 * TOKENS
     assert 3 * (9 + 4 / 3) > 30
-    assert found[0].candidates[0] == (c.lr, 0.0)
-    for before, after in pairwise(found[:-1]):
-        assert after.candidates[0] == (before.lr, 0.0), "a stage begins with the rate before"
+    assert points[0].candidates[0] == (c.lr, 0.0)
+    for before, after in pairwise(points[:-1]):
+        assert after.candidates[0] == (before.lr, 0.0), "a stage begins with the previous rate"
         assert before.lr / 2.001 < after.lr < before.lr * 2.001
-    assert found[-1].lr == found[-2].lr
+    assert points[-1].lr == points[-2].lr
     saved, model = load_model(tmp_path / "run.pt")
     assert saved.schedule == "wsd"
-    assert evaluate(model, open_data(c).held_out) == found[-1].loss
+    assert evaluate(model, open_data(c).held_out) == points[-1].loss
 
 
 @pytest.mark.parametrize("stages", [1, 3, 6])
@@ -159,8 +161,8 @@ def test_no_search_costs_more_than_its_share(stages: int, overhead: float, monke
     assert last.searched_tokens == math.ceil(16 * sum(n + (n // 2) / 3 for n in steps) - 1e-6)
 
 
-def test_what_is_tried_is_rolled_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """When the search always answers the first rate, the run is WSD's, bit for bit, down to a last batch of one window."""
+def test_trials_are_rolled_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """If the search always chooses the first rate, the run equals WSD bit for bit, also with a last batch of 1."""
     c = config()
     tokens = TOKENS - 8
     *_, plain = train(c, tokens, save=tmp_path / "plain.pt")
@@ -175,10 +177,10 @@ def test_what_is_tried_is_rolled_back(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @pytest.mark.parametrize(("cut_at", "kept_step"), [(0, None), (50, 25), (140, 104), (420, 347)])
-def test_a_search_cut_off_at_any_step_goes_on_exactly(
+def test_a_search_interrupted_at_any_step_continues_exactly(
     cut_at: int, kept_step: int | None, straight: list[Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut off before the first step, in a stage, in a trial of the second and in the cooldown, 24 trial steps in each stage."""
+    """It is interrupted before the first step, in a stage, in a trial of the second, and in the cooldown."""
     keep = tmp_path / "keep.pt"
     advance, taken = Run.advance, 0
 
@@ -190,11 +192,11 @@ def test_a_search_cut_off_at_any_step_goes_on_exactly(
         monkeypatch.setattr(auto_lr, "KEEP_EVERY_S", 0.0 if taken == cut_at - 1 else math.inf)
         return advance(run, *more)
 
-    seen: list[Stage] = []
+    before: list[Stage] = []
     with monkeypatch.context() as m:
         m.setattr(Run, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            seen.extend(autolrs(config(), TOKENS, stages=3, keep=keep))
+            before.extend(autolrs(config(), TOKENS, stages=3, keep=keep))
     assert keep.exists() == (kept_step is not None)
     if keep.exists():
         saved = load_state(keep)
@@ -202,8 +204,8 @@ def test_a_search_cut_off_at_any_step_goes_on_exactly(
         with pytest.raises(ValueError, match="needed a search with"):
             autolrs(config(), TOKENS, stages=2, keep=keep)
     after = list(autolrs(config(), TOKENS, stages=3, keep=keep))
-    assert len(seen) + len(after) == len(straight)
-    assert all(same(a, b) for a, b in zip(straight, [*seen, *after], strict=True))
+    assert len(before) + len(after) == len(straight)
+    assert all(same(a, b) for a, b in zip(straight, [*before, *after], strict=True))
     assert not keep.exists()
 
 
@@ -226,14 +228,15 @@ def test_bad_arguments_are_refused_before_the_first_step() -> None:
         autolrs(config(), TOKENS, stages=3, rates=(0.1, 1.0))
 
 
-def test_the_command_says_the_same(straight: list[Stage], tmp_path: Path) -> None:
+def test_the_command_prints_the_same(straight: list[Stage], tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from proxies.__main__ import app
 
     study = tmp_path / "s.toml"
     study.write_text(
-        "[trainer]\nwidths = [16]\nbase_width = 16\nn_layers = 1\nseq_len = 8\nbatch_seqs = 2\nwarmup_tokens = 64\neval_windows = 4\n"
+        "[trainer]\nwidths = [16]\nbase_width = 16\nn_layers = 1\nseq_len = 8\nbatch_seqs = 2\n"
+        "warmup_tokens = 64\neval_windows = 4\n"
     )
     words = ["autolrs", str(study), "--width", "16", "--tokens", str(TOKENS), "--stages", "3"]
     done = CliRunner().invoke(app, words)

@@ -1,4 +1,4 @@
-"""Checkpoints when things go wrong: cut short, damaged, of someone else, no space left."""
+"""Checkpoints when things go wrong: truncated, damaged or foreign files, and no disk space."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
 
-def test_a_checkpoint_is_replaced_and_never_written_over(tmp_path: Path) -> None:
-    """Whoever has the old file open, or is cut off meanwhile, has all of it: another name of it keeps its bytes."""
+def test_a_checkpoint_is_replaced_and_never_overwritten(tmp_path: Path) -> None:
+    """A process that has the old file open keeps all of it: a second name of it keeps its bytes."""
     path, other = tmp_path / "run.pt", tmp_path / "other.pt"
     write_state(STATE, path)
     os.link(path, other)
@@ -37,7 +37,7 @@ def test_a_checkpoint_is_replaced_and_never_written_over(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_a_file_cut_short_is_refused_by_name(tmp_path: Path, share: float) -> None:
+def test_a_truncated_file_is_refused_by_name(tmp_path: Path, share: float) -> None:
     path = tmp_path / "run.pt"
     write_state(STATE, path)
     whole = path.read_bytes()
@@ -57,7 +57,7 @@ def test_a_flipped_bit_in_the_weights_is_noticed(tmp_path: Path) -> None:
             load_state(path)
 
 
-def test_files_of_others_are_refused_and_no_code_of_theirs_runs(tmp_path: Path) -> None:
+def test_foreign_files_are_refused_and_their_code_does_not_run(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(tmp_path / "ran"),)

@@ -1,4 +1,4 @@
-"""`proxies grow` and the files it reads and writes: the same weights as in memory, one at a time, whole or not at all."""
+"""`proxies grow` and its files: the same weights as in memory, read one at a time, written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ widths = [16]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 40 steps, ended."""
+    """A finished run of 40 steps."""
     path = tmp_path_factory.mktemp("trained") / "small.pt"
     assert [*train(SMALL, 40 * SMALL.batch_tokens, save=path)][-1].final
     return path
 
 
-def command(*arguments: object) -> Result:
+def run_grow(*arguments: object) -> Result:
     return runner.invoke(app, ["grow", *map(str, arguments)])
 
 
@@ -151,7 +151,7 @@ def test_the_command_writes_what_growth_in_memory_gives(
     trained: Path, tmp_path: Path, options: list[str], size: dict[str, Any], how: dict[str, Any], suffix: str
 ) -> None:
     out = tmp_path / f"grown{suffix}"
-    result = command(trained, *options, "--out", out)
+    result = run_grow(trained, *options, "--out", out)
     assert result.exit_code == 0, result.output
     large = larger(**size)
     assert f"N {large.counts.N:,} from N {SMALL.counts.N:,}" in result.stdout
@@ -165,15 +165,16 @@ def test_the_command_writes_what_growth_in_memory_gives(
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
 
-def test_growth_beyond_what_was_found_to_pay_is_said(trained: Path, tmp_path: Path) -> None:
-    """Counted in parameters that multiply tokens: 16 to 32 is less than fourfold here, 16 to 48 more."""
+def test_growth_beyond_the_measured_break_even_is_warned_of(trained: Path, tmp_path: Path) -> None:
+    """In parameters that multiply tokens, 16 to 32 is less than fourfold here, 16 to 48 is more."""
     factors = [larger(d_model=d).counts.N / SMALL.counts.N for d in (32, 48)]
     assert factors[0] < 4 < factors[1]
     state = load_model(trained)[1].state_dict()
-    grow(state, SMALL, larger(d_model=32))  # warnings are errors here
+    # Warnings are errors in tests, so this growth gives none.
+    grow(state, SMALL, larger(d_model=32))
     with pytest.warns(UserWarning, match=rf"N grows {factors[1]:.1f} times, .* 4 to 6 times .*2605\.13405"):
         grow_tensors(state, SMALL, larger(d_model=48))
-    quiet, loud = (command(trained, "--width", w, "--out", tmp_path / "x.pt") for w in (32, 48))
+    quiet, loud = (run_grow(trained, "--width", w, "--out", tmp_path / "x.pt") for w in (32, 48))
     assert (quiet.exit_code, loud.exit_code) == (0, 0)
     assert "warning" not in quiet.stderr
     assert "warning: N grows" in loud.stderr
@@ -188,28 +189,28 @@ def test_a_target_of_another_depth_has_its_proxies_as_the_base() -> None:
     assert family.target(d_model=32, n_layers=6, tokens=10**6).N == deep.counts.N
     based = family.model_copy(update={"base_layers": 1})
     assert based.target_config(Target(d_model=32, n_layers=6, tokens=10**6)).base_layers == 1
-    for table, said in (
+    for table, message in (
         ({"d_model": 32, "n_layers": 3}, "a multiple of 2, got 3"),
         ({"d_model": 8}, "at least as wide as the small one"),
         ({"d_model": 24, "method": "hyperclone"}, "shrink-pad-perturb or pad"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             family.target(tokens=10**6, **table)
 
 
-def test_the_time_to_stack_is_said_where_the_fit_can_be_meant(trained: Path, tmp_path: Path) -> None:
+def test_the_time_to_stack_is_reported_with_doubt_outside_the_fit(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.pt"
-    said = command(trained, "--layers", 4, "--method", "stack", "--out", out).stderr
-    assert f"here after {40 * SMALL.batch_tokens:,}" in said
-    assert "far outside what was fitted" in said
-    long = command(trained, "--layers", 4, "--method", "stack", "--out", out, "--tokens", 10**14).stderr
+    message = run_grow(trained, "--layers", 4, "--method", "stack", "--out", out).stderr
+    assert f"here after {40 * SMALL.batch_tokens:,}" in message
+    assert "far outside its range" in message
+    long = run_grow(trained, "--layers", 4, "--method", "stack", "--out", out, "--tokens", 10**14).stderr
     assert "by G_stack's fit (arXiv 2405.15319)" in long
     assert "no advice" not in long
-    assert "stack" not in command(trained, "--width", 32, "--out", out).stderr
+    assert "stack" not in run_grow(trained, "--width", 32, "--out", out).stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--width", "8"], "at least as wide"),
         (["--width", "20"], "d_model must be a multiple of d_head"),
@@ -218,18 +219,21 @@ def test_the_time_to_stack_is_said_where_the_fit_can_be_meant(trained: Path, tmp
         (["--width", "8", "--layers", "3"], "n_layers must be a multiple of 2, got 3"),
         (["--width", "32", "--method", "pad", "--noise", ".1"], "adds no noise"),
         ([], "needed --width, --layers or both"),
-        (["--width", "32", "--moments"], "duplicate' without noise alone, got 'shrink-pad-perturb'"),
-        (["--width", "32", "--moments", "--method", "duplicate", "--noise", ".1"], "without noise alone"),
+        (["--width", "32", "--moments"], "duplicate' without noise, got 'shrink-pad-perturb'"),
+        (
+            ["--width", "32", "--moments", "--method", "duplicate", "--noise", ".1"],
+            "only be grown by method 'duplicate' without noise",
+        ),
         (["--width", "32", "--moments", "--method", "duplicate", "--which", "annealed"], "ask for 'trunk'"),
         (["--layers", "4", "--moments", "--method", "duplicate"], "grow width alone"),
     ],
 )
 def test_bad_sizes_and_options_are_refused_before_anything_is_written(
-    trained: Path, tmp_path: Path, options: list[str], said: str
+    trained: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    result = command(trained, "--out", tmp_path / "grown.pt", *options)
+    result = run_grow(trained, "--out", tmp_path / "grown.pt", *options)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
     assert not [*tmp_path.iterdir()]
 
 
@@ -237,22 +241,22 @@ def test_bad_paths_are_refused(trained: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.pt"
     torch.save({"model": {}}, foreign)
     before = trained.read_bytes()
-    for arguments, said in (
+    for arguments, message in (
         ((tmp_path / "absent.pt", "--width", 32, "--out", tmp_path / "g.pt"), "no such file"),
         ((foreign, "--width", 32, "--out", tmp_path / "g.pt"), "with format None"),
         ((trained, "--width", 32, "--out", tmp_path / "absent" / "g.pt"), "existing folder"),
-        ((trained, "--width", 32, "--out", trained), "another path than the checkpoint's"),
+        ((trained, "--width", 32, "--out", trained), "than the checkpoint's"),
     ):
-        result = command(*arguments)
-        assert result.exit_code == 2, said
-        assert said in result.stderr
+        result = run_grow(*arguments)
+        assert result.exit_code == 2, message
+        assert message in result.stderr
     assert trained.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["foreign.pt"]
 
 
 @contextmanager
-def small_files(size: int) -> Iterator[None]:
-    """No file grows beyond so many bytes: what a full disk is to a writer."""
+def limit_file_size(size: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -264,15 +268,15 @@ def small_files(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("name", ["grown.pt", "grown"])
 def test_without_space_nothing_is_left_and_what_was_there_stays(trained: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / name
-    with small_files(20_000):
-        result = command(trained, "--width", 32, "--out", out)
+    with limit_file_size(20_000):
+        result = run_grow(trained, "--width", 32, "--out", out)
     assert result.exit_code == 1
     assert "cannot write a checkpoint" in result.stderr
     assert "nothing was written" in result.stderr
     assert not [*tmp_path.iterdir()]
-    assert command(trained, "--width", 24, "--out", out).exit_code == 0
-    with small_files(20_000):
-        assert command(trained, "--width", 32, "--out", out).exit_code == 1
+    assert run_grow(trained, "--width", 24, "--out", out).exit_code == 0
+    with limit_file_size(20_000):
+        assert run_grow(trained, "--width", 32, "--out", out).exit_code == 1
     weights = read_grown(out, larger(d_model=24)).weights
     assert weights is not None
     assert weights["final_norm"].shape == (24,)
@@ -291,75 +295,75 @@ def train_command(study: Path, width: int, steps: int, *options: object) -> Resu
     return runner.invoke(app, ["train", *map(str, arguments)])
 
 
-def points(result: Result) -> list[dict[str, Any]]:
+def parse_points(result: Result) -> list[dict[str, Any]]:
     assert result.exit_code == 0, result.output
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ""])
-def test_a_doubled_run_with_moments_goes_on_as_the_small_one_would(
+def test_a_duplicated_run_with_moments_continues_as_the_small_one_would(
     trained: Path, study: Path, tmp_path: Path, suffix: str
 ) -> None:
-    """float32, ten steps of trunk after growth, the measured losses of each; without the moments it is another run."""
-    grown_at = {width: tmp_path / f"{width}{suffix}" for width in (16, 32)}
-    for width, out in grown_at.items():
-        made = command(trained, "--width", width, "--method", "duplicate", "--moments", "--out", out)
-        assert made.exit_code == 0, made.output
-        assert "moments too" in made.stdout
-    small, large = (points(train_command(study, w, 13, "--init", out)) for w, out in grown_at.items())
+    """The losses of ten float32 trunk steps after growth are the same; without the moments they differ."""
+    grown_paths = {width: tmp_path / f"{width}{suffix}" for width in (16, 32)}
+    for width, out in grown_paths.items():
+        result = run_grow(trained, "--width", width, "--method", "duplicate", "--moments", "--out", out)
+        assert result.exit_code == 0, result.output
+        assert "moments too" in result.stdout
+    small, large = (parse_points(train_command(study, w, 13, "--init", out)) for w, out in grown_paths.items())
     assert [p["tokens"] // SMALL.batch_tokens for p in small] == [1, 2, 3, 4, 6, 8, 13]
     for a, b in zip(small, large, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
         assert b["train_loss"] == pytest.approx(a["train_loss"], abs=1e-5)
     bare = tmp_path / f"bare{suffix}"
-    command(trained, "--width", 32, "--method", "duplicate", "--which", "trunk", "--out", bare)
-    without = points(train_command(study, 32, 13, "--init", bare))
+    run_grow(trained, "--width", 32, "--method", "duplicate", "--which", "trunk", "--out", bare)
+    without = parse_points(train_command(study, 32, 13, "--init", bare))
     assert abs(without[-2]["loss"] - large[-2]["loss"]) > 1e-4
 
 
-def test_a_grown_file_starts_a_training_that_can_be_cut_off(trained: Path, study: Path, tmp_path: Path) -> None:
-    """The state that is kept has the weights: the command that is given again goes on from there."""
+def test_a_grown_file_starts_a_training_that_can_be_interrupted(trained: Path, study: Path, tmp_path: Path) -> None:
+    """The kept state has the weights, so the same command continues from it."""
     out, keep = tmp_path / "grown.pt", tmp_path / "keep.pt"
-    command(trained, "--width", 24, "--method", "pad", "--out", out)
-    whole = points(train_command(study, 24, 13, "--init", out))
+    run_grow(trained, "--width", 24, "--method", "pad", "--out", out)
+    whole = parse_points(train_command(study, 24, 13, "--init", out))
     start = read_grown(out, larger(d_model=24))
     with pytest.raises(ValueError, match="moments alone"):
         train(larger(d_model=24), 13 * SMALL.batch_tokens, moments={})
     part = train(larger(d_model=24), 13 * SMALL.batch_tokens, keep=keep, init=start.weights)
     assert [next(part).tokens for _ in range(3)]
     part.close()
-    rest = points(train_command(study, 24, 13, "--init", out, "--keep", keep))
+    rest = parse_points(train_command(study, 24, 13, "--init", out, "--keep", keep))
     assert rest[-1]["loss"] == whole[-1]["loss"]
     assert len(rest) == len(whole) - 3
 
 
-def test_what_is_not_grown_for_a_configuration_is_refused_with_all_differences(
+def test_a_state_grown_for_another_configuration_is_refused_with_all_differences(
     trained: Path, study: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "grown.pt"
-    command(trained, "--width", 32, "--moments", "--method", "duplicate", "--out", out)
-    for options, said in (
+    run_grow(trained, "--width", 32, "--moments", "--method", "duplicate", "--out", out)
+    for options, message in (
         (["--init", trained], "got " + str(trained) + " with format 'muscale-proxy-1'"),
         (["--init", tmp_path / "absent.pt"], "no such file"),
         (["--init", out, "--resume", trained], "needed --resume or --init"),
     ):
         result = train_command(study, 32, 13, *options)
         assert result.exit_code == 2
-        assert said in result.stderr
+        assert message in result.stderr
     settings = ("vocab=300", "tokenizer=bpe", "alpha_out=2", "n_layers=1", "optimizer=lion")
     result = train_command(study, 24, 13, "--init", out, *(part for s in settings for part in ("--set", s)))
     assert result.exit_code == 2
-    for said in (
+    for message in (
         "d_model: 32 to 24",
         "n_layers: 2 to 1",
         "vocab: 256 to 300",
         "tokenizer: bytes to bpe",
         "adamw to lion",
     ):
-        assert said in result.stderr, said
+        assert message in result.stderr, message
 
 
-HEIGHT = """
+MEASURE_PEAK = """
 import re, sys, warnings
 from pathlib import Path
 from proxies.config.proxy import ProxyConfig
@@ -375,16 +379,18 @@ def once(source, out, d_model, method, moments):
 
 warnings.simplefilter("ignore")
 tiny, source, out, width, method, moments = sys.argv[1:]
-once(tiny, tiny + "-grown" + Path(out).suffix, 32, method, moments == "True")  # what is imported and allocated once
+# The first growth imports modules and allocates what is allocated once.
+once(tiny, tiny + "-grown" + Path(out).suffix, 32, method, moments == "True")
 before = status("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+# The peak is measured from here on.
+Path("/proc/self/clear_refs").write_text("5")
 once(source, out, int(width), method, moments == "True")
 print(status("VmHWM") - before)
 """
 
 
-def made(path: Path, config: ProxyConfig) -> Path:
-    """As a run that has ended leaves it: trunk with moments, and annealed weights."""
+def write_finished_run(path: Path, config: ProxyConfig) -> Path:
+    """Write what a finished run leaves: the trunk with moments, and the annealed weights."""
     model = build(config)
     optimizer = make_optimizer(model, config)
     for parameter in model.parameters():
@@ -406,17 +412,20 @@ def made(path: Path, config: ProxyConfig) -> Path:
 def test_growth_holds_the_large_model_once_and_never_all_of_the_small_one(
     tmp_path: Path, suffix: str, width: int, method: str, moments: bool
 ) -> None:
-    """Peak of resident memory, pages of files included, over what the imports hold; 2.2 and 4 times, 107 MB, three times that with moments.
+    """Compare the peak of resident memory, pages of files included, above the imports' with the size of the large
+    model.
 
-    glibc's malloc is told to map every tensor by itself, as it does with those above 32 MB: what it gives back late of smaller ones
-    (measured: up to .3 of these 107 MB) does not grow with the model.
+    N grows 2.2 and 4 times, to 107 MB, three times that with moments. glibc's malloc maps every tensor by itself here,
+    as it always does above 32 MB: the memory of smaller ones that it returns late (measured: up to 0.3 of these 107 MB)
+        does not grow
+    with the model.
     """
     small = SMALL.model_copy(update={"d_model": width, "n_layers": 5, "d_head": 16, "q_per_kv": 1})
-    source = made(tmp_path / f"small{suffix}", small)
-    tiny = made(tmp_path / f"tiny{suffix}", small.model_copy(update={"d_model": 16}))
+    source = write_finished_run(tmp_path / f"small{suffix}", small)
+    tiny = write_finished_run(tmp_path / f"tiny{suffix}", small.model_copy(update={"d_model": 16}))
     arguments = [tiny, source, tmp_path / f"large{suffix}", 640, method, moments]
-    ran = subprocess.run(
-        [sys.executable, "-c", HEIGHT, *map(str, arguments)],
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURE_PEAK, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=True,
@@ -424,4 +433,4 @@ def test_growth_holds_the_large_model_once_and_never_all_of_the_small_one(
     )
     large = small.model_copy(update={"d_model": 640})
     size = 4 * large.counts.total * (3 if moments else 1)
-    assert 1 <= int(ran.stdout) / size < 1.1
+    assert 1 <= int(process.stdout) / size < 1.1

@@ -1,4 +1,4 @@
-"""Somebody else's trainer: what its command gets, what it may say, and how it ends."""
+"""Trainers that are other programs: what the command gets, what it may report, and how it ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 
 from hpo.study.config import StudyError, load_study
-from hpo.worker.job import train_once
+from hpo.worker.job import CheckpointPaths, train_once
 from hpo.worker.signals import StopSignals
 from proxies.trainers.command import resolve_command, run_command
 from proxies.trainers.command_family import CommandFamily
@@ -30,7 +30,7 @@ HEAD = "import json, os, signal, subprocess, sys, time\ndef say(**k): print(json
 
 
 def program(folder: Path, text: str) -> str:
-    """The command that runs this text with --tokens {tokens}."""
+    """Return a command that runs this text as a program with {tokens} as its argument."""
     (folder / "program.py").write_text(HEAD + text)
     return f"{{python}} {folder / 'program.py'} {{tokens}}"
 
@@ -69,7 +69,12 @@ def test_a_value_stays_one_argument_whatever_is_in_it() -> None:
     nasty = "a b; rm -rf / $(x) ' \" --evil {lr}"
     words = resolve_command("go --x={x} '{x} {lr}' --flag {on}", {"x": nasty, "lr": 0.1 + 0.2, "on": True})
     assert words == ["go", f"--x={nasty}", f"{nasty} 0.30000000000000004", "--flag", "true"]
-    assert resolve_command("{python} -c 'print({\"a\": 1})' {resume}", {}) == [sys.executable, "-c", 'print({"a": 1})', ""]
+    assert resolve_command("{python} -c 'print({\"a\": 1})' {resume}", {}) == [
+        sys.executable,
+        "-c",
+        'print({"a": 1})',
+        "",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -101,10 +106,10 @@ def test_a_command_that_cannot_be_run_is_refused(command: str, match: str) -> No
         ("say(tokens=5, los=2.0)", "cannot be read .KeyError..loss"),
     ],
 )
-def test_every_bad_end_is_said(text: str, match: str, tmp_path: Path) -> None:
+def test_every_bad_end_is_reported(text: str, match: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=match) as failed:
         run(tmp_path, text)
-    assert "program.py 100" in str(failed.value), "names the command"
+    assert "program.py 100" in str(failed.value), "it names the command"
 
 
 @pytest.mark.parametrize("loss", ["float('nan')", "float('inf')", "None"])
@@ -117,7 +122,7 @@ def test_a_loss_that_is_not_finite_is_an_outcome_and_ends_the_program(loss: str,
 
 
 def test_the_final_point_comes_when_the_program_has_ended(tmp_path: Path) -> None:
-    """What it saves after its last evaluation is there when the run counts as done."""
+    """A checkpoint that it saves after its last evaluation exists when the run counts as done."""
     late = tmp_path / "late"
     text = f"say(tokens=100, loss=2.0, final=True)\ntime.sleep(0.3)\nopen({str(late)!r}, 'w').close()"
     for point in run_command(program(tmp_path, text), {"tokens": 100}):
@@ -136,25 +141,28 @@ time.sleep(60)
 
 @pytest.mark.parametrize("session", [False, True])
 def test_closing_ends_the_program_and_its_children(session: bool, tmp_path: Path) -> None:
-    """Also those that do not listen, and those that lead a session of their own, as torchrun's workers do."""
+    """So do children that ignore SIGTERM, and those with a session of their own, as torchrun's workers have."""
     points = run_command(program(tmp_path, FAMILY.format(session=session)), {"tokens": 100})
     child = psutil.Process(int(next(points).loss))
     parent = child.parent()
     assert parent is not None
-    time.sleep(0.3)  # until the child is deaf
+    # Wait until the child ignores SIGTERM.
+    time.sleep(0.3)
     points.close()  # type: ignore[attr-defined]
 
-    def lives(process: psutil.Process) -> bool:
+    def is_alive(process: psutil.Process) -> bool:
+        # In a container nothing reaps the children of a process that has ended.
         try:
-            return process.status() != psutil.STATUS_ZOMBIE  # nobody waits for a child of the dead, in a container
+            return process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
-    until = time.monotonic() + 5  # a kill is on its way when it has been sent
-    while any(map(lives, (child, parent))) and time.monotonic() < until:
+    # A signal takes a moment to arrive.
+    until = time.monotonic() + 5
+    while any(map(is_alive, (child, parent))) and time.monotonic() < until:
         time.sleep(0.01)
-    assert not lives(child)
-    assert not lives(parent)
+    assert not is_alive(child)
+    assert not is_alive(parent)
 
 
 def test_a_program_that_listens_may_save_before_it_ends(tmp_path: Path) -> None:
@@ -175,7 +183,7 @@ time.sleep(60)
 
 
 def test_a_process_that_it_leaves_behind_does_not_hold_the_run(tmp_path: Path) -> None:
-    """It inherits stdout, which is then never closed."""
+    """The process inherits stdout, which is then never closed."""
     text = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
     began = time.monotonic()
     assert run(tmp_path, text + "say(tokens=100, loss=2.0, final=True)")[-1].loss == 2.0
@@ -193,7 +201,7 @@ SPACE = {"lr": FloatDistribution(1e-3, 1.0, log=True), "batch": IntDistribution(
 POINT = {"lr": 0.25, "batch": 4}
 
 
-def test_a_family_says_what_it_runs_and_records() -> None:
+def test_a_family_describes_what_it_runs_and_records() -> None:
     family = CommandFamily(**TABLE)
     assert family.problems(SPACE, (100, 900)) == []
     assert family.sizes == (1000.0, 3000.0)
@@ -215,7 +223,7 @@ def test_a_family_says_what_it_runs_and_records() -> None:
     assert family.seconds(POINT, [Fidelity(1000.0, 500.0), Fidelity(3000.0, 600.0)], threads=1) == [0.5, 2.0]
 
 
-def test_all_mistakes_of_a_command_are_said_at_once() -> None:
+def test_all_mistakes_of_a_command_are_named_at_once() -> None:
     wrong = {
         "command": "no-such-program --lr {lr} --b {bacth} --s {save}",
         "sizes": [{"N": 1000, "width": 16}, {"N": 3000, "width": 32}],
@@ -224,7 +232,7 @@ def test_all_mistakes_of_a_command_are_said_at_once() -> None:
         "data": ["/no/such/file"],
         "cwd": "/no/such/folder",
     }
-    said = "\n".join(CommandFamily(**wrong).problems(SPACE, (100, 900)))
+    problems = "\n".join(CommandFamily(**wrong).problems(SPACE, (100, 900)))
     for part in (
         "no program no-such-program",
         "nothing has the name {bacth}; did you mean {batch}?",
@@ -239,8 +247,8 @@ def test_all_mistakes_of_a_command_are_said_at_once() -> None:
         "no file /no/such/file",
         "no folder /no/such/folder",
     ):
-        assert part in said, said
-    assert said.count("\n") == 11
+        assert part in problems, problems
+    assert problems.count("\n") == 11
 
 
 @pytest.mark.parametrize(
@@ -296,7 +304,7 @@ def saving(folder: Path, writes: bool) -> CommandFamily:
     return CommandFamily(command=command, sizes=[{"N": 10}])
 
 
-def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path) -> None:
+def test_a_longer_run_continues_a_shorter_one(tmp_path: Path) -> None:
     family, size = saving(tmp_path, writes=True), 10.0
     assert family.resumable
     one, two = tmp_path / "a b.pt", tmp_path / "two.pt"
@@ -305,7 +313,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path) -> None:
     assert two.read_text() == "300"
 
 
-def test_a_checkpoint_that_was_not_written_is_no_success(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_not_written_is_a_failure(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="without writing"):
         list(saving(tmp_path, writes=False)({}, Fidelity(10.0, 100.0), save=tmp_path / "x.pt"))
 
@@ -339,7 +347,8 @@ def test_a_program_may_report_to_mlflow_and_nothing_is_there_twice(tmp_path: Pat
     client = connect(uri)
     parent = find_or_create_study_run(client, "external")
     own = find_or_create_child_run(client, parent, "run", role="proxy", params={"N": 10})
-    log_records(client, own, [({"loss": 9.0, "final_loss": 9.0}, 50, 1)], {})  # of an earlier rung
+    # These are from an earlier rung.
+    log_records(client, own, [({"loss": 9.0, "final_loss": 9.0}, 50, 1)], {})
     family = CommandFamily(
         command=program(tmp_path, MLFLOW), sizes=[{"N": 10}], environment={"PYTHONWARNINGS": "ignore"}
     )
@@ -354,9 +363,9 @@ def test_a_program_may_report_to_mlflow_and_nothing_is_there_twice(tmp_path: Pat
             {},
             Fidelity(10.0, 100.0),
             0,
-            keep=tmp_path / "keep",
+            checkpoints=CheckpointPaths(tmp_path / "keep"),
             record=record,
-            ended=lambda *o: ended.extend(o),
+            on_result=lambda *o: ended.extend(o),
             stop=stop,
         )
     assert loss == ended[0] == 0.5
@@ -376,7 +385,7 @@ def test_a_study_that_repeats_needs_a_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_plain_script_trains_for_as_long_as_it_is_told() -> None:
+def test_the_plain_script_trains_for_as_many_tokens_as_asked() -> None:
     _, family = load_study(ROOT / "studies" / "external.toml")
     family.table = family.table.model_copy(update={"cwd": ROOT})  # type: ignore[attr-defined]
     *_, last = family({"lr": 0.02, "batch": 3}, Fidelity(6144.0, 64.0 * 100))

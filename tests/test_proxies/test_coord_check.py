@@ -1,4 +1,4 @@
-"""The coordinate check: its arithmetic by hand, and that it fails where it should when a rule is broken."""
+"""The coordinate check: its arithmetic by hand, and that it fails in the right place when a rule is broken."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from proxies.__main__ import app
 from proxies.cli.shared import parse_numbers
 from proxies.config.proxy import ProxyConfig
-from proxies.diagnostics.coord_check import CoordCheck, Slope, fit_slope, fit_slopes, coordinate_check
-from proxies.diagnostics.coord_probe import ProbeSpec, ProbeResult, compute_coordinates, measure_gradient_scales
+from proxies.diagnostics.coord_check import CoordCheck, Slope, coordinate_check, fit_slope, fit_slopes
+from proxies.diagnostics.coord_probe import ProbeResult, ProbeSpec, compute_coordinates, measure_gradient_scales
 from proxies.diagnostics.figures import draw_check
 from proxies.model import mup
-from proxies.model.mup import Role, ParameterRule
+from proxies.model.mup import ParameterRule, Role
 from proxies.model.transformer import Block, build
 
 WIDTHS = (32, 64, 128)
@@ -42,7 +42,9 @@ def make_slope(where: str, value: float, low: float = math.nan, high: float = ma
     return Slope("width", where, "size", value, low, high, ((1.0,), (1.0,), (1.0,)))
 
 
-def make_check(*slopes: Slope, losses: tuple[tuple[float, ...], ...] = ((3.0, 3.1), (2.9, 3.0), (2.8, 2.9))) -> CoordCheck:
+def make_check(
+    *slopes: Slope, losses: tuple[tuple[float, ...], ...] = ((3.0, 3.1), (2.9, 3.0), (2.8, 2.9))
+) -> CoordCheck:
     return CoordCheck(slopes, WIDTHS, (), 0.01, 10, 2, "plain", losses)
 
 
@@ -52,12 +54,13 @@ def test_the_slope_of_a_power_law_is_its_exponent_with_students_interval() -> No
     values = 5.0 * np.array(widths)[:, None, None] ** exponents[None, :, None] * np.ones((1, 1, 4))
     slope = fit_slope("width", "a", "size", widths, values)
     assert slope.value == pytest.approx(0.4)
-    half = 4.302652729911275 * math.sqrt(0.07) / math.sqrt(3)  # t of 2 degrees of freedom at 97.5 %, by a table
+    # The first factor is Student's t with 2 degrees of freedom at 97.5 %, from a table.
+    half = 4.302652729911275 * math.sqrt(0.07) / math.sqrt(3)
     assert (slope.low, slope.high) == pytest.approx((0.4 - half, 0.4 + half))
     assert np.array(slope.levels).shape == (4, 4)
 
 
-def test_a_step_at_which_nothing_moves_is_left_out_and_a_lonely_zero_is_a_failure() -> None:
+def test_a_step_in_which_nothing_changes_is_excluded_and_a_single_zero_is_a_failure() -> None:
     values = np.ones((3, 2, 2)) * np.array(WIDTHS)[:, None, None]
     values[:, :, 0] = 0
     assert fit_slope("width", "a", "change", WIDTHS, values).value == pytest.approx(1.0)
@@ -70,18 +73,20 @@ def test_a_step_at_which_nothing_moves_is_left_out_and_a_lonely_zero_is_a_failur
 @pytest.mark.parametrize(
     ("value", "low", "high", "steep"),
     [
-        (0.4, 0.2, 0.6, False),  # the interval is not beyond 1/4
+        # The interval is not beyond 1/4.
+        (0.4, 0.2, 0.6, False),
         (0.4, 0.3, 0.5, True),
         (-0.4, -0.5, -0.3, True),
         (0.51, -3.0, 4.0, True),
         (-0.51, -3.0, 4.0, True),
         (0.24, 0.23, 0.25, False),
-        (0.49, math.nan, math.nan, False),  # one seed: no interval
+        # One seed gives no interval.
+        (0.49, math.nan, math.nan, False),
         (math.nan, math.nan, math.nan, True),
         (math.inf, math.inf, math.inf, True),
     ],
 )
-def test_what_is_too_steep(value: float, low: float, high: float, steep: bool) -> None:
+def test_which_slopes_are_too_steep(value: float, low: float, high: float, steep: bool) -> None:
     check = make_check(make_slope("a", 0.0), make_slope("b", value, low, high))
     assert check.passed is not steep
     assert check.modules == {"a": True, "b": not steep}
@@ -90,30 +95,31 @@ def test_what_is_too_steep(value: float, low: float, high: float, steep: bool) -
 
 
 def test_wider_is_worse_only_beyond_the_noise_of_seeds() -> None:
-    # standard deviation of a seed 0.0707, so a rise up to 0.141 is noise
+    # The standard deviation of a seed is 0.0707, so a rise up to 0.141 is noise.
     assert make_check(losses=((3.0, 3.1), (3.1, 3.2), (2.8, 2.9))).wider_is_worse == ()
     assert make_check(losses=((3.0, 3.1), (3.2, 3.3), (2.8, 2.9))).wider_is_worse == (64,)
     assert make_check(losses=((3.0, 3.1), (2.9, 3.0), (math.nan, 2.9))).wider_is_worse == (128,)
 
 
-def test_what_rounding_leaves_of_a_change_is_no_change() -> None:
-    def trail(width: int, change: float) -> ProbeResult:
+def test_a_change_within_rounding_is_no_change() -> None:
+    def make_result(change: float) -> ProbeResult:
         name = "logits"
         return ProbeResult(({name: (1.0, 0.0)}, {name: (1.0, change)}, {name: (1.0, 0.5)}), (3.0, 3.0))
 
-    (_, early, change) = fit_slopes("width", WIDTHS, [[trail(w, 1e-8 * w**2)] for w in WIDTHS])
+    (_, early, change) = fit_slopes("width", WIDTHS, [[make_result(1e-8 * w**2)] for w in WIDTHS])
     assert (early.value, change.value) == pytest.approx((0.0, 0.0))
-    (_, early, change) = fit_slopes("width", WIDTHS, [[trail(w, 1e-2 * w)] for w in WIDTHS])
-    assert (early.value, change.value) == pytest.approx((0.5, 0.5))  # mean of a step of slope 1 and one of slope 0
+    (_, early, change) = fit_slopes("width", WIDTHS, [[make_result(1e-2 * w)] for w in WIDTHS])
+    # The mean of a step of slope 1 and one of slope 0.
+    assert (early.value, change.value) == pytest.approx((0.5, 0.5))
 
 
-def test_over_depth_the_first_and_the_last_block_are_watched(text: str) -> None:
+def test_over_depth_the_first_and_the_last_block_are_measured(text: str) -> None:
     check = coordinate_check(
         make_tiny_config(corpus=text, n_layers=1, base_layers=1), (16, 32, 64), depths=(1, 2, 3), seeds=1, steps=2
     )
     deep = [s.where for s in check.slopes if s.over == "depth" and s.what == "size"]
     inner = ("attention scores", "attention", "mlp")
-    # one layer's share of the stream falls as 1 / depth where all is well, so only the whole of it is watched
+    # One layer's share of the stream falls as 1 / depth if all is well, so only the whole stream is measured.
     first, last = ([f"{which} block {what}" for what in inner] for which in ("first", "last"))
     assert deep == ["embedding", *first, *last, "last block stream", "logits"]
     wide = [s.where for s in check.slopes if s.over == "width" and s.what == "size"]
@@ -127,10 +133,10 @@ def test_the_last_coordinate_is_what_the_model_computes() -> None:
     with torch.no_grad():
         model.readout.normal_(generator=torch.Generator().manual_seed(0))
     x = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(1))
-    seen = compute_coordinates(model, x)
-    torch.testing.assert_close(seen["logits"], model(x))
-    branches = sum(seen[f"block {i} {branch}"] for i in (0, 1) for branch in ("attention", "mlp"))
-    torch.testing.assert_close(seen["block 1 stream"], seen["embedding"] + 0.5 * branches)
+    coordinates = compute_coordinates(model, x)
+    torch.testing.assert_close(coordinates["logits"], model(x))
+    branches = sum(coordinates[f"block {i} {branch}"] for i in (0, 1) for branch in ("attention", "mlp"))
+    torch.testing.assert_close(coordinates["block 1 stream"], coordinates["embedding"] + 0.5 * branches)
 
 
 def test_the_scale_of_a_gradient_is_its_root_mean_square(text: str) -> None:
@@ -145,16 +151,16 @@ def test_the_scale_of_a_gradient_is_its_root_mean_square(text: str) -> None:
     assert set(scales) == {"embedding", "hidden", "norm", "final_norm"}
 
 
-def test_a_check_is_plain_json_and_a_figure(tmp_path: Path) -> None:
+def test_a_check_can_be_written_as_json_and_drawn(tmp_path: Path) -> None:
     check = make_check(make_slope("a", math.nan), make_slope("b", 0.1, 0.0, 0.2))
-    said = json.loads(json.dumps(check.json, allow_nan=False))
-    assert said["passed"] is False
-    assert [s["value"] for s in said["slopes"]] == [None, 0.1]
+    written = json.loads(json.dumps(check.json, allow_nan=False))
+    assert written["passed"] is False
+    assert [slope["value"] for slope in written["slopes"]] == [None, 0.1]
     draw_check(check, tmp_path / "check.png")
     assert (tmp_path / "check.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_bad_questions_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
     config = ProxyConfig(base_width=64, d_model=64)
     with pytest.raises(ValueError, match="at least three"):
         coordinate_check(config, (32, 64))
@@ -172,24 +178,25 @@ def test_bad_questions_are_refused_before_anything_is_trained(tmp_path: Path) ->
         parse_numbers("--widths", "32;64")
     study = tmp_path / "small.toml"
     study.write_text("[trainer]\nwidths = [32, 64]\n")
-    answer = CliRunner().invoke(app, ["check", str(study), "--plot", str(tmp_path / "check.gif")])
-    assert answer.exit_code == 2
+    result = CliRunner().invoke(app, ["check", str(study), "--plot", str(tmp_path / "check.gif")])
+    assert result.exit_code == 2
 
 
 @pytest.mark.slow
-def test_the_command_says_what_the_function_says(tmp_path: Path, text: str) -> None:
+def test_the_command_prints_what_the_function_returns(tmp_path: Path, text: str) -> None:
     study = tmp_path / "small.toml"
     study.write_text(f'[trainer]\nwidths = [32]\nbase_width = 32\nd_head = 8\nseq_len = 16\ncorpus = "{text}"\n')
-    words = ["check", str(study), "--widths", "16,32,64", "--seeds", "1", "--json", "--plot", str(tmp_path / "c.svg")]
-    answer = CliRunner().invoke(app, words)
-    said = json.loads(answer.stdout)
+    options = ["--widths", "16,32,64", "--seeds", "1", "--json", "--plot", str(tmp_path / "c.svg")]
+    result = CliRunner().invoke(app, ["check", str(study), *options])
+    printed = json.loads(result.stdout)
     direct = coordinate_check(make_tiny_config(corpus=text), (16, 32, 64), seeds=1)
-    assert said["slopes"] == json.loads(json.dumps(direct.json))["slopes"]
-    assert answer.exit_code == (0 if direct.passed else 1)
+    assert printed["slopes"] == json.loads(json.dumps(direct.json))["slopes"]
+    assert result.exit_code == (0 if direct.passed else 1)
     assert "<svg" in (tmp_path / "c.svg").read_text()
 
 
-# Broken on purpose, one at a time: what is wrong, and which failures it must cause, of those with that ending.
+# Rules broken on purpose, one at a time: the change, the failures that it must cause, and the ending of the names of
+# the failures that count.
 
 Change = Callable[[Role, ParameterRule, ProxyConfig], dict[str, float]]
 BROKEN: dict[str, tuple[Change, set[str], str]] = {
@@ -240,15 +247,18 @@ BROKEN: dict[str, tuple[Change, set[str], str]] = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_rule_fails_at_its_module(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change, expected, ending = BROKEN[what]
-    right = mup.compute_rules
+    compute_rules = mup.compute_rules
     monkeypatch.setattr(
-        mup, "compute_rules", lambda config: {k: replace(v, **change(k, v, config)) for k, v in right(config).items()}
+        mup,
+        "compute_rules",
+        lambda config: {k: replace(v, **change(k, v, config)) for k, v in compute_rules(config).items()},
     )
     check = coordinate_check(ProxyConfig(), WIDTHS)
     failed = {f for f in check.failures if f.endswith(ending)}
     if ending == " over width":
         assert expected <= failed, check.text
-    else:  # these, and no others of the kind
+    else:
+        # These and no others of the kind.
         assert failed == expected, check.text
 
 
@@ -256,11 +266,12 @@ def test_a_broken_rule_fails_at_its_module(what: str, monkeypatch: pytest.Monkey
 def test_an_attention_scale_that_falls_with_width_fails_at_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     init = Block.__init__
 
-    def wrong(self: Block, config: ProxyConfig) -> None:
+    def init_with_wrong_scale(self: Block, config: ProxyConfig) -> None:
         init(self, config)
-        self.scale /= math.sqrt(config.m)  # 1 / sqrt(d_model), as if the heads grew
+        # The scale becomes 1 / sqrt(d_model), as if the heads grew.
+        self.scale /= math.sqrt(config.m)
 
-    monkeypatch.setattr(Block, "__init__", wrong)
+    monkeypatch.setattr(Block, "__init__", init_with_wrong_scale)
     check = coordinate_check(ProxyConfig(), WIDTHS)
     assert "block 0 attention scores size over width" in check.failures, check.text
     assert not [f for f in check.failures if f.startswith(("embedding", "logits", "hidden"))], check.text
@@ -271,7 +282,7 @@ def test_mup_passes_and_the_standard_table_fails() -> None:
     check = coordinate_check(ProxyConfig(), (32, 64, 128, 256))
     assert check.passed, check.text
     standard = coordinate_check(ProxyConfig(parametrization="standard"), (32, 64, 128, 256))
-    # hidden rates should fall as 1/m and do not: the stream explodes in spite of the norms
+    # Hidden rates should fall as 1/m and do not, so the stream explodes in spite of the norms.
     assert {f"block {i} stream {what} over width" for i in (0, 1) for what in ("size", "change")} <= set(
         standard.failures
     )
@@ -279,7 +290,7 @@ def test_mup_passes_and_the_standard_table_fails() -> None:
 
 @pytest.mark.slow
 def test_over_depth_completep_is_flat_and_no_rule_is_not() -> None:
-    deep = coordinate_check(ProxyConfig(base_layers=2), WIDTHS, depths=(2, 4, 8))
-    assert not [f for f in deep.failures if f.endswith("over depth")], deep.text
-    without = coordinate_check(ProxyConfig(), WIDTHS, depths=(2, 4, 8))
-    assert "last block stream change over depth" in without.failures, without.text
+    completep = coordinate_check(ProxyConfig(base_layers=2), WIDTHS, depths=(2, 4, 8))
+    assert not [f for f in completep.failures if f.endswith("over depth")], completep.text
+    no_rule = coordinate_check(ProxyConfig(), WIDTHS, depths=(2, 4, 8))
+    assert "last block stream change over depth" in no_rule.failures, no_rule.text

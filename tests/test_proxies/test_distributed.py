@@ -1,4 +1,4 @@
-"""The same steps, whatever runs them: compiled, data parallel, sharded; the same run, however many processes go on with it."""
+"""Engines take the same steps: compiled, data parallel, sharded. A run stays the same with any number of processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 
 from proxies.config.proxy import ProxyConfig
 from proxies.diagnostics.coord_check import coordinate_check
-from proxies.diagnostics.coord_probe import ProbeEngine, ProbeSpec, ProbeResult, run_probes
+from proxies.diagnostics.coord_probe import ProbeEngine, ProbeResult, ProbeSpec, run_probes
 from proxies.training.checkpoints import load_model, load_state, write_run
 from proxies.training.distributed import ALONE, Ranks, spawn_ranks
 from proxies.training.loop import train
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def watch(tmp_path: Path) -> ProbeSpec:
+def probe(tmp_path: Path) -> ProbeSpec:
     text = tmp_path / "text.txt"
     text.write_text("all the world's a stage, and all the men and women merely players " * 400)
     config = ProxyConfig(
@@ -48,42 +48,50 @@ def watch(tmp_path: Path) -> ProbeSpec:
 
 
 def distance(a: ProbeResult, b: ProbeResult) -> float:
-    """Largest relative difference of any quantity that is not zero, at any step, and of the losses."""
+    """Return the largest relative difference of any quantity that is not zero, at any step, and of the losses."""
     pairs = [
-        (x, y) for s, t in zip(a.measurements, b.measurements, strict=True) for name in s for x, y in zip(s[name], t[name], strict=True)
+        (x, y)
+        for s, t in zip(a.measurements, b.measurements, strict=True)
+        for name in s
+        for x, y in zip(s[name], t[name], strict=True)
     ]
     return max(abs(x - y) / y for x, y in [*pairs, *zip(a.losses, b.losses, strict=True)] if y > 1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")  # torch's own, when its compiler loads
+# torch's compiler warns when it is loaded.
+@pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")
 @pytest.mark.parametrize("engine", ["compile", "ddp", "fsdp2"])
-def test_every_engine_has_the_coordinates_of_the_plain_model(watch: ProbeSpec, engine: ProbeEngine) -> None:
-    """Groups are made by name after wrapping; under FSDP2 of sharded tensors."""
-    if engine == "compile":  # a model takes a minute to compile, mostly for its blocks
-        watch = replace(watch, config=watch.config.model_copy(update={"n_layers": 1}))
-    exact = replace(watch, double=True)
+def test_every_engine_has_the_coordinates_of_the_plain_model(probe: ProbeSpec, engine: ProbeEngine) -> None:
+    """Parameter groups are made by name after wrapping; under FSDP2 they consist of sharded tensors."""
+    # A model takes a minute to compile, mostly for its blocks.
+    if engine == "compile":
+        probe = replace(probe, config=probe.config.model_copy(update={"n_layers": 1}))
+    exact = replace(probe, double=True)
     roles = ("embedding", "hidden", "norm", "qk_norm", "final_norm", "readout")
     stressed = replace(exact, what="eps", scales=dict.fromkeys(roles, 1e-3))
-    plain = run_probes([exact, watch, stressed])
-    same = run_probes([exact, watch, stressed], engine)
+    plain = run_probes([exact, probe, stressed])
+    same = run_probes([exact, probe, stressed], engine)
     assert plain[0].measurements[-1]["block 0 stream"][1] > 0.01, "nothing moved"
-    assert distance(same[0], plain[0]) < 1e-11  # float64; measured 1e-14
-    assert distance(same[1], plain[1]) < 2e-5  # float32; measured 3e-6
+    # float64; measured 1e-14.
+    assert distance(same[0], plain[0]) < 1e-11
+    # float32; measured 3e-6.
+    assert distance(same[1], plain[1]) < 2e-5
     rows = [(same[2].measurements[0][role][1], plain[2].measurements[0][role][1]) for role in plain[2].measurements[0]]
     assert len(rows) == 6
     assert all(a == pytest.approx(b, rel=1e-11) for a, b in rows)
 
 
-def test_the_check_itself_runs_on_two_ranks(watch: ProbeSpec) -> None:
-    plain = coordinate_check(watch.config, (16, 32, 64), seeds=1, steps=2)
-    sharded = coordinate_check(watch.config, (16, 32, 64), seeds=1, steps=2, engine="fsdp2")
+def test_the_check_itself_runs_on_two_ranks(probe: ProbeSpec) -> None:
+    plain = coordinate_check(probe.config, (16, 32, 64), seeds=1, steps=2)
+    sharded = coordinate_check(probe.config, (16, 32, 64), seeds=1, steps=2, engine="fsdp2")
     assert [(s.where, s.what) for s in sharded.slopes] == [(s.where, s.what) for s in plain.slopes]
     assert [s.value for s in sharded.slopes] == pytest.approx([s.value for s in plain.slopes], abs=1e-3)
 
 
-# Runs of 63 steps: 49 of trunk, then a cooldown whose last batch is one window, so that most ranks have none of it.
+# Runs of 63 steps: 49 of trunk, then a cooldown whose last batch is one window, so most ranks have none of it.
 TOKENS = 63 * 64 - 48
-BRANCH = 10  # steps on the trunk of a run of SHORT tokens
+# Trunk steps of a run of SHORT tokens.
+BRANCH = 10
 SHORT = 800
 CUTS = {"trunk": 30, "cooldown": 55}
 ENGINES = ("ddp", "fsdp2")
@@ -108,7 +116,7 @@ def config(**changes: Any) -> ProxyConfig:
 
 @contextmanager
 def before_steps(do: Callable[[Run], None]) -> Iterator[list[float]]:
-    """Call this before every step; the losses of the steps that are taken."""
+    """Call a function before every step, and yield the losses of the steps that are taken."""
     advance, losses = Run.advance, list[float]()
 
     def watched(run: Run, *args: Any) -> torch.Tensor:
@@ -122,15 +130,15 @@ def before_steps(do: Callable[[Run], None]) -> Iterator[list[float]]:
         yield losses
 
 
-def losses_of(tokens: int = TOKENS, *, c: ProxyConfig | None = None, **more: Any) -> list[float]:
-    """The training loss of every step, then that of the annealed weights."""
+def compute_all_losses(tokens: int = TOKENS, *, c: ProxyConfig | None = None, **more: Any) -> list[float]:
+    """Return the training loss of every step, then that of the annealed weights."""
     with before_steps(lambda _: None) as losses:
         *_, last = train(c or config(), tokens, device="cpu", **more)
     return [*losses, last.loss]
 
 
-def cut_off(step: int, **more: Any) -> None:
-    """A run that is stopped before this step, on all ranks alike."""
+def interrupt_at(step: int, **more: Any) -> None:
+    """Interrupt a run before this step, on all ranks alike."""
 
     def stop(run: Run) -> None:
         if run.step == step:
@@ -140,113 +148,127 @@ def cut_off(step: int, **more: Any) -> None:
         list(train(config(), TOKENS, device="cpu", **more))
 
 
-def two(ranks: Ranks, folder: Path) -> None:
-    """On two ranks: each engine from the checkpoint of one process, then checkpoints of their own."""
-    seen: dict[str, list[float]] = {}
+def train_on_two(ranks: Ranks, folder: Path) -> None:
+    """Continue the checkpoint of one process with each engine on two ranks, then write checkpoints of two ranks."""
+    losses_by_case: dict[str, list[float]] = {}
     for engine in ENGINES:
-        those = replace(ranks, engine=engine)
+        with_engine = replace(ranks, engine=engine)
         for micro in (None, 1):
             c = config(micro_seqs=micro)
-            seen[f"{engine}, parts of {micro}"] = losses_of(c=c, resume=folder / "one", ranks=those)
-        seen[f"{engine} from a file"] = losses_of(resume=folder / "one.pt", ranks=those)
-        losses_of(SHORT, save=folder / f"{engine}-done", ranks=those)
+            losses_by_case[f"{engine}, parts of {micro}"] = compute_all_losses(
+                c=c, resume=folder / "one", ranks=with_engine
+            )
+        losses_by_case[f"{engine} from a file"] = compute_all_losses(resume=folder / "one.pt", ranks=with_engine)
+        compute_all_losses(SHORT, save=folder / f"{engine}-done", ranks=with_engine)
         for phase, step in CUTS.items():
-            cut_off(step, keep=folder / f"{engine}-{phase}", ranks=those)
-    torch.save(seen, folder / f"two-{ranks.rank}.pt")
+            interrupt_at(step, keep=folder / f"{engine}-{phase}", ranks=with_engine)
+    torch.save(losses_by_case, folder / f"two-{ranks.rank}.pt")
 
 
-def more(ranks: Ranks, folder: Path) -> None:
-    """Go on from every checkpoint of two ranks, on both engines."""
-    seen = {
-        (written, phase, engine): losses_of(
+def continue_all(ranks: Ranks, folder: Path) -> None:
+    """Continue every checkpoint of two ranks, with both engines."""
+    losses_by_case = {
+        (written, phase, engine): compute_all_losses(
             resume=folder / f"{written}-{phase}", ranks=replace(ranks, engine=engine) if ranks.world > 1 else ranks
         )
         for written in ENGINES
         for phase in (*CUTS, "done")
         for engine in (ENGINES if ranks.world > 1 else ("plain",))
     }
-    torch.save(seen, folder / f"{ranks.world}-{ranks.rank}.pt")
+    torch.save(losses_by_case, folder / f"{ranks.world}-{ranks.rank}.pt")
 
 
 def test_losses_are_those_of_one_process_on_any_engine_and_number_of_ranks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every step's, over 53 steps from one checkpoint, also after 2 ranks are gone on with by 1 and by 4."""
+    """It holds at each of 53 steps from one checkpoint, also when 1 and 4 ranks continue a run of 2."""
     for form in ("one", "one.pt"):
         list(train(config(), SHORT, save=tmp_path / form))
-    straight = losses_of()
-    alone = losses_of(resume=tmp_path / "one")
+    straight = compute_all_losses()
+    alone = compute_all_losses(resume=tmp_path / "one")
     assert alone == straight[BRANCH:]
-    spawn_ranks(two, 2, "ddp", tmp_path)
-    spawn_ranks(more, 4, "ddp", tmp_path)
-    more(ALONE, tmp_path)
+    spawn_ranks(train_on_two, 2, "ddp", tmp_path)
+    spawn_ranks(continue_all, 4, "ddp", tmp_path)
+    continue_all(ALONE, tmp_path)
     first, second = (torch.load(tmp_path / f"two-{rank}.pt") for rank in range(2))
-    assert first == second, "every rank says the same"
-    off = {name: largest(losses, alone) for name, losses in first.items()}
+    assert first == second, "every rank reports the same"
+    differences = {name: largest_difference(losses, alone) for name, losses in first.items()}
     for world in (1, 4):
         for (written, phase, engine), losses in torch.load(tmp_path / f"{world}-0.pt").items():
             begin = CUTS.get(phase, BRANCH)
-            off[f"{written} on 2 in its {phase}, {engine} on {world}"] = largest(losses, straight[begin:])
+            differences[f"{written} on 2 in its {phase}, {engine} on {world}"] = largest_difference(
+                losses, straight[begin:]
+            )
     with capsys.disabled():
-        print("\nlargest difference of a loss:", max(off.values()), max(off, key=lambda name: off[name]))
-    assert len(off) == 6 + 6 + 12
-    assert max(off.values()) < 1e-5, off
-    assert straight[0] - straight[-1] > 1, "it has learned something meanwhile"
+        print(
+            "\nlargest difference of a loss:",
+            max(differences.values()),
+            max(differences, key=lambda name: differences[name]),
+        )
+    assert len(differences) == 6 + 6 + 12
+    assert max(differences.values()) < 1e-5, differences
+    assert straight[0] - straight[-1] > 1, "it learns"
 
 
-def compiled(ranks: Ranks, folder: Path) -> None:
+def train_compiled(ranks: Ranks, folder: Path) -> None:
     c = one_shape(compile=True)
-    seen = {e: losses_of(FULL, c=c, resume=folder / "one", ranks=replace(ranks, engine=e)) for e in ENGINES}
-    torch.save(seen, folder / "compiled.pt")
+    losses_by_case = {
+        e: compute_all_losses(FULL, c=c, resume=folder / "one", ranks=replace(ranks, engine=e)) for e in ENGINES
+    }
+    torch.save(losses_by_case, folder / "compiled.pt")
 
 
 FULL = 62 * 64
 
 
 def one_shape(**changes: Any) -> ProxyConfig:
-    """As many windows in every forward pass, so that it is compiled once; one layer."""
+    """Return a model of one layer with as many windows in every forward pass, so that it is compiled once."""
     return config(n_layers=1, eval_windows=4, **changes)
 
 
 def test_compiled_losses_are_the_same_on_either_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On one rank, which compiles what each of several would."""
+    """It is measured on one rank, which compiles what each of several would."""
     list(train(one_shape(), SHORT, save=tmp_path / "one"))
-    alone = losses_of(FULL, c=one_shape(), resume=tmp_path / "one")
-    spawn_ranks(compiled, 1, "ddp", tmp_path)
-    off = {engine: largest(losses, alone) for engine, losses in torch.load(tmp_path / "compiled.pt").items()}
+    alone = compute_all_losses(FULL, c=one_shape(), resume=tmp_path / "one")
+    spawn_ranks(train_compiled, 1, "ddp", tmp_path)
+    differences = {
+        engine: largest_difference(losses, alone) for engine, losses in torch.load(tmp_path / "compiled.pt").items()
+    }
     with capsys.disabled():
-        print("\ncompiled, largest difference of a loss:", off)
-    assert max(off.values()) < 1e-5
-    assert max(off.values()) > 0, "not compiled at all"
+        print("\ncompiled, largest difference of a loss:", differences)
+    assert max(differences.values()) < 1e-5
+    assert max(differences.values()) > 0, "not compiled at all"
 
 
-def largest(a: list[float], b: list[float]) -> float:
+def largest_difference(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-def failing(ranks: Ranks, folder: Path) -> None:
-    """What happens to one of two ranks happens to both."""
+def fail_in_every_way(ranks: Ranks, folder: Path) -> None:
+    """Make one of two ranks fail in every way; both have to fail."""
     ranks = replace(ranks, engine="fsdp2")
     second = ranks.rank == 1
 
-    def refused(match: str, c: ProxyConfig | None = None, **given: Any) -> None:
+    def check_refused(match: str, c: ProxyConfig | None = None, **given: Any) -> None:
         with pytest.raises(ValueError, match=match):
             train(c or config(), TOKENS, device="cpu", ranks=ranks, **given)
 
-    refused(r"batch_seqs that 2 ranks can divide, got 5: set 4 or 6", config(batch_seqs=5))
-    refused(r"the same run on every rank, got lr: 0\.01 on rank 0, 0\.02 on rank 1", config(lr=0.01 * (1 + second)))
-    refused(r"run\.pt: a path that does not end in \.pt", save=folder / "run.pt")
-    refused(r"foreign, which is something else", resume=folder / "foreign")
+    check_refused(r"batch_seqs divisible by 2 ranks, got 5: set 4 or 6", config(batch_seqs=5))
+    check_refused(
+        r"the same run on every rank, got lr: 0\.01 on rank 0, 0\.02 on rank 1", config(lr=0.01 * (1 + second))
+    )
+    check_refused(r"run\.pt: give a path that does not end in \.pt", save=folder / "run.pt")
+    check_refused(r"foreign, which is something else", resume=folder / "foreign")
     damaged = (
         r"damaged \(__0_0.distcp" if second else r"rank 1: .*damaged-done, which is truncated or damaged \(__0_0.distcp"
     )
-    refused(damaged, resume=folder / "damaged-done")
-    refused(
+    check_refused(damaged, resume=folder / "damaged-done")
+    check_refused(
         r"(rank 1: )?needed weights of this configuration's shape, got blocks\.0\.attn_norm: missing",
         init=iter([("readout", torch.zeros(256, 32))]),
     )
 
-    # no space on one rank: both say so, and the checkpoint before stays
+    # With no space on one rank both report it, and the previous checkpoint stays.
     path, tree = folder / "full", {"format": "muscale-proxy-1", "weights": torch.arange(60_000.0), "n": 1}
     write_run(tree, path, ranks)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -257,12 +279,12 @@ def failing(ranks: Ranks, folder: Path) -> None:
         torch.distributed.device_mesh.init_device_mesh("cpu", (2,)),
         [torch.distributed.tensor.Shard(0)],
     )
-    with pytest.raises(OSError, match="the one written before is intact"):
+    with pytest.raises(OSError, match="the previous one is intact"):
         write_run(tree | {"weights": whole, "n": 2}, path, ranks)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     write_run(tree | {"weights": whole, "n": 3}, path, ranks)
 
-    # one rank's consumer leaves, or one rank gets a signal: both stop after the same step
+    # If one rank's consumer closes its run, or one rank gets a signal, both stop after the same step.
     run = train(config(), TOKENS, device="cpu", ranks=ranks, keep=folder / "closed")
     next(run)
     if second:
@@ -271,40 +293,40 @@ def failing(ranks: Ranks, folder: Path) -> None:
         with pytest.raises(KeyboardInterrupt, match="closed"):
             next(run)
 
-    def signalled(run: Run) -> None:
+    def send_signal(run: Run) -> None:
         if second and run.step == 33:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt), interrupt_on_sigterm(), before_steps(signalled):
-        list(train(config(), TOKENS, device="cpu", ranks=ranks, keep=folder / "told"))
+    with pytest.raises(KeyboardInterrupt), interrupt_on_sigterm(), before_steps(send_signal):
+        list(train(config(), TOKENS, device="cpu", ranks=ranks, keep=folder / "stopped"))
 
 
 def test_what_happens_to_one_rank_happens_to_all(tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
-    spawn_ranks(failing_after_saving, 2, "fsdp2", tmp_path)
+    spawn_ranks(save_and_fail, 2, "fsdp2", tmp_path)
     full = load_state(tmp_path / "full")
     assert full["n"] == 3
     assert torch.equal(full["weights"], torch.arange(60_000.0))
-    assert load_state(tmp_path / "told")["trunk"]["step"] == 34
-    straight = losses_of()
+    assert load_state(tmp_path / "stopped")["trunk"]["step"] == 34
+    straight = compute_all_losses()
     step = load_state(tmp_path / "closed")["trunk"]["step"]
-    assert largest(losses_of(resume=tmp_path / "closed"), straight[step:]) < 1e-5
+    assert largest_difference(compute_all_losses(resume=tmp_path / "closed"), straight[step:]) < 1e-5
 
 
-def failing_after_saving(ranks: Ranks, folder: Path) -> None:
-    losses_of(SHORT, save=folder / "damaged-done", ranks=ranks)
+def save_and_fail(ranks: Ranks, folder: Path) -> None:
+    compute_all_losses(SHORT, save=folder / "damaged-done", ranks=ranks)
     if ranks.rank == 0:
         (file,) = (folder / "damaged-done").glob("*/__0_0.distcp")
         file.write_bytes(file.read_bytes()[:-1])
     torch.distributed.barrier()
-    failing(ranks, folder)
+    fail_in_every_way(ranks, folder)
 
 
 SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
-from proxies.training.distributed import joined
+from proxies.training.distributed import join_ranks
 from proxies.training.run_state import Run
 from proxies.training.loop import train
 from scaling.common.signals import interrupt_on_sigterm
@@ -324,7 +346,7 @@ def watched(run, *args):
 
 Run.advance = watched
 keep = folder / "keep"
-with joined("fsdp2") as ranks, interrupt_on_sigterm():
+with join_ranks("fsdp2") as ranks, interrupt_on_sigterm():
     *_, last = train(
         config(), LONG, device="cpu", ranks=ranks, resume=keep if keep.exists() else None, keep=keep, keep_every_s=0.3,
         save=folder / "done",
@@ -333,8 +355,8 @@ with joined("fsdp2") as ranks, interrupt_on_sigterm():
 LONG = 120 * 64
 
 
-def test_a_killed_rank_and_a_terminated_run_go_on_from_what_was_kept(tmp_path: Path) -> None:
-    """With torchrun: one rank of two is killed with -9, torchrun starts both again; then it is told to stop, and started anew."""
+def test_a_killed_rank_and_a_terminated_run_continue_from_the_kept_state(tmp_path: Path) -> None:
+    """Under torchrun one rank of two is killed and both restart; then the run is terminated, and started again."""
     import json
     import time
 
@@ -363,13 +385,13 @@ def test_a_killed_rank_and_a_terminated_run_go_on_from_what_was_kept(tmp_path: P
         assert time.monotonic() < until
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0
     kept = load_state(tmp_path / "keep")["trunk"]["step"]
-    assert kept == max(steps()["a1"]) + 1, said
+    assert kept == max(steps()["a1"]) + 1, stderr
     process = torchrun("b")
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
     killed, again, last = (steps()[life] for life in ("a0", "a1", "b0"))
     times = list(killed.values())
     longest = max(b - a for a, b in pairwise(times))

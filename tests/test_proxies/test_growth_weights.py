@@ -1,4 +1,4 @@
-"""Growth: what is copied, what is preserved exactly, what is refused."""
+"""Growing weights and moments: what is copied, what is preserved exactly, what is refused."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from proxies.model.optimizers import make_optimizer, set_lr
 from proxies.model.transformer import build, compute_loss
 from proxies.training.moments import load_moments
 
-pytestmark = pytest.mark.filterwarnings("ignore:N grows")  # its own test turns it back into an error
+# The test of this warning turns it back into an error.
+pytestmark = pytest.mark.filterwarnings("ignore:N grows")
 
 SMALL = ProxyConfig(d_model=64, base_width=32, d_head=16, q_per_kv=2, seq_len=24, seed=1)
 LARGE = SMALL.model_copy(update={"d_model": 128, "seed": 2})
 
 
 def trained_like(config: ProxyConfig) -> dict[str, Tensor]:
-    """A state in which nothing is zero or one, as after training."""
+    """Make a state in which nothing is zero or one, as after training."""
     generator = torch.Generator().manual_seed(3)
     return {
         n: t + 0.1 * torch.empty(t.shape).normal_(generator=generator) for n, t in build(config).state_dict().items()
@@ -47,7 +48,7 @@ def logits(config: ProxyConfig, state: dict[str, Tensor], dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("q_per_kv", [1, 2])
 def test_padding_preserves_the_function(q_per_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for a growth factor that is no whole number, 64 to 160. Only the norm's epsilon weighs more in the padded stream."""
+    """It holds for a fractional growth factor, 64 to 160. Only the norm's epsilon weighs more in the padded stream."""
     small = SMALL.model_copy(update={"q_per_kv": q_per_kv})
     large = small.model_copy(update={"d_model": 160})
     state = trained_like(small)
@@ -95,9 +96,8 @@ def test_shrinking_to_nothing_is_training_from_scratch() -> None:
 def test_noise_breaks_the_symmetry_of_duplication_by_its_size() -> None:
     state = trained_like(SMALL)
     exact, noisy = (grow(state, SMALL, LARGE, method="duplicate", noise=n) for n in (0.0, 0.25))
-    moved = 2 * (
-        noisy["blocks.0.gate"] - exact["blocks.0.gate"]
-    )  # hidden matrices, noise and all, are divided by k = 2
+    # Hidden matrices are divided by k = 2, their noise included.
+    moved = 2 * (noisy["blocks.0.gate"] - exact["blocks.0.gate"])
     assert moved.std().item() == pytest.approx(0.25 / math.sqrt(64), rel=0.05)
     assert torch.equal(noisy["final_norm"], exact["final_norm"])
 
@@ -141,14 +141,16 @@ EVERY = [
 
 
 def variant(changes: dict[str, Any]) -> ProxyConfig:
-    """Wider than its base, so that multipliers are not 1."""
+    """Return a small model that is wider than its base width, so that multipliers are not 1."""
     tied = {"embed_std": 0.1, "alpha_in": 8.0} if changes["tied"] else {}
     return ProxyConfig.model_validate(SMALL.model_dump() | changes | tied)
 
 
 @pytest.mark.parametrize("changes", EVERY)
 @pytest.mark.parametrize("method", ["duplicate", "hyperclone"])
-def test_copies_compute_the_same_function_for_every_kind_of_model(method: GrowthMethod, changes: dict[str, Any]) -> None:
+def test_copies_compute_the_same_function_for_every_kind_of_model(
+    method: GrowthMethod, changes: dict[str, Any]
+) -> None:
     small = variant(changes)
     large = small.model_copy(update={"d_model": 192})
     state = {n: t.double() for n, t in trained_like(small).items()}
@@ -158,7 +160,7 @@ def test_copies_compute_the_same_function_for_every_kind_of_model(method: Growth
     assert (before - logits(large, grown, torch.float64)).abs().max() < 1e-11
 
 
-def test_cancelling_noise_has_its_size_and_parts_the_copies() -> None:
+def test_cancelling_noise_has_its_size_and_separates_the_copies() -> None:
     state = trained_like(SMALL)
     plain, noisy = (
         grow(state, SMALL, LARGE, method="duplicate"),
@@ -185,7 +187,7 @@ def test_cancelling_noise_has_its_size_and_parts_the_copies() -> None:
 
 
 @pytest.mark.parametrize("changes", [c for c in EVERY if c["parametrization"] == "mup"])
-def test_a_duplicated_run_goes_on_as_the_small_one_would_moments_included(changes: dict[str, Any]) -> None:
+def test_a_duplicated_run_continues_as_the_small_one_would_moments_included(changes: dict[str, Any]) -> None:
     small = variant(changes).model_copy(update={"eps": 1e-5, "weight_decay": 0.3, "lr": 0.01})
     large = small.model_copy(update={"d_model": 128})
 
@@ -203,13 +205,13 @@ def test_a_duplicated_run_goes_on_as_the_small_one_would_moments_included(change
     steps(net, optimizer, 0, 6)
     wide = build(large).double()
     wide.load_state_dict(grow(net.state_dict(), small, large, method="duplicate"))
-    its = make_optimizer(wide, large)
+    wide_optimizer = make_optimizer(wide, large)
     moments = {name: reduce(getitem, key, optimizer.state_dict()) for name, key in locate_moments(small).items()}
-    load_moments(its, wide, dict(grow_moments(moments, small, large)))
-    for one in (optimizer, its):
-        set_lr(one, 0.4)
+    load_moments(wide_optimizer, wide, dict(grow_moments(moments, small, large)))
+    for each in (optimizer, wide_optimizer):
+        set_lr(each, 0.4)
     steps(net, optimizer, 6, 26)
-    steps(wide, its, 6, 26)
+    steps(wide, wide_optimizer, 6, 26)
     x = torch.randint(small.vocab, (3, 24), generator=torch.Generator().manual_seed(99))
     with torch.no_grad():
         assert (net(x) - wide(x)).abs().max() < 1e-12 * max(1.0, float(net(x).abs().max()))
@@ -234,7 +236,7 @@ def test_tokens_before_stacking_are_those_of_the_papers_example() -> None:
 
 @pytest.mark.parametrize("method", ["shrink-pad-perturb", "pad", "duplicate", "hyperclone"])
 def test_width_and_depth_together_are_depth_and_then_width(method: GrowthMethod) -> None:
-    """A growing stack has its own noise; the rest is the wide block of the block that it repeats."""
+    """A grown stack has noise of its own; the rest is the wide version of the block that it repeats."""
     state = {n: t.double() for n, t in trained_like(SMALL).items()}
     deep = SMALL.model_copy(update={"n_layers": 4, "base_layers": 2})
     both = deep.model_copy(update={"d_model": 128, "seed": 2})
@@ -249,7 +251,7 @@ def test_width_and_depth_together_are_depth_and_then_width(method: GrowthMethod)
 
 @pytest.mark.parametrize(("power", "order"), [(1.0, 2), (0.5, 1)])
 def test_under_completep_a_stack_is_the_small_model_to_first_order_in_its_branches(power: float, order: int) -> None:
-    """g blocks with 1/g of the branch each: what is left falls with the square of the branches; with another power it does not."""
+    """With g blocks of 1/g of the branch each, the difference falls with the square of the branches."""
     small = SMALL.model_copy(update={"base_layers": 2, "depth_power": power})
     deep = small.model_copy(update={"n_layers": 6})
     state = {n: t.double() for n, t in trained_like(small).items()}
@@ -270,15 +272,15 @@ def test_cancelling_noise_of_nothing_is_duplication() -> None:
     assert all(torch.equal(plain[name], silent[name]) for name in plain)
 
 
-def test_all_that_is_wrong_with_a_pair_is_said_at_once(tmp_path: Path) -> None:
+def test_all_that_is_wrong_with_a_pair_is_named_at_once(tmp_path: Path) -> None:
     other = SMALL.model_copy(update={"d_model": 32, "n_layers": 3, "vocab": 300, "tokenizer": "bpe", "alpha_out": 2.0})
-    with pytest.raises(ValueError, match="vocab: 256 to 300") as said:
+    with pytest.raises(ValueError, match="vocab: 256 to 300") as refused:
         check_growth(SMALL, other, "pad")
     for problem in ("tokenizer: bytes to bpe", "alpha_out: 1.0 to 2.0", "at least as wide", "a multiple of 2, got 3"):
-        assert problem in str(said.value)
+        assert problem in str(refused.value)
 
 
-def test_a_tokenizer_is_what_it_reads_not_where_it_lies(tmp_path: Path) -> None:
+def test_a_tokenizer_is_its_content_and_not_its_path(tmp_path: Path) -> None:
     files = [tmp_path / f"{name}.json" for name in "abc"]
     for path, text in zip(files, ("{}", "{}", "[]"), strict=True):
         path.write_text(text)
@@ -292,7 +294,8 @@ def test_a_tokenizer_is_what_it_reads_not_where_it_lies(tmp_path: Path) -> None:
     check_growth(trained, trained, "pad")
     with pytest.raises(ValueError, match="corpus, on which the tokenizer is trained: stdlib to docs"):
         check_growth(trained, elsewhere, "pad")
-    check_growth(SMALL, SMALL.model_copy(update={"corpus": "docs"}), "pad")  # bytes are bytes
+    # Bytes need no tokenizer, so the corpus may differ.
+    check_growth(SMALL, SMALL.model_copy(update={"corpus": "docs"}), "pad")
 
 
 def test_a_base_depth_may_be_named_later_but_not_changed() -> None:
@@ -303,15 +306,15 @@ def test_a_base_depth_may_be_named_later_but_not_changed() -> None:
         check_growth(SMALL, SMALL.model_copy(update=deep | {"base_layers": 1}), "stack")
 
 
-class Counted(Mapping[str, Tensor]):
-    """A state that knows how many of its tensors are held, and which were asked for."""
+class CountedState(Mapping[str, Tensor]):
+    """A state that records which of its tensors are read."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
-        self.state, self.asked = state, list[str]()
+        self.state, self.reads = state, list[str]()
         self.shapes = {name: tensor.to("meta") for name, tensor in state.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        self.asked.append(name)
+        self.reads.append(name)
         return self.state[name].clone()
 
     def __iter__(self) -> Iterator[str]:
@@ -321,12 +324,13 @@ class Counted(Mapping[str, Tensor]):
         return len(self.state)
 
 
-def test_tensors_are_asked_for_when_they_are_grown_and_not_before() -> None:
-    state = Counted(trained_like(SMALL))
+def test_tensors_are_read_when_they_are_grown_and_not_before() -> None:
+    state = CountedState(trained_like(SMALL))
     parts = grow_tensors(state, SMALL, LARGE, method="duplicate")
-    assert state.asked == []
+    assert state.reads == []
     for i, (name, _) in enumerate(parts, 1):
-        assert state.asked[-1] == name
-        assert len(state.asked) == i
+        assert state.reads[-1] == name
+        assert len(state.reads) == i
     with pytest.raises(ValueError, match="at least as wide"):
-        grow_tensors(state, LARGE, SMALL)  # at once, not with the first tensor
+        # It is refused at once, not with the first tensor.
+        grow_tensors(state, LARGE, SMALL)

@@ -112,8 +112,8 @@ def test_a_plan_shows_everything_and_comes_back_from_its_file(tmp_path: Path) ->
         "95 % band from 9 curves: 512 tokens 4.000 (3.500, 4.500)",
         "about 1.5 minutes on one core; arms: warm, scratch",
         "1 x 2 processes, engine ddp, at most 3 restarts",
-        "config-0003 (N 4,000, 2,000 tokens, loss 2.5000; training it cost 4.80e+07 FLOPs), grown by shrink-pad-perturb",
-        "shrink 0.4, from gone.pt",
+        "config-0003 (N 4,000, 2,000 tokens, loss 2.5000; training it cost 4.80e+07 FLOPs), grown by",
+        "grown by shrink-pad-perturb, shrink 0.4, from gone.pt",
         "12 runs in 4 (N, D) groups: config-0000, config-0001; muscale 0.1",
         "SERIOUS DOUBT: The best rate is at the edge.",
     ):
@@ -312,7 +312,8 @@ def test_each_excursion_is_reported_once_and_the_first_is_kept() -> None:
 def test_the_warning_names_tokens_loss_band_and_what_to_look_at() -> None:
     high = format_excursion("target-scratch-1", Excursion(724, 5.0, 3.2, 4.2, 0.177), 0.95)
     assert high.startswith(
-        "WARNING: target-scratch-1 has left its 95 % band at 724 tokens (18 % of the run): loss 5.0000, above (3.2000, 4.2000)"
+        "WARNING: target-scratch-1 has left its 95 % band at 724 tokens (18 % of the run): "
+        "loss 5.0000, above (3.2000, 4.2000)"
     )
     assert "learning rate" in high
     assert "below (3.2000, 4.2000)" in format_excursion("t", Excursion(724, 3.0, 3.2, 4.2, 0.1), 0.95)
@@ -384,8 +385,8 @@ def test_the_newest_growth_plan_for_this_width_is_shown_and_does_not_decide(tmp_
     assert (warm.method, warm.shrink) == (WARM.method, WARM.shrink)
     text = " ".join(str(plan(warm=warm)).split())
     assert (
-        "DO NOT USE IT, shrink-pad-perturb (lr 0.01, shrink 0.4); at 20 tokens per parameter it lowers the loss by -1.2 %, "
-        "interval -2 to -0.4 %" in text
+        "DO NOT USE IT, shrink-pad-perturb (lr 0.01, shrink 0.4); at 20 tokens per parameter "
+        "it lowers the loss by -1.2 %, interval -2 to -0.4 %" in text
     )
     assert attach_growth_advice(WARM, tmp_path / "other.toml", CONFIG) == WARM
     assert attach_growth_advice(None, tmp_path / "s.toml", CONFIG) is None

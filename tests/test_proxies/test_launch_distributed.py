@@ -1,4 +1,4 @@
-"""Launches as a user starts them, each in processes of its own: alone, on two ranks of which one is killed, without MLflow, by a command."""
+"""Launches as a user starts them: in one process, on two ranks of which one is killed, without MLflow, by a command."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from scaling.curves.planned import LossBand
 from scaling.runs.io import load_runs
 from scaling.runs.table import usable
 from scaling.tracking.client import connect
-from scaling.tracking.experiment import find_study_run, find_or_create_study_run
+from scaling.tracking.experiment import find_or_create_study_run, find_study_run
 from scaling.tracking.log import read_curve, read_note
 
 ROOT = Path(__file__).parents[2]
 STARTED: list[subprocess.Popen[str]] = []
-NOWHERE = "http://127.0.0.1:9"  # nothing listens there
+# Nothing listens there.
+NOWHERE = "http://127.0.0.1:9"
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
@@ -48,12 +49,13 @@ def plan(tmp_path: Path) -> LaunchPlan:
         corpus=str(text),
     )
     config = config.model_copy(update={"eval_windows": 8})
-    return planned(config=config, tokens=16_384, N=float(config.counts.N), lr=config.lr)
+    return make_plan(config=config, tokens=16_384, N=float(config.counts.N), lr=config.lr)
 
 
-def planned(*, tokens: int, N: float, lr: float, **fields: Any) -> LaunchPlan:
+def make_plan(*, tokens: int, N: float, lr: float, **fields: Any) -> LaunchPlan:
     loss = {"loss": 1.0, "loss_interval": [0.01, 5.0], "mass": 0.9}
-    band = LossBand((512.0, float(tokens)), (8.0, 8.0), (7.0, 7.0), (9.0, 9.0), 0.95, 9, 1.0)  # every point lies below
+    # Every point lies below this band.
+    band = LossBand((512.0, float(tokens)), (8.0, 8.0), (7.0, 7.0), (9.0, 9.0), 0.95, 9, 1.0)
     because = {"N": N, "D": float(tokens), "lr": lr} | loss
     return LaunchPlan(study="s", tokens=tokens, because=because, curve=band, **fields)
 
@@ -67,7 +69,7 @@ def start(path: Path, uri: str, *words: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(autouse=True)
-def _none_outlives_its_test() -> Iterator[None]:
+def _terminate_started_processes() -> Iterator[None]:
     yield
     while STARTED:
         process = STARTED.pop()
@@ -76,60 +78,62 @@ def _none_outlives_its_test() -> Iterator[None]:
             process.communicate()
 
 
-def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+def wait_for(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     out, err = process.communicate(timeout=900)
     assert process.returncode == code, err
     return out, err
 
 
-Lay = Callable[[LaunchPlan, str], tuple[Path, str]]
+LayOut = Callable[[LaunchPlan, str], tuple[Path, str]]
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow store with an empty study, to be copied: making one takes seconds."""
+    """Return an MLflow store with an empty study; it is copied, because making one takes seconds."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     find_or_create_study_run(connect(f"sqlite:///{path}"), "s", artifacts=path.parent / "artifacts")
     return path
 
 
 @pytest.fixture
-def laid(store: Path, tmp_path: Path) -> Lay:
-    """A plan in a folder of its own, beside a store of its own."""
+def lay_out(store: Path, tmp_path: Path) -> LayOut:
+    """Return a function that writes a plan into a new folder, beside a store of its own."""
 
-    def lay(plan: LaunchPlan, name: str) -> tuple[Path, str]:
+    def write(plan: LaunchPlan, name: str) -> tuple[Path, str]:
         path = tmp_path / name / "plan.json"
         write_plan(plan, path)
         shutil.copy(store, path.parent)
         return path, f"sqlite:///{path.parent}/mlflow.db"
 
-    return lay
+    return write
 
 
 def test_two_ranks_of_which_one_is_killed_give_the_loss_of_one_and_one_record(
-    plan: LaunchPlan, laid: Lay, tmp_path: Path
+    plan: LaunchPlan, lay_out: LayOut, tmp_path: Path
 ) -> None:
-    alone, uri = laid(plan, "alone")
+    alone, uri = lay_out(plan, "alone")
     process = start(alone, uri)
-    both, other = laid(plan, "both")
+    both, other = lay_out(plan, "both")
     pair = start(both, other, "--ranks", "2", "--engine", "ddp")
     records = tmp_path / "both" / "records"
 
     def points() -> int:
         return sum(file.read_text().count('"loss"') for file in records.glob("*.jsonl"))
 
-    until(lambda: points() >= 3, pair)
-    (victim,) = (p for p in psutil.Process(pair.pid).children(recursive=True) if rank_of(p) == "1")
+    wait_until(lambda: points() >= 3, pair)
+    (victim,) = (p for p in psutil.Process(pair.pid).children(recursive=True) if read_rank(p) == "1")
     victim.kill()
-    out, said = ended(process)
-    again, trouble = ended(pair)
+    out, stderr = wait_for(process)
+    again, pair_stderr = wait_for(pair)
     assert json.loads(out)["scratch in the predicted interval"] is True
     first, second = (ArmResult.read(tmp_path / name, "scratch") for name in ("alone", "both"))
     assert first is not None
     assert second is not None
     assert first.loss is not None
     assert second.loss == pytest.approx(first.loss, abs=1e-5)
-    assert trouble.count("has left its 95 % band at 576 tokens") == 2, "said once in each start: it did begin again"
+    assert pair_stderr.count("has left its 95 % band at 576 tokens") == 2, (
+        "logged once in each start, so it was restarted"
+    )
     client = connect(other)
     runs = load_runs("s", tracking_uri=other)
     assert runs[["role", "arm", "excluded"]].to_numpy().tolist() == [["target", "scratch", ""]]
@@ -137,22 +141,24 @@ def test_two_ranks_of_which_one_is_killed_give_the_loss_of_one_and_one_record(
     curve = read_curve(client, runs.at[0, "run_id"])
     lone = read_curve(connect(uri), load_runs("s", tracking_uri=uri).at[0, "run_id"])
     assert dict(zip(*curve, strict=True)) == pytest.approx(dict(zip(*lone, strict=True)), abs=1e-5)
-    # the band of this plan lies above all points: one warning in each start, one tag, and the score tells it
-    assert said.count("WARNING: target-scratch-") == 1
-    assert "has left its 95 % band at 576 tokens (3.5 % of the run)" in said, "the first point that the band speaks of"
+    # The band lies above all points: one warning in each start, one tag, and a line in the score.
+    assert stderr.count("WARNING: target-scratch-") == 1
+    assert "has left its 95 % band at 576 tokens (3.5 % of the run)" in stderr, (
+        "the first point within the band's tokens"
+    )
     tag = json.loads(client.get_run(runs.at[0, "run_id"]).data.tags["muscale.outside_band"])
     assert (tag["tokens"], tag["low"]) == (576, pytest.approx(7.0))
     assert json.loads(again)["scratch left its band"].startswith("at 576 tokens")
 
 
-def test_without_mlflow_it_trains_and_a_later_start_only_sends_and_scores(plan: LaunchPlan, laid: Lay) -> None:
+def test_without_mlflow_it_trains_and_a_later_start_only_sends_and_scores(plan: LaunchPlan, lay_out: LayOut) -> None:
     assert plan.config is not None
-    plan = planned(config=plan.config, tokens=4096, N=plan.N, lr=plan.lr)
-    path, uri = laid(plan, "away")
-    _, said = ended(start(path, NOWHERE), 3)
-    assert "trained, but not scored: MLflow does not answer" in said
+    plan = make_plan(config=plan.config, tokens=4096, N=plan.N, lr=plan.lr)
+    path, uri = lay_out(plan, "away")
+    _, stderr = wait_for(start(path, NOWHERE), 3)
+    assert "trained, but not scored: MLflow does not answer" in stderr
     trained = (path.parent / "scratch.pt").stat().st_mtime_ns
-    out, _ = ended(start(path, uri))
+    out, _ = wait_for(start(path, uri))
     loss = json.loads(out)["loss at 4,096 tokens, scratch"]
     assert (path.parent / "scratch.pt").stat().st_mtime_ns == trained
     runs = load_runs("s", tracking_uri=uri)
@@ -162,7 +168,7 @@ def test_without_mlflow_it_trains_and_a_later_start_only_sends_and_scores(plan: 
     assert note == {"loss": 1.0, "loss_interval": [0.01, 5.0], "mass": 0.9}
 
 
-def test_a_command_trains_the_target_with_the_plans_values(laid: Lay, tmp_path: Path) -> None:
+def test_a_command_trains_the_target_with_the_plans_values(lay_out: LayOut, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         "import json, sys\n"
@@ -171,29 +177,29 @@ def test_a_command_trains_the_target_with_the_plans_values(laid: Lay, tmp_path: 
         "    print(json.dumps({'tokens': t, 'loss': 1 + lr + 100 / t, 'final': t == tokens}))\n"
     )
     values = {"lr": 0.5, "N": 1000, "tokens": 1000, "batch_tokens": 32}
-    made = planned(tokens=1000, N=1000.0, lr=0.5, command=f"{{python}} {script} {{lr}} {{tokens}}", values=values)
-    path, uri = laid(made.model_copy(update={"curve": None}), "command")
-    out, said = ended(start(path, uri))
-    assert f"{script} 0.5 1000" in said
+    made = make_plan(tokens=1000, N=1000.0, lr=0.5, command=f"{{python}} {script} {{lr}} {{tokens}}", values=values)
+    path, uri = lay_out(made.model_copy(update={"curve": None}), "command")
+    out, stderr = wait_for(start(path, uri))
+    assert f"{script} 0.5 1000" in stderr
     assert json.loads(out)["loss at 1,000 tokens, scratch"] == 1.6
     row = usable(load_runs("s", tracking_uri=uri)).iloc[0]
     assert (row["N"], row["D"], row["lr"], row["batch_tokens"], row["loss"]) == (1000, 1000, 0.5, 32, 1.6)
     assert math.isfinite(row["seconds"])
     shutil.rmtree(path.parent / "records")
     script.write_text("raise SystemExit(3)")
-    again, there = laid(made.model_copy(update={"curve": None}), "broken")
-    _, said = ended(start(again, there), 1)
-    assert "ended with exit code 3" in said
+    again, there = lay_out(made.model_copy(update={"curve": None}), "broken")
+    _, stderr = wait_for(start(again, there), 1)
+    assert "ended with exit code 3" in stderr
 
 
-def rank_of(process: psutil.Process) -> str | None:
+def read_rank(process: psutil.Process) -> str | None:
     try:
         return process.environ().get("RANK") if "--only" in process.cmdline() else None
     except psutil.Error:
         return None
 
 
-def until(ready: Any, process: subprocess.Popen[str]) -> None:
+def wait_until(ready: Any, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 600
     while not ready():
         assert time.monotonic() < deadline

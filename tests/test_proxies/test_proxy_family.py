@@ -16,7 +16,7 @@ from scaling.laws.compute import Fidelity
 FAMILY = ProxyFamily(widths=(64, 32), seq_len=32, warmup_tokens=512, eval_windows=8)
 
 
-def test_sizes_ascend_and_lead_back_to_their_widths() -> None:
+def test_sizes_ascend_and_map_back_to_their_widths() -> None:
     assert list(FAMILY.sizes) == sorted(FAMILY.sizes)
     for width, N in zip((32, 64), FAMILY.sizes, strict=True):
         config = FAMILY.config({"lr": 0.02, "batch_seqs": 3}, Fidelity(N, 4096))
@@ -32,7 +32,7 @@ def test_a_repeat_is_the_same_settings_on_another_seed() -> None:
     assert third.model_copy(update={"seed": 7}) == first
 
 
-def test_a_repeat_trains_another_start_on_another_order(tmp_path: Path) -> None:
+def test_a_repeat_trains_other_initial_weights_on_another_order(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("all the world's a stage, and all the men and women merely players " * 400)
     family = FAMILY.model_copy(update={"corpus": str(text)})
@@ -53,7 +53,7 @@ def test_searched_values_are_checked_like_settings() -> None:
         FAMILY.config({"beta2": 1.5}, Fidelity(FAMILY.sizes[0], 4096))
 
 
-def test_what_may_be_searched_is_a_setting_that_leaves_the_shape_alone() -> None:
+def test_searchable_settings_do_not_change_the_shape() -> None:
     base = FAMILY.member(32)
     for name in SEARCHABLE:
         assert name in ProxyConfig.model_fields
@@ -68,11 +68,11 @@ def test_problems_are_named_by_their_field() -> None:
         "n_layers": IntDistribution(1, 4),
         "batch_seqs": IntDistribution(1, 64),
     }
-    said = "\n".join(FAMILY.problems(space, (2048, 8192)))
-    assert "space.n_layers: unknown parameter" in said
+    problems = "\n".join(FAMILY.problems(space, (2048, 8192)))
+    assert "space.n_layers: unknown parameter" in problems
     assert (
         "search.tokens.min: the smallest run must hold at least two of the largest steps (2 x 2,048 = 4,096 tokens)"
-        in said
+        in problems
     )
     assert FAMILY.problems({"lr": FloatDistribution(1e-3, 1.0)}, (2048, 8192)) == []
 
@@ -81,12 +81,12 @@ def test_the_record_of_a_run_has_its_counts_and_its_data(tmp_path: Path) -> None
     text = tmp_path / "text.txt"
     text.write_text("all the world's a stage " * 4000)
     family = FAMILY.model_copy(update={"corpus": str(text)})
-    said = family.describe({"lr": 0.02}, Fidelity(family.sizes[0], 4096))
-    assert said["lr"] == 0.02
-    assert said["batch_tokens"] == family.batch_seqs * 32
-    assert said["N"] < said["N_total"]
-    assert len(said["data_sha256"]) == 64
-    assert said["data_tokens"] < text.stat().st_size, "some of it is held out"
+    record = family.describe({"lr": 0.02}, Fidelity(family.sizes[0], 4096))
+    assert record["lr"] == 0.02
+    assert record["batch_tokens"] == family.batch_seqs * 32
+    assert record["N"] < record["N_total"]
+    assert len(record["data_sha256"]) == 64
+    assert record["data_tokens"] < text.stat().st_size, "some of it is held out"
 
 
 def test_the_target_is_a_member_of_the_family() -> None:

@@ -1,4 +1,4 @@
-"""Folders of shards: whole or not at all, refused when damaged or foreign, read one tensor at a time; one rank on shards."""
+"""Folders of shards: atomic, refused when damaged or foreign, read one tensor at a time; one rank on shards."""
 
 from __future__ import annotations
 
@@ -106,12 +106,12 @@ def test_a_folder_gives_back_the_tree_that_was_written(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """As kill -9 is: nothing of the writer runs any more."""
+    """Like SIGKILL: nothing of the writer runs after it."""
 
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("at", ["write_tensors", "compute_checksums", "write_state", "sync_folder"])
-def test_a_writer_killed_anywhere_leaves_the_checkpoint_before_or_none(
+def test_a_writer_killed_anywhere_leaves_the_previous_checkpoint_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, first: bool
 ) -> None:
     path = tmp_path / "run"
@@ -120,10 +120,12 @@ def test_a_writer_killed_anywhere_leaves_the_checkpoint_before_or_none(
     own, sync = getattr(checkpoints, at), checkpoints.sync_folder
 
     def killed(*args: Any) -> None:
-        if at == "sync_folder" and first and not path.exists():  # the header's own; the folder has no name yet
+        # This call is the header's own; the folder has no name yet.
+        if at == "sync_folder" and first and not path.exists():
             sync(*args)
             return
-        if at in ("write_tensors", "sync_folder"):  # after it, else before
+        # The writer is killed after these two calls, and before the others.
+        if at in ("write_tensors", "sync_folder"):
             own(*args)
         raise Killed
 
@@ -136,17 +138,18 @@ def test_a_writer_killed_anywhere_leaves_the_checkpoint_before_or_none(
     if at == "sync_folder":
         assert_same(load_state(path), changed(4))
     elif first:
-        assert not path.exists(), "what is there is whole"
+        assert not path.exists(), "a folder with the name is complete"
     else:
         assert_same(load_state(path), TREE)
-    write_run(changed(5), path)  # and what was left is swept away
+    # The next write removes what was left behind.
+    write_run(changed(5), path)
     assert_same(load_state(path), changed(5))
     assert len(list(path.iterdir())) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_without_space_the_checkpoint_before_is_intact(tmp_path: Path, first: bool) -> None:
+def test_without_space_the_previous_checkpoint_is_intact(tmp_path: Path, first: bool) -> None:
     """The kernel refuses files above 8 KiB; the header is smaller."""
     path = tmp_path / "run"
     if not first:
@@ -164,15 +167,15 @@ def test_without_space_the_checkpoint_before_is_intact(tmp_path: Path, first: bo
         assert len(list(path.iterdir())) == 2
 
 
-def data_of(path: Path) -> Path:
+def find_data_folder(path: Path) -> Path:
     return path / torch.load(path / HEADER, weights_only=True)["data"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
-def test_a_folder_with_a_file_cut_short_is_refused_by_name(tmp_path: Path, share: float) -> None:
+def test_a_folder_with_a_truncated_file_is_refused_by_name(tmp_path: Path, share: float) -> None:
     path = tmp_path / "run"
     write_run(TREE, path)
-    data = data_of(path)
+    data = find_data_folder(path)
     for file in (data / "__0_0.distcp", data / TABLE, path / HEADER):
         content = file.read_bytes()
         file.write_bytes(content[: int(share * len(content))])
@@ -185,7 +188,7 @@ def test_a_folder_with_a_file_cut_short_is_refused_by_name(tmp_path: Path, share
 def test_a_flipped_bit_or_a_missing_file_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "run"
     write_run(TREE, path)
-    file = data_of(path) / "__0_0.distcp"
+    file = find_data_folder(path) / "__0_0.distcp"
     content = file.read_bytes()
     for at in (300, len(content) // 2, len(content) - 300):
         file.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
@@ -196,7 +199,7 @@ def test_a_flipped_bit_or_a_missing_file_is_noticed(tmp_path: Path) -> None:
         load_model(path)
 
 
-def test_folders_of_others_are_refused_and_no_code_of_theirs_runs(tmp_path: Path) -> None:
+def test_foreign_folders_are_refused_and_their_code_does_not_run(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -215,17 +218,17 @@ def test_folders_of_others_are_refused_and_no_code_of_theirs_runs(tmp_path: Path
         read_run(tmp_path / "absent")
     path = tmp_path / "run"
     write_run(TREE, path)
-    table = data_of(path) / TABLE
+    table = find_data_folder(path) / TABLE
     header = torch.load(path / HEADER, weights_only=True)
     module, name = (b"\x8c" + bytes([len(n)]) + n for n in (b"torch.distributed.checkpoint.filesystem", b"io.FileIO"))
-    given = pickle.dumps((str(tmp_path / "ran"), "w"), protocol=4)[2:-1]
-    opened = b"\x80\x04" + module + name + b"\x93" + given + b"R."  # what torch's own module has imported, called
-    for said, trap in (("mkdir", pickle.dumps(Trap())), (r"io\.FileIO", opened)):
+    arguments = pickle.dumps((str(tmp_path / "ran"), "w"), protocol=4)[2:-1]
+    # It calls what torch's own module has imported.
+    opened = b"\x80\x04" + module + name + b"\x93" + arguments + b"R."
+    for reason, trap in (("mkdir", pickle.dumps(Trap())), (r"io\.FileIO", opened)):
         table.write_bytes(trap)
-        write_state(
-            header | {"files": header["files"] | compute_checksums([table])}, path / HEADER
-        )  # its maker knew the checksum
-        with pytest.raises(ValueError, match=rf"run/\w+, whose table is damaged .*{said}"):
+        # An attacker would also fix the checksum.
+        write_state(header | {"files": header["files"] | compute_checksums([table])}, path / HEADER)
+        with pytest.raises(ValueError, match=rf"run/\w+, whose table is damaged .*{reason}"):
             load_state(path)
         assert not (tmp_path / "ran").exists()
     write_state(header | {"files": {}, "run": {"format": "other"}}, path / HEADER)
@@ -234,7 +237,7 @@ def test_folders_of_others_are_refused_and_no_code_of_theirs_runs(tmp_path: Path
     assert header["format"] == FOLDER
 
 
-def test_a_stored_mapping_reads_one_tensor_when_it_is_asked_for(
+def test_a_mapping_on_disk_reads_one_tensor_when_it_is_looked_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_run(TREE, tmp_path / "run")
@@ -243,12 +246,12 @@ def test_a_stored_mapping_reads_one_tensor_when_it_is_asked_for(
     read: list[tuple[int, ...]] = []
     load = torch.load
 
-    def watched(*args: Any, **more: Any) -> Any:
-        found = load(*args, **more)
-        read.append(tuple(found.shape))
-        return found
+    def recording_load(*args: Any, **more: Any) -> Any:
+        tensor = load(*args, **more)
+        read.append(tuple(tensor.shape))
+        return tensor
 
-    monkeypatch.setattr(torch, "load", watched)
+    monkeypatch.setattr(torch, "load", recording_load)
     assert list(weights) == ["a.b", "c"]
     assert len(weights) == 2
     assert not read
@@ -265,7 +268,7 @@ def test_weights_are_taken_from_a_stream_one_at_a_time() -> None:
 
     def stream(change: str = "") -> Iterator[tuple[str, Tensor]]:
         for name, value in source.state_dict().items():
-            assert sum(ref() is not None for ref in alive) <= 1, "the one before the last is gone"
+            assert sum(ref() is not None for ref in alive) <= 1, "the tensor before the last is freed"
             tensor = value.clone() if name != change else value[:1].clone()
             alive.append(weakref.ref(tensor))
             yield name, tensor
@@ -311,7 +314,7 @@ def shards() -> Iterator[Ranks]:
 
 
 def test_groups_are_those_of_the_whole_model_on_shards(shards: Ranks) -> None:
-    """Also where width, depth and head gains each have their own rate, decay and eps."""
+    """It holds where width, depth and head gains each have their own rate, decay and epsilon."""
     c = config(d_model=64, embed_lr_mult=2.0)
     run = Run(c, plan_steps(c, 2_560), "", torch.device("cpu"), shards)
     alone = build(c)
@@ -326,20 +329,20 @@ def test_groups_are_those_of_the_whole_model_on_shards(shards: Ranks) -> None:
         for groups in (run.optimizer.param_groups, param_groups(alone, c))
     )
     assert ours == theirs
-    assert len({rule[:3] for rule in ours.values()}) == 6, "each role has its own"
+    assert len({rule[:3] for rule in ours.values()}) == 6, "each role has its own values"
     for p, q in zip(run.model.parameters(), alone.parameters(), strict=True):
-        assert torch.equal(gather_full(p), q), "and starts as in one process"
+        assert torch.equal(gather_full(p), q), "the start is that of one process"
 
 
-def test_a_run_on_shards_goes_on_from_one_without_and_the_other_way_round(shards: Ranks, tmp_path: Path) -> None:
+def test_a_run_on_shards_continues_one_without_shards_and_vice_versa(shards: Ranks, tmp_path: Path) -> None:
     straight = [*train(config(), 2_560)]
     for engine, other in ((shards, ALONE), (ALONE, shards)):
         path = tmp_path / f"{engine.engine}"
         first = [*train(config(), 1_280, save=path, ranks=engine)]
         rest = [*train(config(), 2_560, resume=path, ranks=other)]
-        seen = [*first[:-1], *rest]
-        assert [m.tokens for m in seen] == [m.tokens for m in straight]
-        assert [m.loss for m in seen] == pytest.approx([m.loss for m in straight], abs=1e-6)
+        points = [*first[:-1], *rest]
+        assert [m.tokens for m in points] == [m.tokens for m in straight]
+        assert [m.loss for m in points] == pytest.approx([m.loss for m in straight], abs=1e-6)
     assert load_model(tmp_path / "fsdp2")[0] == config()
 
 
@@ -354,7 +357,7 @@ def test_what_ranks_cannot_do_is_refused_before_anything_is_spent(shards: Ranks,
         loop._check_divisible(config(), Ranks(0, 8, "ddp"))
 
 
-def test_engines_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_engines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, word in zip(ENVIRONMENT, ("0", "2", "0", "localhost", "1"), strict=True):
         monkeypatch.setenv(name, word)
     with pytest.raises(ValueError, match="needed the engine ddp or fsdp2 for 2 processes"), join_ranks("plain"):

@@ -1,4 +1,4 @@
-"""Members trained together are the runs that they would be alone."""
+"""Members trained together have the losses of separate runs."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ MEMBERS = (
 )
 
 
-def together(members: tuple[ProxyConfig, ...], **options: Any) -> list[list[Measurement]]:
+def train_members(members: tuple[ProxyConfig, ...], **options: Any) -> list[list[Measurement]]:
     points: list[list[Measurement]] = [[] for _ in members]
     for k, point in train_together(members, TOKENS, device="cpu", **options):
         points[k].append(point)
     return points
 
 
-def agree(ours: list[Measurement], alone: list[Measurement], tolerance: float) -> None:
-    """The same points, with losses to `tolerance`."""
+def check_same_points(ours: list[Measurement], alone: list[Measurement], tolerance: float) -> None:
+    """Check that the points are the same, with losses up to `tolerance`."""
     assert [(p.tokens, p.lr, p.final, p.diverged) for p in ours] == [
         (p.tokens, p.lr, p.final, p.diverged) for p in alone
     ]
@@ -65,10 +65,10 @@ def agree(ours: list[Measurement], alone: list[Measurement], tolerance: float) -
 
 
 def test_members_have_the_losses_of_separate_runs() -> None:
-    for ours, member in zip(together(MEMBERS), MEMBERS, strict=True):
+    for ours, member in zip(train_members(MEMBERS), MEMBERS, strict=True):
         alone = list(train(member, TOKENS, device="cpu"))
         assert len(alone) > 3
-        agree(ours, alone, 1e-5)
+        check_same_points(ours, alone, 1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "ademamix", "schedule-free"])
@@ -76,16 +76,16 @@ def test_in_double_precision_they_agree_to_twelve_digits(optimizer: str, monkeyp
     build = transformer.build
     monkeypatch.setattr(run_state, "build", lambda c: build(c).double())
     members = tuple(m.model_copy(update={"optimizer": optimizer}) for m in MEMBERS[:2])
-    for ours, member in zip(together(members), members, strict=True):
-        agree(ours, list(train(member, TOKENS, device="cpu")), 1e-11)
+    for ours, member in zip(train_members(members), members, strict=True):
+        check_same_points(ours, list(train(member, TOKENS, device="cpu")), 1e-11)
 
 
 def test_a_member_alone_in_its_stack_is_its_run() -> None:
-    (ours,) = together(MEMBERS[:1])
-    agree(ours, list(train(MEMBERS[0], TOKENS, device="cpu")), 1e-5)
+    (ours,) = train_members(MEMBERS[:1])
+    check_same_points(ours, list(train(MEMBERS[0], TOKENS, device="cpu")), 1e-5)
 
 
-def test_a_stopped_member_has_no_more_points_and_the_others_go_on() -> None:
+def test_a_stopped_member_has_no_more_points_and_the_others_continue() -> None:
     stopped: set[int] = set()
     points: list[list[Measurement]] = [[], [], []]
     for k, point in train_together(MEMBERS, TOKENS, stopped=stopped, device="cpu"):
@@ -94,16 +94,16 @@ def test_a_stopped_member_has_no_more_points_and_the_others_go_on() -> None:
             stopped.add(1)
     assert len(points[1]) == 2
     assert not points[1][-1].final
-    whole = together(MEMBERS)
+    whole = train_members(MEMBERS)
     for k in (0, 2):
-        agree(points[k], whole[k], 1e-5)
+        check_same_points(points[k], whole[k], 1e-5)
 
 
-def test_a_member_that_diverges_says_so_once_and_the_others_go_on() -> None:
+def test_a_member_that_diverges_reports_it_once_and_the_others_continue() -> None:
     wild = config(lr=1e6)
-    ours = together((MEMBERS[0], wild, MEMBERS[1]))
-    agree(ours[0], list(train(MEMBERS[0], TOKENS, device="cpu")), 1e-5)
-    agree(ours[2], list(train(MEMBERS[1], TOKENS, device="cpu")), 1e-5)
+    ours = train_members((MEMBERS[0], wild, MEMBERS[1]))
+    check_same_points(ours[0], list(train(MEMBERS[0], TOKENS, device="cpu")), 1e-5)
+    check_same_points(ours[2], list(train(MEMBERS[1], TOKENS, device="cpu")), 1e-5)
     alone = list(train(wild, TOKENS, device="cpu"))
     assert alone[-1].diverged
     assert ours[1][-1].diverged
@@ -119,7 +119,8 @@ def test_all_stopped_ends_it() -> None:
 def test_members_of_another_shape_are_refused_by_name_before_anything_is_trained() -> None:
     with pytest.raises(ValueError, match="got others in batch_seqs, d_model"):
         train_together((config(), config(d_model=64, batch_seqs=4)), TOKENS)
-    with pytest.raises(ValueError, match="got others in alpha_attn"):  # part of the forward pass, which is one for all
+    # It is part of the forward pass, which all members share.
+    with pytest.raises(ValueError, match="got others in alpha_attn"):
         train_together((config(), config(alpha_attn=2.0)), TOKENS)
     with pytest.raises(ValueError, match="got none"):
         train_together((), TOKENS)

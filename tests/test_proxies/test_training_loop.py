@@ -1,3 +1,5 @@
+"""The training loop: run lengths, points, resuming bit for bit, interrupts, divergence, settings that save memory."""
+
 from __future__ import annotations
 
 import math
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from proxies.config.proxy import ProxyConfig
-from proxies.config.steps import plan_steps, find_eval_steps
+from proxies.config.steps import find_eval_steps, plan_steps
 from proxies.data import mixture
 from proxies.data.corpora import load_corpus
 from proxies.data.windows import cut_held_out
@@ -24,7 +26,7 @@ from scaling.common.measurement import Measurement
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Bitwise equality holds for one number of threads."""
+    """Use one thread: results are equal bit for bit only with the same number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,7 +47,7 @@ def config(**changes: Any) -> ProxyConfig:
 
 
 def same_numbers(a: Measurement, b: Measurement) -> bool:
-    """Everything but the time."""
+    """Return whether two measurements are equal except for their time."""
     return (a.tokens, a.loss, a.lr, a.train_loss, a.final, a.diverged) == (
         b.tokens,
         b.loss,
@@ -82,13 +84,16 @@ def test_tokens_are_rounded_down_to_whole_windows() -> None:
 @pytest.mark.parametrize(
     ("tokens", "cut"),
     [
-        (1280, (1280, 8, 10)),  # 80 windows, 10 batches: 8 of trunk
-        (1312, (1312, 8, 11)),  # 82 windows: floor(8.2) of trunk, then 8 + 8 + 2 windows
+        # 80 windows are 10 batches, 8 of them trunk.
+        (1280, (1280, 8, 10)),
+        # 82 windows are floor(8.2) trunk steps, then 8 + 8 + 2 windows.
+        (1312, (1312, 8, 11)),
         (1300, (1296, 8, 11)),
-        (640, (640, 4, 5)),  # 0.8 * 5 is 4, not 3.9999
+        # 0.8 * 5 is 4, not 3.9999.
+        (640, (640, 4, 5)),
     ],
 )
-def test_a_plan_is_cut_as_written_by_hand(tokens: int, cut: tuple[int, int, int]) -> None:
+def test_a_plan_has_the_steps_computed_by_hand(tokens: int, cut: tuple[int, int, int]) -> None:
     ours = plan_steps(config(), tokens)
     assert (ours.tokens, ours.trunk_steps, ours.steps) == cut
 
@@ -113,26 +118,31 @@ def test_points_are_two_an_octave_and_do_not_depend_on_the_end() -> None:
     assert long[0] * c.batch_tokens >= c.warmup_tokens
 
 
-def test_early_points_begin_with_the_end_of_the_warm_up_and_leave_the_others_where_they_are() -> None:
-    late = ProxyConfig(warmup_tokens=1024, batch_seqs=4)  # points from 3 x 64 x 128 tokens on
+def test_early_points_begin_after_the_warm_up_and_do_not_move_the_others() -> None:
+    # Its points begin at 3 x 64 x 128 tokens.
+    late = ProxyConfig(warmup_tokens=1024, batch_seqs=4)
     early = late.model_copy(update={"early_points": True})
     usual, more = find_eval_steps(late, 4000), find_eval_steps(early, 4000)
     assert min(usual) * late.batch_tokens == 24_576
     assert [s * late.batch_tokens for s in sorted(more - usual)] == [1024, 2048, 4096, 8192, 16_384]
     assert usual < more
     assert find_eval_steps(early, 7) == {2, 4}
-    soon = {"warmup_tokens": 40_000, "early_points": True}  # nothing lies before its usual points
+    # After this warm-up there is nothing before the usual points.
+    soon = {"warmup_tokens": 40_000, "early_points": True}
     assert (
-        find_eval_steps(ProxyConfig(**soon), 90) == find_eval_steps(ProxyConfig(**soon | {"early_points": False}), 90) != set()
+        find_eval_steps(ProxyConfig(**soon), 90)
+        == find_eval_steps(ProxyConfig(**soon | {"early_points": False}), 90)
+        != set()
     )
 
 
-def test_early_points_change_what_is_seen_and_nothing_else(tmp_path: Path) -> None:
+def test_early_points_change_measurements_and_nothing_else(tmp_path: Path) -> None:
     *_, plain = train(config(), 3_000)
     first, *more = train(config(early_points=True), 3_000, save=tmp_path / "run.pt")
     assert first.tokens == max(config().warmup_tokens, config().batch_tokens)
     assert more[-1].loss == plain.loss
-    *_, longer = train(config(), 5_000, resume=tmp_path / "run.pt")  # and a run may go on without them
+    # A run may be continued without them.
+    *_, longer = train(config(), 5_000, resume=tmp_path / "run.pt")
     *_, straight = train(config(), 5_000)
     assert longer.loss == straight.loss
 
@@ -162,7 +172,7 @@ def test_the_loss_is_that_of_the_annealed_weights_on_held_out_windows(tmp_path: 
 
 
 @pytest.mark.parametrize("longer", [5_000, 12_040])
-def test_an_extended_run_is_bitwise_the_straight_one(tmp_path: Path, longer: int) -> None:
+def test_an_extended_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, longer: int) -> None:
     straight = list(train(config(), longer, save=tmp_path / "straight.pt"))
     list(train(config(), 2_500, save=tmp_path / "short.pt"))
     extended = list(train(config(), longer, resume=tmp_path / "short.pt", save=tmp_path / "extended.pt"))
@@ -170,7 +180,8 @@ def test_an_extended_run_is_bitwise_the_straight_one(tmp_path: Path, longer: int
     assert same_weights(tmp_path / "straight.pt", tmp_path / "extended.pt")
     assert same_weights(tmp_path / "straight.pt", tmp_path / "extended.pt", "trunk")
     assert not same_weights(tmp_path / "straight.pt", tmp_path / "short.pt")
-    assert len(extended) < len(straight)  # only the new part was trained
+    # Only the new part was trained.
+    assert len(extended) < len(straight)
 
 
 def test_a_finished_run_can_be_annealed_again(tmp_path: Path) -> None:
@@ -179,36 +190,39 @@ def test_a_finished_run_can_be_annealed_again(tmp_path: Path) -> None:
     assert same_numbers(first, again)
 
 
-@pytest.mark.parametrize("stop_at", [3, 15, 16, 17, 19])  # of 20 steps: 16 of trunk, then cooldown
+# The run has 20 steps: 16 of trunk, then cooldown.
+@pytest.mark.parametrize("stop_at", [3, 15, 16, 17, 19])
 @pytest.mark.parametrize("after_a_step", [False, True])
-def test_a_run_cut_off_at_any_step_goes_on_exactly(
+def test_a_run_interrupted_at_any_step_continues_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, after_a_step: bool
 ) -> None:
     straight = list(train(config(), 2_560, save=tmp_path / "straight.pt"))
     keep = tmp_path / "keep.pt"
     advance = run_state.Run.advance
 
-    def cut_off(run: Any, windows: Any) -> None:
+    def interrupted(run: Any, windows: Any) -> None:
         if run.step == stop_at and not after_a_step:
-            raise OSError("no power, so nothing more is written")
+            raise OSError("a power failure, after which nothing is written")
         advance(run, windows)
+        # The interrupt comes right after the step, before anything else.
         if run.step > stop_at:
-            raise KeyboardInterrupt  # at once after the step, before anything else
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state.Run, "advance", cut_off)
+        patch.setattr(run_state.Run, "advance", interrupted)
+        # With 0 seconds the state is kept after every step.
         with pytest.raises((OSError, KeyboardInterrupt)):
-            list(train(config(), 2_560, keep=keep, keep_every_s=0.0))  # 0: a copy after every step
+            list(train(config(), 2_560, keep=keep, keep_every_s=0.0))
     assert load_state(keep)["phase"] == ("trunk" if stop_at + after_a_step <= 16 else "cooldown")
     rest = list(train(config(), 2_560, resume=keep, keep=keep, save=tmp_path / "rest.pt"))
     assert same_numbers(rest[-1], straight[-1])
     assert same_weights(tmp_path / "straight.pt", tmp_path / "rest.pt")
     assert same_weights(tmp_path / "straight.pt", tmp_path / "rest.pt", "trunk")
-    assert not keep.exists()  # removed on completion
+    assert not keep.exists(), "removed on completion"
 
 
 def test_a_signal_in_the_middle_of_a_step_leaves_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes while some weights have moved and others have not; what is kept is the state after that step."""
+    """It comes while only some weights have changed; the state after that step is kept."""
     straight = list(train(config(), 2_560, save=tmp_path / "straight.pt"))
     keep, step = tmp_path / "keep.pt", torch.optim.AdamW.step
 
@@ -227,14 +241,14 @@ def test_a_signal_in_the_middle_of_a_step_leaves_a_whole_one(tmp_path: Path, mon
     assert same_weights(tmp_path / "straight.pt", tmp_path / "rest.pt")
 
 
-def test_a_run_closed_at_a_point_goes_on_after_it(tmp_path: Path) -> None:
+def test_a_run_closed_at_a_point_continues_after_it(tmp_path: Path) -> None:
     straight = list(train(config(), 4_000))
     run = train(config(), 4_000, keep=tmp_path / "keep.pt")
-    seen = [next(run), next(run)]
+    points = [next(run), next(run)]
     run.close()
-    seen += train(config(), 4_000, resume=tmp_path / "keep.pt")
+    points += train(config(), 4_000, resume=tmp_path / "keep.pt")
     assert len(straight) >= 4
-    assert all(same_numbers(a, b) for a, b in zip(straight, seen, strict=True))
+    assert all(same_numbers(a, b) for a, b in zip(straight, points, strict=True))
 
 
 @pytest.mark.parametrize("nth", [1, 2, -1])
@@ -250,16 +264,18 @@ def test_an_interrupt_while_evaluating_loses_no_point(
             raise KeyboardInterrupt
         return evaluate(*args)
 
-    seen: list[Measurement] = []
+    points: list[Measurement] = []
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            seen.extend(iter(train(config(), 4_000, keep=tmp_path / "keep.pt")))
+            points.extend(iter(train(config(), 4_000, keep=tmp_path / "keep.pt")))
     rest = list(train(config(), 4_000, resume=tmp_path / "keep.pt"))
     assert all(same_numbers(a, b) for a, b in zip(straight[stop:], rest, strict=True))
 
 
-def test_a_run_cut_off_in_its_cooldown_can_be_extended_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_interrupted_in_its_cooldown_can_be_extended_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     list(train(config(), 4_000, save=tmp_path / "straight.pt"))
     with monkeypatch.context() as patch:
 
@@ -291,7 +307,8 @@ def test_another_run_is_not_resumed_and_the_differences_are_named(tmp_path: Path
     write_state({"weights": 1}, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="format None"):
         train(config(), 5_000, resume=tmp_path / "foreign.pt")
-    *_, final = train(config(eval_windows=4), 5_000, resume=saved)  # how it is measured may change
+    # How the run is evaluated may change.
+    *_, final = train(config(eval_windows=4), 5_000, resume=saved)
     assert final.final
 
 
@@ -323,7 +340,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     assert final.final
     assert final.diverged
     assert math.isnan(final.loss)
-    assert final.tokens <= 8 * config().batch_tokens  # noticed within a few steps
+    assert final.tokens <= 8 * config().batch_tokens, "noticed within a few steps"
     assert not keep.exists()
     assert not save.exists()
 
@@ -335,7 +352,7 @@ def test_a_rate_far_too_high_ends_no_better_than_guessing() -> None:
     assert not final.loss <= math.log(256)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "state.pt"
     write_state({"format": FORMAT, "number": 1}, path)
 
@@ -368,30 +385,31 @@ HORIZONS = ("cosine", "linear", "rex")
 
 
 @pytest.mark.parametrize("schedule", HORIZONS)
-@pytest.mark.parametrize("stop_at", [1, 9, 19])  # of 20 steps
-def test_under_a_horizon_a_run_cut_off_goes_on_exactly(
+# The run has 20 steps.
+@pytest.mark.parametrize("stop_at", [1, 9, 19])
+def test_under_a_horizon_an_interrupted_run_continues_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, stop_at: int
 ) -> None:
     c = config(schedule=schedule)
     straight = list(train(c, 2_560, save=tmp_path / "straight.pt"))
-    cut_off_after(monkeypatch, stop_at, c, 2_560, tmp_path / "keep.pt")
+    interrupt_at(monkeypatch, stop_at, c, 2_560, tmp_path / "keep.pt")
     rest = list(train(c, 2_560, resume=tmp_path / "keep.pt", save=tmp_path / "rest.pt"))
     assert same_numbers(rest[-1], straight[-1])
     assert rest[-1].lr == pytest.approx(c.lr * (0.1 if schedule == "cosine" else 0.0), abs=1e-15)
     assert same_weights(tmp_path / "straight.pt", tmp_path / "rest.pt")
 
 
-def cut_off_after(monkeypatch: pytest.MonkeyPatch, step: int, c: ProxyConfig, tokens: int, keep: Path) -> None:
-    """Run to this step and no further; its state is in `keep`."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, c: ProxyConfig, tokens: int, keep: Path) -> None:
+    """Interrupt a run before this step, with its state in `keep`."""
     advance = run_state.Run.advance
 
-    def cut_off(run: Any, *args: Any) -> Any:
+    def interrupted(run: Any, *args: Any) -> Any:
         if run.step == step:
             raise KeyboardInterrupt
         return advance(run, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state.Run, "advance", cut_off)
+        patch.setattr(run_state.Run, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(train(c, tokens, keep=keep))
 
@@ -401,14 +419,16 @@ def test_under_a_horizon_a_longer_run_starts_from_the_beginning_with_a_warning(t
     c = config(schedule=schedule)
     list(train(c, 2_560, save=tmp_path / "short.pt"))
     straight = list(train(c, 4_000))
-    with pytest.warns(UserWarning, match=f"schedule '{schedule}' has a horizon: a run of 4,000 tokens starts from the beginning"):
+    with pytest.warns(
+        UserWarning, match=f"schedule '{schedule}' has a horizon: a run of 4,000 tokens starts from the beginning"
+    ):
         again = train(c, 4_000, resume=tmp_path / "short.pt")
     assert all(same_numbers(a, b) for a, b in zip(straight, again, strict=True))
-    assert len(straight) > 2  # points on the way, too
+    assert len(straight) > 2, "there are trunk points, too"
 
 
 @pytest.mark.parametrize("schedule", ["power", "inverse-sqrt", "constant"])
-def test_without_a_horizon_a_longer_run_goes_on(tmp_path: Path, schedule: str) -> None:
+def test_without_a_horizon_a_longer_run_continues(tmp_path: Path, schedule: str) -> None:
     c = config(schedule=schedule, sqrt_tokens=512, power_a=0.02)
     straight = list(train(c, 5_000, save=tmp_path / "straight.pt"))
     list(train(c, 2_500, save=tmp_path / "short.pt"))
@@ -418,10 +438,11 @@ def test_without_a_horizon_a_longer_run_goes_on(tmp_path: Path, schedule: str) -
     assert same_weights(tmp_path / "straight.pt", tmp_path / "extended.pt")
 
 
-def test_a_constant_rate_is_read_off_the_trunk() -> None:
+def test_a_constant_rate_has_no_cooldown() -> None:
     c = config(schedule="constant")
     assert (plan_steps(c, 1280).trunk_steps, plan_steps(c, 1280).cooldown_steps) == (10, 0)
-    assert (plan_steps(c, 1300).trunk_steps, plan_steps(c, 1300).cooldown_steps) == (10, 1)  # one window is left over
+    # One window is left over.
+    assert (plan_steps(c, 1300).trunk_steps, plan_steps(c, 1300).cooldown_steps) == (10, 1)
     for tokens in (1280, 1300):
         *_, last = train(c, tokens)
         assert (last.lr, last.tokens, last.final) == (c.lr, tokens // 16 * 16, True)
@@ -455,31 +476,34 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", ["wsd", "cosine", "constant"])
-def test_every_optimizer_goes_on_exactly_on_the_trunk_and_after_it(
+def test_every_optimizer_continues_exactly_on_the_trunk_and_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, schedule: str
 ) -> None:
     pytest.importorskip(OPTIMIZERS[optimizer])
     c = config(optimizer=optimizer, schedule=schedule, lr=1.0 if optimizer == "prodigy" else 2**-9, eval_windows=1)
     straight = list(train(c, 1_280, save=tmp_path / "straight.pt"))
-    for stop_at in (5, 9):  # of 10 steps: 8 of trunk under wsd
-        cut_off_after(monkeypatch, stop_at, c, 1_280, tmp_path / "keep.pt")
+    # The run has 10 steps, 8 of them trunk under wsd.
+    for stop_at in (5, 9):
+        interrupt_at(monkeypatch, stop_at, c, 1_280, tmp_path / "keep.pt")
         rest = list(train(c, 1_280, resume=tmp_path / "keep.pt", save=tmp_path / "rest.pt"))
         assert same_numbers(rest[-1], straight[-1])
         assert same_weights(tmp_path / "straight.pt", tmp_path / "rest.pt")
     _, annealed = load_model(tmp_path / "straight.pt")
-    assert evaluate(annealed, mixture.open_data(c).held_out) == straight[-1].loss, "what is saved is what was measured"
+    assert evaluate(annealed, mixture.open_data(c).held_out) == straight[-1].loss, (
+        "the saved weights are the evaluated ones"
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "schedule-free"])
-def test_looking_changes_nothing(monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+def test_evaluating_changes_nothing(monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
     pytest.importorskip(OPTIMIZERS[optimizer])
     c = config(optimizer=optimizer, schedule="constant")
     *points, last = train(c, 4_000)
     monkeypatch.setattr(loop, "find_eval_steps", lambda *_: frozenset())
-    *none, unseen = train(c, 4_000)
+    *none, unevaluated = train(c, 4_000)
     assert points
     assert not none
-    assert unseen.loss == last.loss
+    assert unevaluated.loss == last.loss
 
 
 @pytest.mark.parametrize("micro", [1, 3, 8, 100])
@@ -493,7 +517,7 @@ def test_a_batch_in_parts_is_the_whole_batch(micro: int) -> None:
 
 
 def test_gradients_of_parts_add_up_to_those_of_the_batch() -> None:
-    """In float64, where nothing hides: parts of 3, 3 and 2 sequences."""
+    """In float64, with parts of 3, 3 and 2 sequences."""
     grads = []
     data = mixture.open_data(config())
     x_bt, y_bt = data.windows.batch(0, 8)
@@ -510,12 +534,12 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch() -> None:
 def test_recomputing_activations_changes_no_loss_and_takes_less_memory() -> None:
     plain, again = (list(train(config(n_layers=2, recompute=r), 3_000)) for r in (False, True))
     assert all(same_numbers(a, b) for a, b in zip(plain, again, strict=True))
-    kept = [kept_for_backward(config(n_layers=4, recompute=r)) for r in (False, True)]
+    kept = [measure_kept_bytes(config(n_layers=4, recompute=r)) for r in (False, True)]
     assert kept[1] < 0.3 * kept[0]
 
 
-def kept_for_backward(c: ProxyConfig) -> int:
-    """Bytes of different tensors that one forward pass keeps for the backward pass."""
+def measure_kept_bytes(c: ProxyConfig) -> int:
+    """Return the bytes of all tensors that one forward pass keeps for the backward pass."""
     model, sizes = build(c), dict[int, int]()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -538,15 +562,16 @@ def test_how_memory_is_saved_may_change_on_resuming(tmp_path: Path) -> None:
     assert last.loss == pytest.approx(straight.loss, rel=1e-4)
 
 
-def test_a_run_far_worse_than_guessing_for_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At eight looks in a row after the warm-up: 64 steps of its 100 are trained, and it never comes to the end."""
+def test_a_run_that_is_long_far_worse_than_guessing_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at eight failed checks in a row after the warm-up, after 64 of its 100 steps."""
     from proxies.model.transformer import compute_loss
 
     height = math.log(256) + 1.01
     monkeypatch.setattr(run_state, "compute_loss", lambda *args: compute_loss(*args) * 0 + height)
     *_, last = train(config(), 12_800)
     assert (last.final, last.diverged, math.isnan(last.loss)) == (True, True, True)
-    assert last.tokens == (2 // 8 + 8) * 8 * 128  # 2 steps of warm-up; looks after steps 8, 16, ..., 64
+    # There are 2 steps of warm-up, and checks after steps 8, 16, ..., 64.
+    assert last.tokens == (2 // 8 + 8) * 8 * 128
     height = math.log(256) + 0.99
     *_, last = train(config(), 12_800)
     assert last.tokens == 12_800
@@ -568,20 +593,18 @@ def test_a_spike_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch, bad_steps: 
     assert (last.tokens, last.diverged) == (12_800, False)
 
 
-def test_how_long_a_loss_has_been_high_is_not_forgotten_on_resuming(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_checks_are_not_forgotten_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from proxies.model.transformer import compute_loss
 
     monkeypatch.setattr(run_state, "compute_loss", lambda *args: compute_loss(*args) * 0 + 9.0)
     *_, straight = train(config(), 12_800)
     for stop_at in (13, 32, 57):
-        cut_off_after(monkeypatch, stop_at, config(), 12_800, tmp_path / "keep.pt")
+        interrupt_at(monkeypatch, stop_at, config(), 12_800, tmp_path / "keep.pt")
         *_, rest = train(config(), 12_800, resume=tmp_path / "keep.pt")
         assert (rest.tokens, rest.diverged) == (straight.tokens, True)
 
 
-def test_a_signal_waits_until_the_step_is_whole() -> None:
+def test_a_signal_waits_until_the_step_is_complete() -> None:
     import os
     import signal
 
@@ -599,8 +622,8 @@ def test_a_signal_waits_until_the_step_is_whole() -> None:
 
 
 @pytest.mark.slow
-def test_a_terminated_command_keeps_its_run_and_goes_on_exactly(tmp_path: Path) -> None:
-    """As a user has it: SIGTERM at some step, exit code 143, the same command again; the same end as undisturbed."""
+def test_a_terminated_command_keeps_its_run_and_continues_exactly(tmp_path: Path) -> None:
+    """After SIGTERM and exit code 143 the same command has the same end as an uninterrupted run."""
     import json
     import os
     import signal
@@ -620,16 +643,16 @@ def test_a_terminated_command_keeps_its_run_and_goes_on_exactly(tmp_path: Path) 
     assert process.stdout is not None
     first = process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
-    assert "continues from keep.pt" in said
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert "continues from keep.pt" in stderr
     tokens = load_state(tmp_path / "keep.pt")["trunk"]["windows"] * 16
     assert json.loads(first)["tokens"] <= tokens < 40_000
     process = start("--keep", "keep.pt", "--peak-flops", "1e12")
-    rest, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert "peak memory" in said
-    assert "MFU" in said
+    rest, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "peak memory" in stderr
+    assert "MFU" in stderr
     ends = [json.loads(out.splitlines()[-1]) for out in (straight, rest)]
     assert [ends[0][k] for k in ("tokens", "loss", "train_loss")] == [
         ends[1][k] for k in ("tokens", "loss", "train_loss")
@@ -645,9 +668,8 @@ def test_speed_and_mfu_are_those_of_the_measurements_in_between(monkeypatch: pyt
     points = [Measurement(1000, 3.0, seconds=2.0), Measurement(5000, 3.0, seconds=4.0, final=True)]
     assert list(usage.watch(iter(points))) == points
     assert usage.tokens_per_second == 2000.0
-    palm = (
-        6 * (4 * 32 * 32 + 3 * 32 * 96 + 32 * 256) + 12 * 1 * 32 * 16
-    )  # one layer of width 32, two heads of 16, T = 16
+    # One layer of width 32, two heads of 16, T = 16.
+    palm = 6 * (4 * 32 * 32 + 3 * 32 * 96 + 32 * 256) + 12 * 1 * 32 * 16
     assert usage.mfu == pytest.approx(2000 * palm / 1e9)
     assert "2,000 tokens/s" in str(usage)
     assert Usage(c).mfu is None

@@ -54,7 +54,7 @@ def test_recommend_answers_as_the_function_does(source: str) -> None:
 def test_recommend_says_the_next_run_and_published_laws(source: str) -> None:
     done = run("recommend", source, "--flops", "2e13", "--beside", "step-law", "--beside", "kaplan")
     assert done.exit_code == 0
-    for shown in ("compute-optimal N", "To narrow it most:", "nine runs", "step-law", "kaplan"):
+    for shown in ("compute-optimal N", "What to run next", "nine runs", "step-law", "kaplan"):
         assert shown in done.stdout
     assert "deepseek" not in done.stdout
     at_most = strict(run("recommend", source, "--flops", "2e13", "--at-most", "5e12", "--json").stdout)["next_run"]

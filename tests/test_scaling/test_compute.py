@@ -1,4 +1,4 @@
-"""Counting: by hand, by torch, and without overflow."""
+"""Counts of parameters and FLOPs: by hand, by torch, and without overflow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_compute_does_not_overflow() -> None:
 
 
 def test_the_flops_of_gpt2_are_palms() -> None:
-    """124M parameters, 12 layers of 12 heads of 64, 1024 tokens: 0.857e9 per token (PaLM, appendix B)."""
+    """GPT-2 has 124M parameters, 12 layers of 12 heads of 64 and 1024 tokens: 0.857e9 per token (PaLM, appendix B)."""
     flops = flops_per_token(N=124e6, n_layers=12, n_heads=12, d_head=64, seq_len=1024)
     assert flops == pytest.approx(0.857e9, rel=1e-3)
     causal = flops_per_token(N=124e6, n_layers=12, n_heads=12, d_head=64, seq_len=1024, causal=True)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from scaling.fitting.forms import PARAMETER_COUNTS, _log_worth, compare_forms, fit_form
+from scaling.fitting.forms import PARAMETER_COUNTS, compare_forms, compute_log_worth, fit_form
 from scaling.fitting.loss_law import FitError, fit_loss_law
 from scaling.laws.formulas import DataConstrainedLaw, KaplanLaw, LogLinearLaw, LossLaw
 
@@ -18,7 +18,7 @@ Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def grid(n: int = 8) -> Rows:
-    """N, D and unique tokens: a third of the runs see their data four times, a third sixteen times."""
+    """Return N, D and unique tokens; a third of the runs see their data four times, a third sixteen times."""
     N, D = (v.ravel() for v in np.meshgrid(np.geomspace(5e7, 1e10, n), np.geomspace(2e9, 4e11, n)))
     return N, D, D / np.resize([1.0, 4.0, 16.0], N.size)
 
@@ -54,8 +54,8 @@ def test_no_other_optimiser_finds_a_lower_huber_sum(form: str) -> None:
     scale = np.array([v if v else 1.0 for v in fit.parameters.values()])
 
     def huber(relative: np.ndarray) -> float:
-        at = law(**dict(zip(fit.parameters, relative * scale, strict=True)))
-        f = at(N, D, U) if isinstance(at, DataConstrainedLaw) else at(N, D)
+        candidate = law(**dict(zip(fit.parameters, relative * scale, strict=True)))
+        f = candidate(N, D, U) if isinstance(candidate, DataConstrainedLaw) else candidate(N, D)
         r = np.abs(np.log(loss / f))
         return float(np.where(r <= 1e-3, r * r / 2, 1e-3 * (r - 5e-4)).sum())
 
@@ -67,13 +67,14 @@ def test_no_other_optimiser_finds_a_lower_huber_sum(form: str) -> None:
         assert fit.objective <= other.fun * (1 + 1e-6)
 
 
-def test_what_repeated_data_are_worth_has_the_derivatives_of_differences() -> None:
+def test_the_worth_of_repeated_data_has_the_derivatives_of_differences() -> None:
     amount, distinct, decay, h = np.array([3.0, 2.0, 1.1]), np.array([1.0, 1.5, 1.1]), 7.0, 1e-6
-    value, by_distinct, by_decay = _log_worth(amount, distinct, np.array(decay))
-    np.testing.assert_allclose(np.exp(value[2]), np.exp(1.1))  # no repetition: all are worth 1
-    up, down = (_log_worth(amount, distinct + s * h, np.array(decay))[0] for s in (1, -1))
+    value, by_distinct, by_decay = compute_log_worth(amount, distinct, np.array(decay))
+    # Without repetition every token is worth 1.
+    np.testing.assert_allclose(np.exp(value[2]), np.exp(1.1))
+    up, down = (compute_log_worth(amount, distinct + s * h, np.array(decay))[0] for s in (1, -1))
     np.testing.assert_allclose(by_distinct, (up - down) / (2 * h), atol=1e-8)
-    up, down = (_log_worth(amount, distinct, np.array(decay * np.exp(s * h)))[0] for s in (1, -1))
+    up, down = (compute_log_worth(amount, distinct, np.array(decay * np.exp(s * h)))[0] for s in (1, -1))
     np.testing.assert_allclose(by_decay, (up - down) / (2 * h), atol=1e-8)
 
 
@@ -89,8 +90,8 @@ def test_the_planted_form_is_chosen(form: str, truth: Callable[..., np.ndarray])
     assert chosen.count(form) >= 3, chosen
 
 
-def test_more_parameters_fit_better_inside_and_are_not_chosen_for_it() -> None:
-    """Without repeated data's penalty in the truth, the data-constrained form follows the noise."""
+def test_more_parameters_fit_better_in_sample_and_are_not_chosen_for_it() -> None:
+    """The truth has no penalty for repeated data, so the data-constrained form fits the noise."""
     N, D, U = grid()
     comparison = compare_forms(N, D, CHINCHILLA(N, D) * noise(0.005, 3, N.size), unique=U)
     plain, rich = (next(s.fit for s in comparison.scores if s.form == f) for f in ("chinchilla", "data-constrained"))
@@ -106,13 +107,14 @@ def test_the_held_out_error_is_that_of_a_fit_by_hand_and_equal_compute_stays_tog
     loss = CHINCHILLA(N, C / 6 / N) * noise(0.004, 2, N.size)
     comparison = compare_forms(N, C / 6 / N, loss, C=C)
     assert comparison.blocks == ((24, 12), (36, 6), (42, 6))
-    few, rest = np.arange(48) < 24, (np.arange(48) >= 24) & (np.arange(48) < 36)
+    fitted, held = np.arange(48) < 24, (np.arange(48) >= 24) & (np.arange(48) < 36)
+    D = C / 6 / N
     for score in comparison.scores:
         if score.form == "average":
-            predicted = fit_loss_law(N[few], (C / 6 / N)[few], loss[few]).predict(N[rest], (C / 6 / N)[rest])
+            predicted = fit_loss_law(N[fitted], D[fitted], loss[fitted]).predict(N[held], D[held])
         else:
-            predicted = fit_form(score.form, N[few], (C / 6 / N)[few], loss[few]).predict(N[rest], (C / 6 / N)[rest])
-        assert score.held_out[0] == pytest.approx(np.mean(np.abs(np.log(loss[rest] / predicted))))
+            predicted = fit_form(score.form, N[fitted], D[fitted], loss[fitted]).predict(N[held], D[held])
+        assert score.held_out[0] == pytest.approx(np.mean(np.abs(np.log(loss[held] / predicted))))
     assert comparison.chosen == "chinchilla"
 
 
@@ -123,13 +125,14 @@ def test_the_table_shows_every_form_the_baseline_and_the_average() -> None:
     assert list(table["parameters"][:4]) == [3, 4, 5, 7]
     assert table["chosen"].sum() == 1
     np.testing.assert_allclose(table["held_out"], table[["block_1", "block_2", "block_3"]].mean(axis=1))
+    # No run repeats its data here.
     once = compare_forms(N, D, CHINCHILLA(N, D))
-    assert "data-constrained" not in [s.form for s in once.scores]  # no run repeats its data
+    assert "data-constrained" not in [s.form for s in once.scores]
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.permutations(range(64)), st.floats(-6, 6), st.floats(-1, 1), st.sampled_from(list(PARAMETER_COUNTS)))
-def test_units_and_the_order_of_rows_leave_a_form_what_it_is(
+def test_units_and_the_order_of_rows_do_not_change_a_form(
     order: list[int], unit: float, nats: float, form: str
 ) -> None:
     N, D, U = grid()
@@ -146,7 +149,7 @@ def test_units_and_the_order_of_rows_leave_a_form_what_it_is(
             assert other.parameters[name] == pytest.approx(one.parameters[name], rel=0.02)
 
 
-def test_what_is_not_identified_is_said() -> None:
+def test_the_status_names_what_is_not_identified() -> None:
     N, D, U = grid()
     assert "R_D is not measured" in fit_form("data-constrained", N, D, CHINCHILLA(N, D), unique=D).status
     assert "R_D is hardly measured" in fit_form("data-constrained", N, D, REPEATED(N, D, D / 2), unique=D / 2).status
@@ -159,7 +162,7 @@ def test_what_is_not_identified_is_said() -> None:
     assert "The floor E is about 0" in straight
 
 
-def test_few_runs_leave_the_choice_to_a_default_that_is_named() -> None:
+def test_with_few_runs_the_choice_is_a_named_default() -> None:
     N, D, _ = grid()
     few = compare_forms(N[:5], D[:5] * np.arange(1, 6), CHINCHILLA(N[:5], D[:5] * np.arange(1, 6)))
     assert few.chosen == "chinchilla"

@@ -64,14 +64,17 @@ def test_kaplans_optimum_spends_c_and_every_neighbour_is_worse(C: float) -> None
         assert law(N * factor, D / factor) > law(N, D)
 
 
-def test_repeated_data_are_worth_less_and_in_the_end_nothing() -> None:
+def test_repeated_data_are_worth_less_and_finally_nothing() -> None:
     law = DataConstrainedLaw(E=1.8, A=480.0, B=2100.0, alpha=0.35, beta=0.37, R_D=15.0, R_N=5.0)
-    N, U = 1e8, 1e10  # N is below the optimum for U: no excess parameters
+    # N is below the optimum for U tokens, so no parameters are in excess.
+    N, U = 1e8, 1e10
     assert float(law(N, U)) == pytest.approx(float(LAW(N, U)))
     assert float(law(N, U, unique=2 * U)) == float(law(N, U))
     by_hand = U + U * 15 * (1 - np.exp(-3 / 15))
     assert float(law(N, 4 * U, unique=U)) == pytest.approx(float(LAW(N, by_hand)))
     epochs = law(N, U * np.array([1, 2, 4, 16, 64, 1e4]), unique=U)
     assert np.all(np.diff(epochs) <= 0)
-    assert float(epochs[-1]) == pytest.approx(float(LAW(N, 16 * U)))  # U (1 + R_D) is the most that U can be worth
-    assert float(law(1e13, U, unique=U)) > float(LAW(1e13, U))  # parameters in excess of the data, too
+    # U distinct tokens are worth at most U (1 + R_D).
+    assert float(epochs[-1]) == pytest.approx(float(LAW(N, 16 * U)))
+    # Parameters in excess of the data are worth less, too.
+    assert float(law(1e13, U, unique=U)) > float(LAW(1e13, U))

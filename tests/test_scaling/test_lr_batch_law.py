@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling.fitting.bowl import B2_INDEX, BOWLS, SHAPE_START, GroupedRuns, evaluate_model, phi, make_prior
+from scaling.fitting.bowl import B2_INDEX, BOWLS, SHAPE_START, GroupedRuns, evaluate_model, make_prior, phi
 from scaling.fitting.loss_law import FitError
 from scaling.fitting.lr_batch_law import HPFit, fit_hp_law
 from scaling.laws.formulas import HPLaw, LossLaw
@@ -17,7 +17,7 @@ LARGE = HPLaw(lr_coef=1.8, lr_N=-0.7, lr_D=0.3, batch_coef=0.6, batch_N=0.0, bat
 
 
 def height(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Lopsided: steeper on the side of large rates, and neither of the fitted forms."""
+    """Return a lopsided bowl, steeper on the side of large learning rates. It is neither of the fitted forms."""
     return 0.02 * (u - 0.3 * v) ** 2 + 0.01 * v * v + 0.006 * np.maximum(u, 0) ** 3
 
 
@@ -35,9 +35,20 @@ def sweep(
     scale: Callable[[float, float], float] = lambda N, D: 1.0,
     **columns: object,
 ) -> pd.DataFrame:
-    """Random (lr, batch) about the optimum; `off` moves the tried batches in ln B, away from it.
+    """Draw (lr, batch) about the optimum.
 
-    own: sd of each group's own shift of ln lr*, ln B*; scale: the bowl's height by (N, D).
+    Args:
+        law: The optimum.
+        per: Runs in each group.
+        seed: Seed of the draws.
+        sizes: N of the groups.
+        tokens: D of the groups.
+        noise: Standard deviation of ln loss of a run.
+        spread: Half the range of ln lr and ln B.
+        off: Shift of the tried batches from the optimum, in ln B.
+        own: Standard deviation of each group's own shift of ln lr* and ln B*.
+        scale: Height of the bowl by (N, D).
+        columns: Further columns.
     """
     rng, rows = np.random.default_rng(seed), []
     for N in sizes:
@@ -51,13 +62,13 @@ def sweep(
     return pd.DataFrame(rows, columns=["N", "D", "lr", "batch_tokens", "loss"]).assign(**columns)
 
 
-def test_a_planted_law_is_recovered_and_carried_four_times_beyond() -> None:
+def test_a_planted_law_is_recovered_and_extrapolated_to_four_times_the_size() -> None:
     runs = sweep(LARGE, per=30, seed=0, sizes=(6e7, 2e8, 4e8), tokens=(2e9, 8e9, 3e10))
     fit = fit_hp_law(runs)
     assert fit.status == "ok"
     assert (fit.law.lr_N, fit.law.lr_D, fit.law.batch_D) == pytest.approx((-0.7, 0.3, 0.57), abs=0.06)
-    for got, true in zip(fit.law(1.6e9, 1.2e11), LARGE(1.6e9, 1.2e11), strict=True):
-        assert float(np.log(got / true)) == pytest.approx(0, abs=0.25)
+    for predicted, true in zip(fit.law(1.6e9, 1.2e11), LARGE(1.6e9, 1.2e11), strict=True):
+        assert float(np.log(predicted / true)) == pytest.approx(0, abs=0.25)
 
 
 def test_under_mup_the_rate_does_not_move_with_size_and_its_trend_in_tokens_is_kept() -> None:
@@ -98,7 +109,7 @@ def test_the_expected_regret_bounds_the_real_one_and_falls_with_runs() -> None:
 
 
 def test_floors_are_the_planted_minima_though_no_run_is_there() -> None:
-    """Only rates far from the optimum: every run lies above its floor, the fitted minimum does not."""
+    """All learning rates are far from the optimum, so every run lies above its floor. The fitted minimum does not."""
     runs = sweep(MUP, per=25, seed=3, noise=0.002, parametrization="mup")
     runs = runs[np.abs(np.log(runs["lr"] / MUP(runs["N"], runs["D"])[0])) > 0.5]
     fit = fit_hp_law(runs)
@@ -111,7 +122,7 @@ def test_floors_are_the_planted_minima_though_no_run_is_there() -> None:
     assert np.mean(np.abs(off) < 2.5 * floors["sd"]) > 0.8
 
 
-def test_the_height_is_nil_at_the_law_and_grows_away_from_it() -> None:
+def test_the_height_is_zero_at_the_law_and_grows_away_from_it() -> None:
     fit = fit_hp_law(sweep(MUP, per=20, seed=4, parametrization="mup"))
     lr, batch = fit.law(2e5, 6e5)
     assert float(fit.height(lr, batch, 2e5, 6e5)) == pytest.approx(0, abs=1e-12)
@@ -129,7 +140,8 @@ def test_the_law_is_the_mean_of_the_fits_and_draws_scatter_about_it() -> None:
     lr, batch = fit.draw(8e5, 5e6, 4000, seed=1)
     assert lr.shape == batch.shape == (4000,)
     assert np.log(lr).mean() == pytest.approx(float(np.log(fit.law(8e5, 5e6)[0])), abs=0.03)
-    assert np.log(lr).std() > 0.05 * abs(x[2])  # the drift of the exponents alone
+    # The drift of the exponents alone gives this.
+    assert np.log(lr).std() > 0.05 * abs(x[2])
     np.testing.assert_array_equal(lr, fit.draw(8e5, 5e6, 4000, seed=1)[0])
     near, far = (np.diff(np.log(fit.interval(N, D)[0]))[0] for N, D in ((2e5, 6e5), (1e8, 1e9)))
     assert far > 1.5 * near
@@ -137,10 +149,10 @@ def test_the_law_is_the_mean_of_the_fits_and_draws_scatter_about_it() -> None:
 
 def test_neither_the_order_of_runs_nor_the_level_of_a_group_moves_the_law() -> None:
     runs = sweep(MUP, per=20, seed=6)
-    once, again = fit_hp_law(runs), fit_hp_law(runs.sample(frac=1.0, random_state=0))
-    assert once.law.lr_D == pytest.approx(again.law.lr_D, abs=1e-5)
+    fit, shuffled = fit_hp_law(runs), fit_hp_law(runs.sample(frac=1.0, random_state=0))
+    assert fit.law.lr_D == pytest.approx(shuffled.law.lr_D, abs=1e-5)
     shifted = fit_hp_law(runs.assign(loss=runs["loss"] * np.where(runs["N"] > 1.5e5, 2.0, 1.0)))
-    assert shifted.law.lr_N == pytest.approx(once.law.lr_N, abs=1e-5)
+    assert shifted.law.lr_N == pytest.approx(fit.law.lr_N, abs=1e-5)
 
 
 def test_diverged_runs_and_another_regime_are_dropped_and_counted() -> None:
@@ -152,7 +164,7 @@ def test_diverged_runs_and_another_regime_are_dropped_and_counted() -> None:
     assert fit.law == clean.law
 
 
-def test_one_batch_size_gives_a_rate_and_says_that_the_batch_is_assumed() -> None:
+def test_one_batch_size_gives_a_learning_rate_and_a_status_that_the_batch_is_assumed() -> None:
     runs = sweep(MUP, per=10, seed=8, parametrization="mup")
     runs["batch_tokens"] = 2048.0
     fit = fit_hp_law(runs)
@@ -162,13 +174,13 @@ def test_one_batch_size_gives_a_rate_and_says_that_the_batch_is_assumed() -> Non
     assert high / low > 10
 
 
-def test_one_group_answers_and_says_that_the_trend_is_assumed() -> None:
+def test_one_group_gives_a_result_and_a_status_that_the_trend_is_assumed() -> None:
     fit = fit_hp_law(sweep(MUP, per=15, seed=9, sizes=(1e5,), tokens=(6e5,), parametrization="mup"))
     assert "One (N, D) group" in fit.status
     assert float(np.log(fit.law(1e5, 6e5)[0] / MUP(1e5, 6e5)[0])) == pytest.approx(0, abs=0.5)
 
 
-def test_a_single_run_answers_with_the_prior() -> None:
+def test_a_single_run_gives_the_prior() -> None:
     fit = fit_hp_law(sweep(MUP, per=1, seed=10, sizes=(1e5,), tokens=(2e5,), parametrization="mup"))
     assert float(fit.law(1e5, 2e5)[0]) == pytest.approx(2**-7, rel=1e-6)
     assert fit.identified == {"lr": False, "batch_tokens": False}
@@ -198,14 +210,15 @@ def test_impossible_tables_are_refused() -> None:
 
 
 @pytest.mark.parametrize("column", [True, False])
-def test_under_mup_the_fit_finds_exponent_nil_in_size_and_keeps_the_horizon(column: bool) -> None:
-    """lr* at base width stands still in N and falls as D^-.32; the batch's own exponent is the horizon study's, nil."""
+def test_under_mup_the_fit_finds_exponent_zero_in_size_and_the_planted_one_in_tokens(column: bool) -> None:
+    """lr* at base width is constant in N and falls as D^-0.32, at the constant batch of arXiv 2409.19913."""
     law = HPLaw(2**-7 * 6e5**0.32, 0.0, -0.32, 2000.0, 0.0, 0.0)
     runs = sweep(law, per=25, seed=21, **({"parametrization": "mup"} if column else {}))
     fit = fit_hp_law(runs)
     low, high = fit.exponents(0.9)["lr_N"]
     assert low < 0.0 < high
-    assert high - low < 0.5  # the default's prior alone is 1 wide, about -.6
+    # The default prior alone is 1 wide, about -0.6.
+    assert high - low < 0.5
     assert fit.law.lr_N == pytest.approx(0.0, abs=0.08)
     low, high = fit.exponents(0.9)["lr_D"]
     assert low < -0.32 < high < 0.0
@@ -215,29 +228,31 @@ def test_under_mup_the_fit_finds_exponent_nil_in_size_and_keeps_the_horizon(colu
 SIZES, TOKENS = (6e7, 2e8, 6e8), (2e9, 8e9, 3e10)
 
 
-def test_a_batch_that_moves_with_size_is_seen_when_the_runs_say_so_loudly() -> None:
-    loud = HPLaw(1.8, -0.7, 0.3, 0.6 * 2e8**0.5, -0.5, 0.57)
-    fit = fit_hp_law(sweep(loud, per=30, seed=22, sizes=SIZES, tokens=TOKENS))
+def test_a_batch_that_moves_with_size_is_found_when_the_evidence_is_strong() -> None:
+    strong = HPLaw(1.8, -0.7, 0.3, 0.6 * 2e8**0.5, -0.5, 0.57)
+    fit = fit_hp_law(sweep(strong, per=30, seed=22, sizes=SIZES, tokens=TOKENS))
     assert fit.law.batch_N == pytest.approx(-0.5, abs=0.1)
-    faint = HPLaw(1.8, -0.7, 0.3, 0.6 * 2e8**0.1, -0.1, 0.57)
-    fit = fit_hp_law(sweep(faint, per=30, seed=22, sizes=SIZES, tokens=TOKENS))
+    weak = HPLaw(1.8, -0.7, 0.3, 0.6 * 2e8**0.1, -0.1, 0.57)
+    fit = fit_hp_law(sweep(weak, per=30, seed=22, sizes=SIZES, tokens=TOKENS))
     moving = max(f.theta[B2_INDEX] for f in fit.fits if abs(f.theta[B2_INDEX]) > 1e-9)
-    assert moving < fit.law.batch_N < 0  # taken back towards nil, not to it
+    # It is shrunk towards zero, not to zero.
+    assert moving < fit.law.batch_N < 0
     low, high = fit.exponents(0.8)["batch_N"]
     assert low < -0.1
     assert high > 0.0
 
 
-def test_half_of_the_fits_have_a_batch_that_stands_still() -> None:
+def test_half_of_the_fits_have_a_batch_that_does_not_move_with_size() -> None:
     fits = fit_hp_law(sweep(LARGE, per=12, seed=23, sizes=SIZES, tokens=TOKENS)).fits
     still = [f for f in fits if abs(f.theta[B2_INDEX]) < 1e-12]
     assert len(still) == len(fits) / 2 == 4
     for f in still:
-        assert np.abs(f.covariance[:, B2_INDEX]).max() < 1e-4  # conditioned on the mean over the cells, so not quite nil
+        # The condition holds for the mean over the cells, so single cells are not exactly zero.
+        assert np.abs(f.covariance[:, B2_INDEX]).max() < 1e-4
         assert np.all(np.linalg.eigvalsh(f.covariance) > -1e-9)
 
 
-def test_a_bowl_that_flattens_with_size_does_not_pull_the_optima() -> None:
+def test_a_bowl_that_flattens_with_size_does_not_bias_the_optima() -> None:
     def flatter(N: float, D: float) -> float:
         return float((D / 8e9) ** -0.15 * (N / 2e8) ** -0.05)
 
@@ -247,11 +262,11 @@ def test_a_bowl_that_flattens_with_size_does_not_pull_the_optima() -> None:
         assert f.theta[SHAPE_START - 2 : SHAPE_START] == pytest.approx((-0.05, -0.15), abs=0.05)
     assert (fit.law.lr_N, fit.law.lr_D, fit.law.batch_D) == pytest.approx((-0.7, 0.3, 0.57), abs=0.05)
     lr, batch = fit.law(2e8, 3e10)
-    here = fit.law(2e8, 2e9)
-    far = float(fit.height(lr * np.exp(0.8), batch, 2e8, 3e10)) / float(
-        fit.height(here[0] * np.exp(0.8), here[1], 2e8, 2e9)
+    small_lr, small_batch = fit.law(2e8, 2e9)
+    ratio = float(fit.height(lr * np.exp(0.8), batch, 2e8, 3e10)) / float(
+        fit.height(small_lr * np.exp(0.8), small_batch, 2e8, 2e9)
     )
-    assert far == pytest.approx(15**-0.15, rel=0.15)
+    assert ratio == pytest.approx(15**-0.15, rel=0.15)
 
 
 @pytest.mark.parametrize("exponent", [-0.4, 0.0, 0.4])
@@ -261,8 +276,8 @@ def test_other_exponents_than_the_priors_are_found(exponent: float) -> None:
     assert (fit.law.lr_N, fit.law.lr_D, fit.law.batch_D) == pytest.approx((exponent, -exponent, 0.4), abs=0.12)
 
 
-def few(fit: HPFit) -> None:
-    """What every answer must have, however little it rests on."""
+def check_result(fit: HPFit) -> None:
+    """Check what every result must have, however few runs there are."""
     lr, batch = (float(v) for v in fit.law(4e8, 1e10))
     assert 0 < lr < np.inf
     assert 0 < batch < np.inf
@@ -273,7 +288,7 @@ def few(fit: HPFit) -> None:
 
 
 @pytest.mark.parametrize("what", ["one run a group", "one group", "one lr", "one batch", "one of each", "NaN", "one N"])
-def test_few_runs_get_an_answer_and_a_status(what: str) -> None:
+def test_few_runs_give_a_result_and_a_status(what: str) -> None:
     runs = sweep(LARGE, per=6, seed=26, sizes=SIZES, tokens=TOKENS)
     table = {
         "one run a group": runs.groupby(["N", "D"]).head(1),
@@ -285,7 +300,7 @@ def test_few_runs_get_an_answer_and_a_status(what: str) -> None:
         "one N": runs[runs["N"] == 6e7],
     }[what]
     fit = fit_hp_law(table)
-    few(fit)
+    check_result(fit)
     assert fit.status != "ok"
     assert fit.n_runs + fit.n_diverged + fit.n_far == len(table)
 
@@ -297,42 +312,42 @@ def test_few_runs_get_an_answer_and_a_status(what: str) -> None:
     lr=st.floats(0.1, 10.0),
     loss=st.floats(0.3, 3.0),
 )
-def test_other_units_move_the_coefficients_and_leave_the_answers(
+def test_other_units_change_the_coefficients_and_not_the_optimum(
     tokens: float, params: float, lr: float, loss: float
 ) -> None:
-    """Tokens in sequences, N in millions, ...: the same optimum in the new units, but for the weak prior of the level."""
+    """With tokens in sequences or N in millions the optimum is the same, except for the weak prior of the level."""
     runs = sweep(LARGE, per=20, seed=27, sizes=SIZES, tokens=TOKENS)
-    once = fit_hp_law(runs)
-    other = fit_hp_law(
+    fit = fit_hp_law(runs)
+    converted = fit_hp_law(
         runs.assign(
             N=runs["N"] * params, D=runs["D"] * tokens, batch_tokens=runs["batch_tokens"] * tokens,
             lr=runs["lr"] * lr, loss=runs["loss"] * loss,
         )
     )  # fmt: skip
-    here, there = once.law(1e9, 6e10), other.law(1e9 * params, 6e10 * tokens)
-    assert float(there[0]) == pytest.approx(lr * float(here[0]), rel=0.03)
-    assert float(there[1]) == pytest.approx(tokens * float(here[1]), rel=0.03)
-    assert (other.law.lr_N, other.law.lr_D, other.law.batch_D) == pytest.approx(
-        (once.law.lr_N, once.law.lr_D, once.law.batch_D), abs=0.01
+    optimum, converted_optimum = fit.law(1e9, 6e10), converted.law(1e9 * params, 6e10 * tokens)
+    assert float(converted_optimum[0]) == pytest.approx(lr * float(optimum[0]), rel=0.03)
+    assert float(converted_optimum[1]) == pytest.approx(tokens * float(optimum[1]), rel=0.03)
+    assert (converted.law.lr_N, converted.law.lr_D, converted.law.batch_D) == pytest.approx(
+        (fit.law.lr_N, fit.law.lr_D, fit.law.batch_D), abs=0.01
     )
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(order=st.integers(0, 1000), copies=st.integers(2, 3))
-def test_order_and_duplicates_of_runs_do_not_move_the_answer(order: int, copies: int) -> None:
+def test_order_and_duplicates_of_runs_do_not_move_the_optimum(order: int, copies: int) -> None:
     runs = sweep(LARGE, per=20, seed=28, sizes=SIZES, tokens=TOKENS)
     once = fit_hp_law(runs).law(1e9, 6e10)
     shuffled = fit_hp_law(runs.sample(frac=1.0, random_state=order)).law(1e9, 6e10)
     assert [float(v) for v in shuffled] == pytest.approx([float(v) for v in once], rel=1e-4)
-    # copies weaken the priors a little, no more
+    # Copies only weaken the priors a little.
     twice = fit_hp_law(pd.concat([runs] * copies)).law(1e9, 6e10)
     assert [float(v) for v in twice] == pytest.approx([float(v) for v in once], rel=0.03)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("per", [10])
-def test_eighty_per_cent_intervals_hold_planted_optima_of_new_groups(per: int) -> None:
-    """100 families of runs with exponents from the prior; every group, the asked one too, has a shift of its own."""
+def test_eighty_per_cent_intervals_contain_planted_optima_of_new_groups(per: int) -> None:
+    """100 families of runs have exponents from the prior; every group, including the new one, has its own shift."""
     held, bound = np.zeros(2), []
     for seed in range(100):
         rng = np.random.default_rng([per, seed])
@@ -379,7 +394,7 @@ def test_the_slopes_of_the_whole_model_are_those_of_differences(form: str) -> No
         np.testing.assert_allclose(jacobian[:, :, i], (up - down) / (2 * h), atol=1e-8)
 
 
-def test_phi_is_a_square_at_no_skew_and_has_no_seam() -> None:
+def test_phi_is_a_square_without_skew_and_is_continuous() -> None:
     z = np.array([[-1.0, 0.5, 2.0]])
     np.testing.assert_allclose(phi(z, np.zeros((1, 1)))[0], z**2)
     below, above = (phi(np.ones((1, 1)), np.full((1, 1), s)) for s in (0.0099999, 0.0100001))

@@ -167,7 +167,7 @@ def test_no_gain_is_said_to_be_none() -> None:
     plan = plan_next(hp, fit, *TARGET, run_noise=noise)
     assert "raise --at-most" in str(replace(plan, loss_half=(0.01, 0.0095)))
     assert "raise --at-most" not in str(replace(plan, loss_half=(0.01, 0.0085)))
-    assert "a factor 2.72, then about ± 1.00 %" in str(replace(plan, loss_half=(1.0, 0.01)))
+    assert "within a factor of 2.72 now, about ± 1.00 % after" in str(replace(plan, loss_half=(1.0, 0.01)))
 
 
 def test_the_mup_prior_is_kept_when_runs_are_added() -> None:

@@ -1,4 +1,4 @@
-"""What every fit owes its reader, beyond what its own tests ask: units are words, order is none, intervals mean what they say."""
+"""Properties of every fit: units and the order of rows do not matter, and intervals have their stated coverage."""
 
 import math
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from scaling.common.arrays import Array
 from scaling.curves.in_progress import FinishedRun, learn_prior, predict_end
-from scaling.curves.schedules import make_cooldown_schedule
 from scaling.curves.loss_curve import fit_curve
+from scaling.curves.schedules import make_cooldown_schedule
 from scaling.fitting.forms import PARAMETER_COUNTS, fit_form
 from scaling.fitting.isoflop import fit_isoflop
 from scaling.fitting.loss_law import fit_loss_law
@@ -24,7 +24,7 @@ powers = st.floats(-6, 6)
 
 
 def runs(seed: int, noise: float = 0.003) -> tuple[Array, Array, Array]:
-    """N, D and loss of 7 x 6 sizes that do not lie on a grid."""
+    """Return N, D and loss of 7 x 6 runs that do not lie on a grid."""
     rng = np.random.default_rng(seed)
     N, D = (x.ravel() for x in np.meshgrid(np.geomspace(3e7, 6e9, 7), np.geomspace(6e8, 1e11, 6)))
     N, D = N * np.exp(0.1 * rng.standard_normal(42)), D * np.exp(0.1 * rng.standard_normal(42))
@@ -39,8 +39,10 @@ def isoflops(noise: float = 0.003) -> tuple[Array, Array, Array]:
 
 
 def swept(law: HPLaw, seed: int, per: int = 12, own: float = 0.0) -> pd.DataFrame:
-    """Random rates and batches about the law's, in a lopsided bowl, at three sizes and two lengths. own: sd (ln) of each
-    group's optima about the law."""
+    """Draw learning rates and batch sizes about a law in a lopsided bowl, at three sizes and two token counts.
+
+    own: standard deviation (in ln) of the optimum of each group about the law.
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for N in (6e7, 2e8, 7e8):
@@ -54,7 +56,7 @@ def swept(law: HPLaw, seed: int, per: int = 12, own: float = 0.0) -> pd.DataFram
     return pd.concat(rows, ignore_index=True)
 
 
-# Units: N in millions, tokens in sequences, loss in bits
+# Units: N in millions, tokens in sequences, loss in bits.
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -82,25 +84,26 @@ def ended(seed: int, unit: float = 1.0, nats: float = 1.0) -> FinishedRun:
 
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(powers, st.floats(-1, 1), st.permutations(range(4)), st.permutations(range(20)))
-def test_a_forecast_with_siblings_knows_neither_units_nor_the_order_of_runs_and_points(
+def test_a_forecast_with_siblings_depends_neither_on_units_nor_on_the_order_of_runs_and_points(
     tokens: float, nats: float, order: list[int], shuffled: list[int]
 ) -> None:
     unit, q = 10**tokens, 10**nats
     run = ended(9)
     t, loss = np.asarray(run.tokens)[:20], np.asarray(run.loss)[:20]
-    here = [ended(i) for i in range(4)]
-    there = [ended(i, unit, q) for i in order]
-    one = predict_end(t, loss, 1e9, schedule=run.schedule, prior=learn_prior(here), siblings=here)
+    siblings = [ended(i) for i in range(4)]
+    converted = [ended(i, unit, q) for i in order]
+    one = predict_end(t, loss, 1e9, schedule=run.schedule, prior=learn_prior(siblings), siblings=siblings)
     other = predict_end(
-        unit * t[shuffled], q * loss[shuffled], unit * 1e9, schedule=make_cooldown_schedule(unit * 1e9), prior=learn_prior(there), siblings=there
+        unit * t[shuffled], q * loss[shuffled], unit * 1e9, schedule=make_cooldown_schedule(unit * 1e9),
+        prior=learn_prior(converted), siblings=converted,
     )  # fmt: skip
     assert (other.mean / q, other.sd / q) == pytest.approx((one.mean, one.sd), rel=1e-6)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(powers, powers, st.integers(0, 3))
-def test_n_and_d_have_units_of_their_own_in_every_form(n: float, d: float, seed: int) -> None:
-    """Also in Kaplan's and the data-constrained one, where both stand in one bracket."""
+def test_n_and_d_have_independent_units_in_every_form(n: float, d: float, seed: int) -> None:
+    """This includes Kaplan's and the data-constrained form, in which N and D share a bracket."""
     N, D, _ = runs(seed)
     U, n, d = np.minimum(D, 8e9), 10**n, 10**d
     truth = DataConstrainedLaw(LAW.E, LAW.A, LAW.B, LAW.alpha, LAW.beta, 12.0, 6.0)
@@ -109,11 +112,11 @@ def test_n_and_d_have_units_of_their_own_in_every_form(n: float, d: float, seed:
         one = fit_form(form, N, D, loss, unique=U)
         other = fit_form(form, N * n, D * d, loss, unique=U * d)
         assert other.objective == pytest.approx(one.objective, rel=1e-3)
-        there = other.predict(2e10 * n, 2e11 * d, 5e10 * d)
-        assert float(there) == pytest.approx(float(one.predict(2e10, 2e11, 5e10)), rel=3e-3)
+        converted = other.predict(2e10 * n, 2e11 * d, 5e10 * d)
+        assert float(converted) == pytest.approx(float(one.predict(2e10, 2e11, 5e10)), rel=3e-3)
 
 
-# The same rows twice
+# Duplicated rows.
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
@@ -129,8 +132,8 @@ def test_duplication_of_all_rows_leaves_a_form_where_it_is(order: list[int], for
     assert float(more.predict(2e10, 2e11, 5e10)) == pytest.approx(float(one.predict(2e10, 2e11, 5e10)), rel=3e-3)
 
 
-def test_a_run_counted_four_times_is_believed_more_but_never_more_than_four_runs_would_be() -> None:
-    """Copies are no evidence, and no fit can see that: intervals narrow, by at most the half that four true runs bring."""
+def test_a_run_counted_four_times_has_more_weight_but_never_more_than_four_runs() -> None:
+    """Copies are no evidence, but no fit can recognise them. Intervals narrow by at most half, as with four runs."""
     N, D, loss = runs(2)
     narrowed = []
     for rows in (np.arange(42), np.tile(np.arange(42), 4)):
@@ -140,8 +143,8 @@ def test_a_run_counted_four_times_is_believed_more_but_never_more_than_four_runs
     N, D, loss = isoflops()
     widths = []
     for rows in (np.arange(54), np.tile(np.arange(54), 4)):
-        found = fit_isoflop(N[rows], D[rows], loss[rows]).N
-        widths.append((float(np.ptp(found.exponent_interval())), found.law.exponent))
+        trend = fit_isoflop(N[rows], D[rows], loss[rows]).N
+        widths.append((float(np.ptp(trend.exponent_interval())), trend.law.exponent))
     assert widths[1][1] == pytest.approx(widths[0][1], rel=0.02)
     assert 0.4 * widths[0][0] < widths[1][0] <= widths[0][0] * 1.05
     table = swept(HPLaw(lr_coef=20.0, lr_N=-0.6, lr_D=0.15, batch_coef=40.0, batch_N=0.0, batch_D=0.42), seed=3)
@@ -151,17 +154,17 @@ def test_a_run_counted_four_times_is_believed_more_but_never_more_than_four_runs
         assert 0.5 * np.ptp(once) < np.ptp(four) <= np.ptp(once) * 1.02
 
 
-# Planted truths, counted
+# Coverage of planted laws.
 
 
 @pytest.mark.slow
 def test_eighty_per_cent_of_new_runs_fall_inside_eighty_per_cent_intervals_at_every_distance() -> None:
-    """100 draws of runs whose sizes, noise and law differ; asked inside, just above and far beyond them.
+    """100 sets of runs differ in sizes, noise and law; predictions are made inside, just above and far beyond them.
 
-    Inside, only noise is left: the count is binomial (sd 4). Beyond, the interval also pays for a form that may be
-    another, which a planted law never is: it may hold too many, not too few.
+    Inside, only noise is left, so the count is binomial (sd 4). Beyond, the interval also allows for a wrong form,
+    which a planted law never has: it may contain too many runs, not too few.
     """
-    held, places = np.zeros(3), ((5e8, 8e9), (1.2e10, 2e11), (1e11, 2e12))
+    held, points = np.zeros(3), ((5e8, 8e9), (1.2e10, 2e11), (1e11, 2e12))
     for seed in range(100):
         rng = np.random.default_rng(5000 + seed)
         noise = float(rng.choice([0.002, 0.005, 0.01]))
@@ -174,7 +177,7 @@ def test_eighty_per_cent_of_new_runs_fall_inside_eighty_per_cent_intervals_at_ev
         )
         N, D, _ = runs(seed)
         fit = fit_loss_law(N, D, law(N, D) * np.exp(noise * rng.standard_normal(N.size)))
-        for i, (n, d) in enumerate(places):
+        for i, (n, d) in enumerate(points):
             low, high = fit.interval(n, d, 0.8)
             held[i] += low <= law(n, d) * math.exp(noise * rng.standard_normal()) <= high
     assert 68 <= held[0] <= 92, held
@@ -182,11 +185,11 @@ def test_eighty_per_cent_of_new_runs_fall_inside_eighty_per_cent_intervals_at_ev
 
 
 @pytest.mark.slow
-def test_lr_and_batch_intervals_hold_optima_that_scatter_and_bend_as_the_fit_assumes() -> None:
-    """100 families in a bowl that is none of the two fitted, every optimum .08 (sd of ln) off its law.
+def test_lr_and_batch_intervals_contain_optima_that_scatter_and_drift_as_the_fit_assumes() -> None:
+    """100 families use a bowl that is neither of the two fitted ones, with optima 0.08 (sd of ln) off their law.
 
-    Asked at the centre, and twentyfold and thirteenfold beyond it, where the planted exponents have changed by .05 (lr)
-    and .08 (batch): what the intervals say that they pay for.
+    Predictions are made at the centre, and at 20 times N and 13 times D, where the planted exponents have changed by
+    0.05 (lr) and 0.08 (batch), as the intervals assume.
     """
     held, widths = np.zeros((2, 2)), []
     centre, beyond = (2e8, 4.5e9), (4e9, 6e10)
@@ -197,10 +200,10 @@ def test_lr_and_batch_intervals_hold_optima_that_scatter_and_bend_as_the_fit_ass
         fit = fit_hp_law(swept(law, seed, own=0.08))
         reach = np.log([beyond[0] / centre[0], beyond[1] / centre[1]])
         for i, (N, D) in enumerate((centre, beyond)):
-            bent = i * np.array([[0.05], [0.08]]) * rng.standard_normal((2, 2)) @ reach
-            true = np.log([float(v) for v in law(N, D)]) + bent + 0.08 * rng.standard_normal(2)
-            found = np.log(fit.interval(N, D, 0.8))
-            held[i] += (found[:, 0] <= true) & (true <= found[:, 1])
-            widths.append(found[:, 1] - found[:, 0])
+            drift = i * np.array([[0.05], [0.08]]) * rng.standard_normal((2, 2)) @ reach
+            true = np.log([float(v) for v in law(N, D)]) + drift + 0.08 * rng.standard_normal(2)
+            intervals = np.log(fit.interval(N, D, 0.8))
+            held[i] += (intervals[:, 0] <= true) & (true <= intervals[:, 1])
+            widths.append(intervals[:, 1] - intervals[:, 0])
     assert np.all((held >= 68) & (held <= 97)), held
-    assert np.median(widths) < 0.7, "and they say something: half a factor of two"
+    assert np.median(widths) < 0.7, "the intervals must be informative: a factor of two in total"

@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
-from scaling.laws.published import PUBLISHED_LAWS, list_published_laws, get_published_law
+from scaling.laws.published import PUBLISHED_LAWS, get_published_law, list_published_laws
 
 
 def test_step_law_at_a_billion_parameters_and_a_hundred_billion_tokens() -> None:
     lr, batch = get_published_law("step-law")(1e9, 1e11)
     assert lr is not None
     assert batch is not None
-    # by hand: ln lr = ln 1.79 - .713 * 20.72327 + .307 * 25.32844; ln B = ln .58 + .571 * 25.32844
+    # By hand: ln lr = ln 1.79 - 0.713 * 20.72327 + 0.307 * 25.32844; ln B = ln 0.58 + 0.571 * 25.32844.
     assert float(np.log(lr)) == pytest.approx(0.582216 - 14.775689 + 7.775830, abs=1e-5)
     assert float(np.log(batch)) == pytest.approx(-0.544727 + 14.462538, abs=1e-5)
 
@@ -20,14 +20,15 @@ def test_deepseek_depends_on_compute_alone() -> None:
         assert a is not None
         assert b is not None
         assert float(a) == pytest.approx(float(b))
-    lr, batch = law(1e9, 1e12 / 6)  # C = 1e21: powers of ten by hand
+    # C = 1e21, so the powers of ten are easy to compute by hand.
+    lr, batch = law(1e9, 1e12 / 6)
     assert lr is not None
     assert batch is not None
     assert float(lr) == pytest.approx(0.3118 * 10**-2.625, rel=1e-6)
     assert float(batch) == pytest.approx(0.2920 * 10**6.8691, rel=1e-6)
 
 
-def test_kaplan_says_nothing_of_the_batch_and_its_rate_is_never_negative() -> None:
+def test_kaplan_states_no_batch_and_its_rate_is_never_negative() -> None:
     lr, batch = get_published_law("kaplan")([np.e**16, 1e12], 1e10)
     assert batch is None
     assert lr is not None

@@ -92,7 +92,7 @@ def test_excluded_rows_are_counted_and_not_fitted() -> None:
     answer = recommend(check_runs(pd.concat([RUNS, stopped, lost], ignore_index=True)), N=8e5, D=5e6)
     assert (answer.lr, answer.loss) == (plain.lr, plain.loss)
     assert (answer.provenance["n_excluded"], answer.provenance["n_diverged"]) == (5, 2)
-    assert "(left out: 2 diverged, 5 excluded otherwise)" in str(answer)
+    assert "(left out: 2 diverged, 5 excluded otherwise)" in " ".join(str(answer).split())
 
 
 def test_provenance_names_the_runs() -> None:
@@ -167,7 +167,7 @@ def test_published_laws_stand_beside_with_their_warnings() -> None:
 def test_an_untrusted_answer_says_so_first_and_last_with_the_reason() -> None:
     text = str(recommend(RUNS, N=40 * 4e5, D=40 * 1.8e6))
     first, last = text.splitlines()[0], text.splitlines()[-1]
-    assert first.startswith("NOT TO BE TRUSTED: The target's N is 40 times above the data")
+    assert first.startswith("NOT TO BE TRUSTED: The target's N is 40 times the largest in the data")
     assert last.startswith("NOT TO BE TRUSTED")
     assert "best guess" not in text
     assert "NOT TO BE" not in str(recommend(RUNS, N=8e5, D=5e6, space=WIDE))
@@ -300,7 +300,7 @@ def test_the_table_shows_every_number_and_flag() -> None:
     for shown in (f"{answer.lr:.4g}", f"{answer.batch_tokens:,.0f}", f"{answer.loss:.4f}", "90 % interval", "SERIOUS"):
         assert shown in text
     assert all(f.text in " ".join(text.split()) for f in answer.flags)
-    assert "No serious doubt" in str(dataclasses.replace(answer, flags=()))
+    assert "No serious warnings" in str(dataclasses.replace(answer, flags=()))
 
 
 def test_a_law_that_moves_with_size_is_followed() -> None:
@@ -316,7 +316,7 @@ def test_a_compute_optimum_elsewhere_by_the_plain_law_is_noted_and_one_without_b
     fit, _ = fit_loss_floors(fit_hp_law(RUNS))
     plain = float(fit.law.optimum(1e17)[0])
     note = next(f.text for f in far.flags if f.code == "optimum-forms")
-    assert f"is {format_count(plain)}, by the averaged forms {format_count(far.N)}" in note
+    assert f"at {format_count(plain)}, the averaged forms at {format_count(far.N)}" in note
     worse = float(fit.predict(plain, 1e17 / 6 / plain) / fit.predict(far.N, far.D) - 1)
     assert f"{100 * worse:.2f} % lower" in note
     loose = dataclasses.replace(fit.optimum(2e13), bounded=False)

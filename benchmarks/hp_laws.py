@@ -100,7 +100,8 @@ def score_fit(runs: pd.DataFrame, truths: list[GroupTruth]) -> Array:
 def print_row(name: str, rows: list[Array]) -> None:
     regret, expected, lr, batch, recipe, seconds = np.mean(rows, 0)
     print(
-        f"{name:32}{regret:9.3f}{expected:10.3f}{expected / regret:7.1f}{100 * lr:8.0f}{100 * batch:6.0f}{recipe:11.3f}{seconds:7.2f}"
+        f"{name:32}{regret:9.3f}{expected:10.3f}{expected / regret:7.1f}{100 * lr:8.0f}{100 * batch:6.0f}"
+        f"{recipe:11.3f}{seconds:7.2f}"
     )
 
 

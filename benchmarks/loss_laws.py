@@ -55,6 +55,8 @@ def read_ladder(data: Path) -> pd.DataFrame:
 
 
 def read_tables(data: Path) -> Iterator[LossTable]:
+    """Read all tables: the family, the name, and N, D and loss of the runs."""
+
     def table(family: str, name: str, *columns: pd.Series) -> LossTable:
         N, D, loss = (c.to_numpy(float) for c in columns)
         return family, name, N, D, loss
@@ -75,6 +77,11 @@ def read_tables(data: Path) -> Iterator[LossTable]:
 
 
 def score_fit(N: Array, D: Array, loss: Array, fitted: Array, rest: Array) -> list[float]:
+    """Fit some runs and predict the rest.
+
+    Returns:
+        Error of the law, error of the prediction, coverage of the 80 % interval, and its half width, all in %.
+    """
     fit = fit_loss_law(N[fitted], D[fitted], loss[fitted])
     y, (low, high) = loss[rest], fit.interval(N[rest], D[rest], mass=0.8)
     errors = [100 * float(np.mean(np.abs(f(N[rest], D[rest]) / y - 1))) for f in (fit.law, fit.predict)]
@@ -88,6 +95,7 @@ def average_families(rows: list[tuple[str, list[float]]]) -> Array:
 
 
 def compare_beyond(data: Path) -> None:
+    """Print the errors of predictions beyond the data."""
     head = "".join(f"{f'law {s}':>8}{'error':>7}{'holds':>7}{'half':>7}" for s in (50, 70, 85))
     print(f"{'table':46}{head}")
     scores: dict[int, list[tuple[str, list[float]]]] = {50: [], 70: [], 85: []}
@@ -106,6 +114,7 @@ def compare_beyond(data: Path) -> None:
 
 
 def compare_few_runs(data: Path) -> None:
+    """Print the same errors for fits to a few random runs."""
     print(f"{'K':>4}{'law':>8}{'error':>7}{'holds':>7}{'half':>7}   at 70, five draws a table")
     for count in (8, 12, 20, 40):
         rows = []
@@ -118,6 +127,7 @@ def compare_few_runs(data: Path) -> None:
 
 
 def predict_far(data: Path) -> None:
+    """Print predictions of the 7B and 13B targets from the OLMo ladder."""
     o, every = read_ladder(data), pd.read_csv(data / "olmo_ladder_curves.csv")
     for name in OLMO:
         fit = fit_loss_law(o.N, o.D, o[name])
@@ -126,12 +136,14 @@ def predict_far(data: Path) -> None:
             low, high = (float(v) for v in fit.interval(N, D, mass=0.8))
             place = "inside" if low <= truth <= high else "outside"
             print(
-                f"{name:24}{target:>4}: truth {truth:.3f}, predicted {float(fit.predict(N, D)):.3f} ({low:.3f}, {high:.3f}) "
+                f"{name:24}{target:>4}: truth {truth:.3f}, "
+                f"predicted {float(fit.predict(N, D)):.3f} ({low:.3f}, {high:.3f}) "
                 f"{place}; law {float(fit.law(N, D)):.3f}"
             )
 
 
 def choose_forms(data: Path) -> None:
+    """Print the errors of the chosen form beside those of fixed forms."""
     names = ("log-linear", "kaplan", "chinchilla", AVERAGE)
     print(f"{'':46}" + "".join(f"{n:>12}" for n in ("chosen", *names)))
     scores: dict[int, list[tuple[str, list[float]]]] = {50: [], 70: [], 85: []}
@@ -156,6 +168,7 @@ def choose_forms(data: Path) -> None:
 
 
 def fit_optimum(data: Path) -> None:
+    """Print exponents of the compute optimum by the three approaches."""
     pairs = pd.read_csv(data / "porian_optimal_pairs.csv").dropna(subset=["N_opt"]).set_index(PORIAN)
     print(
         f"{'Porian et al.: exponent of N_opt':46}{'published':>10}{'isoflop':>9}{'80 %':>16}{'OLS':>8}{'rms ln N':>10}"
@@ -174,7 +187,8 @@ def fit_optimum(data: Path) -> None:
         ]
         low, high = frontier.N.exponent_interval()
         print(
-            f"{' '.join(map(str, key[1:6])):46}{slope:10.4f}{frontier.N.law.exponent:9.4f}{f'({low:.3f}, {high:.3f})':>16}{ols:8.4f}"
+            f"{' '.join(map(str, key[1:6])):46}{slope:10.4f}{frontier.N.law.exponent:9.4f}"
+            f"{f'({low:.3f}, {high:.3f})':>16}{ols:8.4f}"
             f"{float(np.sqrt(np.mean(np.square(deviations)))):10.3f}  {frontier.status}"
         )
     c = read_chinchilla(data)
@@ -188,6 +202,7 @@ def fit_optimum(data: Path) -> None:
 
 
 def time_fits(data: Path) -> None:
+    """Print the seconds of one fit, alone and with bootstraps."""
     c = read_chinchilla(data)
     for bootstrap in (0, 1000):
         taken = []

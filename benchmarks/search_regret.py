@@ -7,8 +7,8 @@
 
 noise     The problems of hpo_regret.py in the folder --bench with Gaussian noise in every loss, beside the noiseless
           search with the same seeds. The regret is computed without noise.
-raise     A search whose largest run is 1/9 of the target for the first --before of its cost, then extended twice, beside
-          one that knew the target from the start.
+raise     A search whose largest run is 1/9 of the target for the first --before of its cost and is then extended twice,
+          beside one that knew the target from the start.
 networks  Two synthetic problems with seven parameters, some of them integers, whose runs resume.
 ask       The time of one ask in a study of --trials finished trials.
 

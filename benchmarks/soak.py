@@ -472,7 +472,10 @@ def soak(world: World, *, seconds: float, faults: int, deadline: float = 900.0) 
     )
 
 
-SEND = "import sys; from pathlib import Path; from scaling.tracking.sender import send; assert send(Path(sys.argv[1]), sys.argv[2]) == 0"
+SEND = (
+    "import sys; from pathlib import Path; from scaling.tracking.sender import send_spooled_records as send; "
+    "assert send(Path(sys.argv[1]), sys.argv[2]) == 0"
+)
 
 
 def counted(world: World) -> Counts:

@@ -1,9 +1,10 @@
-"""The `scaling` command: fit laws to logged runs, ask them about a larger run, draw it all."""
+"""The `scaling` command: fit laws to logged runs, ask them about a larger run, and draw a report."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from scaling.runs.io import is_table_file
 if TYPE_CHECKING:
     import pandas as pd
 
+    from scaling.advice.recommendation import Recommendation
     from scaling.report.figures import TargetCurve
 
 app = make_app(__doc__)
@@ -24,7 +26,8 @@ app = make_app(__doc__)
 Source = Annotated[
     str, typer.Argument(help="a study's name (MLflow experiment), or a .csv, .parquet, .jsonl or .json file")
 ]
-LONG = ("floors", "optima", "forms", "approaches", "beside", "run_ids")  # not kept with a study: a note is short
+# Parts of an answer that are too long for a note, and are not kept with a study.
+NOT_STORED = ("floors", "optima", "forms", "approaches", "beside", "run_ids")
 
 
 def parse_count(text: str) -> float:
@@ -36,68 +39,75 @@ def parse_count(text: str) -> float:
 
 
 @app.command("import")
-def import_(
+def import_table(
     source: Annotated[str, typer.Argument(help="a .csv, .parquet, .jsonl or .json file, or an MLflow experiment")],
-    out: Annotated[Path, typer.Option("--out", help="where the checked table goes: .parquet, .csv, .jsonl or .json")],
-    map_: Annotated[list[str] | None, typer.Option("--map", help="OURS=COLUMN[:UNIT...]; may be repeated")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="OURS=VALUE for all rows; may be repeated")] = None,
+    out: Annotated[Path, typer.Option("--out", help="the table to write: .parquet, .csv, .jsonl or .json")],
+    maps: Annotated[
+        list[str] | None, typer.Option("--map", help="NAME=COLUMN[:UNIT...] of the source; may be repeated")
+    ] = None,
+    constants: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE for all rows; may be repeated")
+    ] = None,
     mapping: Annotated[Path | None, typer.Option(help="a .toml file with the tables map and set")] = None,
-    metric: Annotated[str, typer.Option(help="of an MLflow metric's history: last or min")] = "last",
+    metric: Annotated[str, typer.Option(help="which value of an MLflow metric's history: last or min")] = "last",
     tracking_uri: Uri = None,
 ) -> None:
-    """Read runs from a file (also as W&B exports them) or an MLflow experiment, check them, and write one run table.
+    """Read runs from a file or an MLflow experiment, check them, and write one run table.
 
-    Diverged and unfinished runs stay in it, marked; laws leave them out. Units: N=params:total, D=step:steps, D=tokens:billions,
-    batch_tokens=batch_size:sequences, loss=val_loss:bits, ... (all of them: scaling/runs/units.py).
+    Files may be exports of Weights & Biases. Diverged and unfinished runs stay
+    in the table and are marked; laws leave them out. Units follow the column, as
+    in N=params:total, D=step:steps, D=tokens:billions, loss=val_loss:bits or
+    batch_tokens=batch_size:sequences; scaling/runs/units.py lists all.
 
-    Example: scaling import sweep.csv --out sweep.parquet --map N=params --map D=step:steps --map batch_tokens=bs:sequences --set seq_len=2048
+    Example: scaling import sweep.csv --out runs.parquet --map N=params --map D=step:steps --set batch_tokens=524288
     """
-    from scaling.runs.importer import import_runs, summarize_exclusions, read_mapping
+    from scaling.runs.importer import import_runs, read_mapping, summarize_exclusions
     from scaling.runs.io import check_writable, save_runs
 
     with refusing():
         check_writable(out)
-        mapped, constants = read_mapping(mapping) if mapping else ({}, {})
-        mapped |= pairs("--map", map_ or [])
-        constants |= pairs("--set", set_ or [])
+        all_maps, all_constants = read_mapping(mapping) if mapping else ({}, {})
+        all_maps |= parse_pairs("--map", maps or [])
+        all_constants |= parse_pairs("--set", constants or [])
         runs, remarks = import_runs(
-            source, mapping=mapped, constants=constants, metric=metric, tracking_uri=tracking_uri
+            source, mapping=all_maps, constants=all_constants, metric=metric, tracking_uri=tracking_uri
         )
         save_runs(runs, out)
     for line in [*remarks, *summarize_exclusions(runs)]:
         say(line)
-    typer.echo(
-        f"{len(runs)} runs ({int(runs['diverged'].sum())} diverged) in {runs.groupby(['N', 'D']).ngroups} (N, D) groups: {out}"
-    )
+    diverged, groups = int(runs["diverged"].sum()), runs.groupby(["N", "D"]).ngroups
+    typer.echo(f"{len(runs)} runs ({diverged} diverged) in {groups} (N, D) groups: {out}")
 
 
 @app.command()
 def fit(
     source: Source,
-    compare: Annotated[bool, typer.Option(help="the forms of the loss law and the approaches side by side")] = True,
+    compare: Annotated[bool, typer.Option(help="compare the forms of the loss law and the approaches, too")] = True,
     tracking_uri: Uri = None,
     as_json: Json = False,
 ) -> None:
-    """Fit the learning-rate/batch law and the loss law to all runs; say how far each can be trusted. Exit code 3: no loss law.
+    """Fit the law of learning rate and batch and the loss law to all runs, and say how far each can be trusted.
+
+    Exit code 3: there is no loss law.
 
     Example: scaling fit quickstart
     Example: scaling fit runs.csv --no-compare --json
     """
-    from scaling.report.fit_summary import summarize_fits, format_summary
+    from scaling.report.fit_summary import format_summary, summarize_fits
     from scaling.runs.io import load_runs
 
     with refusing():
-        said = summarize_fits(load_runs(source, tracking_uri=tracking_uri), compare=compare)
-    record(source, tracking_uri, "fit", {k: v for k, v in said.items() if k not in LONG})
-    typer.echo(json.dumps(said, allow_nan=False) if as_json else format_summary(said))
-    if said["loss_law"] is None:
+        summary = summarize_fits(load_runs(source, tracking_uri=tracking_uri), compare=compare)
+    store_answer(source, tracking_uri, "fit", {k: v for k, v in summary.items() if k not in NOT_STORED})
+    typer.echo(json.dumps(summary, allow_nan=False) if as_json else format_summary(summary))
+    if summary["loss_law"] is None:
         raise typer.Exit(3)
 
 
 @app.command()
 def recommend(
     source: Source,
-    target: Annotated[bool, typer.Option("--target", help="for the [target] of the study's file")] = False,
+    target: Annotated[bool, typer.Option("--target", help="recommend for the target in the study's file")] = False,
     params: Annotated[
         float | None,
         typer.Option("--params", parser=parse_count, metavar="N", help="parameters that multiply tokens: 7B, 7e9"),
@@ -107,33 +117,35 @@ def recommend(
     ] = None,
     flops: Annotated[
         float | None,
-        typer.Option("--flops", parser=parse_count, metavar="C", help="training FLOPs: N and D are chosen, too"),
+        typer.Option("--flops", parser=parse_count, metavar="C", help="training FLOPs, for which N and D are chosen"),
     ] = None,
-    mass: Annotated[float, typer.Option(min=0.01, max=0.99, help="of every interval")] = 0.9,
+    mass: Annotated[float, typer.Option(min=0.01, max=0.99, help="the probability that each interval holds")] = 0.9,
     beside: Annotated[
         list[str] | None,
-        typer.Option(help="a published law to show beside: step-law, deepseek, ..., all; may be repeated"),
+        typer.Option(help="a published law to compare with: step-law, deepseek, ..., all; may be repeated"),
     ] = None,
-    next_run: Annotated[bool, typer.Option("--next/--no-next", help="say which run would narrow it most")] = True,
+    next_run: Annotated[bool, typer.Option("--next/--no-next", help="choose the run that would narrow it most")] = True,
     at_most: Annotated[
         float | None,
         typer.Option(
             parser=parse_count,
             metavar="C",
-            help="FLOPs of that run; default 3 x the largest, a tenth of the target at most",
+            help="most FLOPs of that run; default 3 x the largest, but at most a tenth of the target",
         ),
     ] = None,
     tracking_uri: Uri = None,
     as_json: Json = False,
 ) -> None:
-    """The learning rate, batch size and loss to expect of a larger run, with intervals and warnings. Exit code 3: do not trust it.
+    """Recommend learning rate and batch for a larger run and predict its loss, with intervals and warnings.
+
+    Exit code 3: do not trust the recommendation.
 
     Example: scaling recommend quickstart --target
     Example: scaling recommend runs.csv --params 7B --tokens 1.4T --beside step-law
     Example: scaling recommend runs.csv --flops 1e21 --no-next --json
     """
     from scaling.advice.recommendation import UNTRUSTED
-    from scaling.advice.recommendation import recommend as ask
+    from scaling.advice.recommendation import recommend as compute_recommendation
     from scaling.fitting.loss_law import FitError
     from scaling.runs.io import load_runs
 
@@ -149,14 +161,14 @@ def recommend(
             parent = find_study_run(client, source)
             space = read_note(client, parent, "space")
             if target:
-                wanted = read_note(client, parent, "target")
-                if wanted is None:
+                target_note = read_note(client, parent, "target")
+                if target_note is None:
                     raise ValueError(f"study {source!r} has no [target]: give --params and --tokens, or --flops")
-                params, tokens = wanted["N"], wanted["D"]
+                params, tokens = target_note["N"], target_note["D"]
         elif target:
             raise ValueError(f"--target needs a study, got the file {source}: give --params and --tokens, or --flops")
         try:
-            answer = ask(
+            answer = compute_recommendation(
                 runs,
                 N=params,
                 D=tokens,
@@ -172,7 +184,8 @@ def recommend(
             typer.echo(json.dumps(reason) if as_json else f"{UNTRUSTED}: there is no recommendation. {error}")
             raise typer.Exit(3) from error
     if target:
-        record(source, tracking_uri, "recommendation", {k: v for k, v in answer.to_dict().items() if k not in LONG})
+        stored = {k: v for k, v in answer.to_dict().items() if k not in NOT_STORED}
+        store_answer(source, tracking_uri, "recommendation", stored)
     typer.echo(json.dumps(answer.to_dict(), allow_nan=False) if as_json else str(answer))
     if not answer.trustworthy:
         raise typer.Exit(3)
@@ -184,7 +197,7 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", help="default: studies/NAME/report.html")] = None,
     tracking_uri: Uri = None,
 ) -> None:
-    """Draw everything that is known of a study into one HTML file, and print the answer in short.
+    """Draw everything that is known of a study into one HTML file, and print the recommendation.
 
     Example: scaling report quickstart
     """
@@ -203,40 +216,39 @@ def report(
             path.write_text(render_report(Path(source).stem, runs))
             typer.echo(f"report: {path}")
             return
-        if out is None and Path(source).name != source:  # MLflow knows names that would lead elsewhere
+        # The name of an experiment may lead elsewhere as a path.
+        if out is None and Path(source).name != source:
             raise ValueError(f"{source!r} is no name of a folder in studies/: say --out")
         client = connect(tracking_uri)
         parent = find_study_run(client, source)
         note = read_note(client, parent, "recommendation")
         answer = Recommendation.from_dict(note) if note else None
-        warm = read_note(client, parent, "warm_start")
-        curves = target_curves(client, runs, read_note(client, parent, "targets") or {})
-        before = answer  # what was predicted before the target ran: since then laws may have learnt from it
-        if answer and (told := read_note(client, parent, "predicted")):
-            before = Recommendation.from_dict(answer.to_dict() | told)
+        warm_start = read_note(client, parent, "warm_start")
+        targets = read_target_curves(client, runs, read_note(client, parent, "targets") or {})
+        # What was predicted before the target ran: since then, laws may have been fitted to the target, too.
+        predicted = answer
+        if answer and (prediction := read_note(client, parent, "predicted")):
+            predicted = Recommendation.from_dict(answer.to_dict() | prediction)
         page = render_report(
             source,
             runs,
             recommendation=answer,
-            predicted=before,
-            targets=curves,
-            warm_start=warm,
+            predicted=predicted,
+            targets=targets,
+            warm_start=warm_start,
             curves=read_study_curves(client, runs),
         )
         path = out or Path("studies") / source / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page)
         log_file(client, parent, path)
-    if answer and before:
+    if answer and predicted:
         typer.echo(str(answer))
-        lo, hi = before.loss_interval
-        for curve in curves:
-            place = "inside" if lo <= curve.final_loss <= hi else "outside"
-            typer.echo(
-                f"measured, {curve.name:8s} {curve.final_loss:.4f}: {place} the {100 * before.mass:.0f} % interval ({lo:.4f}, {hi:.4f})"
-            )
-    for name, value in (warm or {}).items():
-        if "interval" not in name:  # said above, with the interval
+        for target in targets:
+            typer.echo(format_outcome(target, predicted))
+    for name, value in (warm_start or {}).items():
+        # Intervals are shown together with their values.
+        if "interval" not in name:
             typer.echo(f"{name}: {value}")
     typer.echo(f"\nreport     {path}")
     typer.echo(f"runs       mlflow ui --backend-store-uri {redact_passwords(client.tracking_uri)}")
@@ -245,16 +257,32 @@ def report(
         typer.echo(f"trials     optuna-dashboard {journal}")
 
 
-def pairs(option: str, given: list[str]) -> dict[str, str]:
-    """{"N": "params"} of ["N=params"]."""
+def format_outcome(target: TargetCurve, predicted: Recommendation) -> str:
+    """Return the final loss of a launched target, compared with the predicted interval."""
+    low, high = predicted.loss_interval
+    place = "inside" if low <= target.final_loss <= high else "outside"
+    interval = f"the {100 * predicted.mass:.0f} % interval ({low:.4f}, {high:.4f})"
+    return f"measured, {target.name:8s} {target.final_loss:.4f}: {place} {interval}"
+
+
+def parse_pairs(option: str, given: list[str]) -> dict[str, str]:
+    """Return {"N": "params"} for ["N=params"].
+
+    Args:
+        option: The option that they were given with, for the error message.
+        given: Its values.
+
+    Raises:
+        ValueError: If a value has no name before an equals sign.
+    """
     wrong = [text for text in given if "=" not in text.lstrip("=")]
     if wrong:
-        raise ValueError(f"{option} needs OURS=..., got {', '.join(wrong)}")
+        raise ValueError(f"{option} needs NAME=..., got {', '.join(wrong)}")
     return {name.strip(): value.strip() for name, _, value in (text.partition("=") for text in given)}
 
 
-def record(source: str, tracking_uri: str | None, name: str, value: dict[str, Any]) -> None:
-    """Keep an answer with the study that it came from (a file has no place for it)."""
+def store_answer(source: str, tracking_uri: str | None, name: str, value: Mapping[str, Any]) -> None:
+    """Keep an answer with the study that it came from, as a note. For a file, nothing is kept."""
     if is_table_file(source):
         return
     from scaling.tracking.client import connect
@@ -268,8 +296,14 @@ def record(source: str, tracking_uri: str | None, name: str, value: dict[str, An
         log_summary(client, parent, {f"recommended_{k}": float(value[k]) for k in ("lr", "batch_tokens", "loss")})
 
 
-def target_curves(client: Any, runs: pd.DataFrame, arms: dict[str, str]) -> list[TargetCurve]:
-    """The curves of the target launched last. arms: its name of each arm -> run id."""
+def read_target_curves(client: Any, runs: pd.DataFrame, arms: dict[str, str]) -> list[TargetCurve]:
+    """Return the curves of the target that was launched last.
+
+    Args:
+        client: The MLflow client.
+        runs: The study's run table.
+        arms: MLflow's run id of each arm, by its name.
+    """
     from scaling.report.figures import TargetCurve
     from scaling.tracking.log import read_curve
 
@@ -282,6 +316,7 @@ def target_curves(client: Any, runs: pd.DataFrame, arms: dict[str, str]) -> list
 
 
 def main() -> None:
+    """Run the command."""
     app()
 
 

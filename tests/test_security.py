@@ -292,9 +292,9 @@ from proxies.launch.arms import ArmResult
 from proxies.training.checkpoints import FORMAT, write_run
 from proxies.growth.runs import append_row
 from proxies.launch.plan import LaunchPlan, write_plan
-from proxies.data.token_files import kept_file
+from proxies.data.token_files import cache_text
 from scaling.tracking.client import connect
-from scaling.tracking.experiment import study_run
+from scaling.tracking.experiment import find_or_create_study_run
 from scaling.tracking.log import log_file
 from scaling.tracking.recorder import Recorder
 import json, torch
@@ -311,12 +311,12 @@ write_plan(LaunchPlan.model_validate(plan), here / "target" / "plan.json")
 ArmResult(2.0, 100, 1.0, None).write(here / "target", "scratch")
 write_result(here / "result.json", 1.0)
 append_row(here / "ladders.jsonl", {})
-kept_file("key", ".txt", lambda: "text")
+cache_text("key", ".txt", lambda: "text")
 run = Recorder("http://127.0.0.1:1", "s", "run", role="proxy", params={}, folder=here / "records")
 run.finish()
 run.close()
 client = connect(store)
-parent = study_run(client, "s", artifacts=here / "artifacts")
+parent = find_or_create_study_run(client, "s", artifacts=here / "artifacts")
 log_file(client, parent, here / "result.json")
 """
 

@@ -85,7 +85,7 @@ def launch(
         return
     if print_command or dry_run:
         write_plan(launch_plan, path)
-        say(f"the plan is in {path}: launch it, edit it or move it; nothing was started")
+        say(f"the plan is in {path};\nlaunch it, edit it or move it; nothing was started")
         if print_command:
             typer.echo(format_commands(launch_plan, path, chosen, uri=tracking_uri))
         return

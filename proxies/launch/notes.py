@@ -35,7 +35,7 @@ class ProvenanceNote(TypedDict, total=False):
 class FlagNote(TypedDict):
     """A doubt about a recommendation."""
 
-    name: str
+    code: str
     text: str
     serious: bool
 

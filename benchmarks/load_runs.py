@@ -1,12 +1,13 @@
-"""How long an MLflow experiment of many runs takes to load: by `scaling`, from the file and through the client, and by MLflow itself.
+"""Measure how long loading an MLflow experiment with many runs takes.
 
     OMP_NUM_THREADS=1 python benchmarks/load_runs.py --runs 10000
     OMP_NUM_THREADS=1 python benchmarks/load_runs.py --store old.db --rounds 5
 
-Makes a temporary SQLite store through MLflow's client first (minutes; --store keeps it at that path, or uses it when it is
-there). Every reading is a process of its own, in turn, so that nothing is warm but the file and a noisy machine disturbs all
-alike; `its CPU` hardly knows of it. `load` is the reading alone; `process` counts the imports, too. There is no cache:
-the second load is as the first.
+Three ways are compared: `scaling` reading the SQLite file, `scaling` reading through MLflow's client, and MLflow
+itself. A temporary SQLite store is first filled through the client, which takes minutes; --store keeps it at that path,
+or uses it if it exists. Every reading is a process of its own, and the ways take turns, so that only the file is cached
+and a noisy machine disturbs all alike; the column `its CPU` is hardly affected by noise. `load` is the reading alone;
+`process` includes the imports. There is no cache: the second load takes as long as the first.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ TIMED = (
 READINGS = {
     "scaling, file": "from scaling.runs.importer import import_runs\nimport pandas\n"
     + TIMED.format("import_runs({name!r}, mapping={mapping!r}, tracking_uri={uri!r})[0]"),
-    "scaling, client": "import mlflow\nfrom scaling.tracking import records\nfrom scaling.runs.importer import import_runs\nimport pandas\n"
-    "records._from_sqlite = lambda *_: None\n"
+    "scaling, client": "import mlflow\nfrom scaling.tracking import records\n"
+    "from scaling.runs.importer import import_runs\nimport pandas\n"
+    "records.read_sqlite = lambda *_: None\n"
     + TIMED.format("import_runs({name!r}, mapping={mapping!r}, tracking_uri={uri!r})[0]"),
     "mlflow.search_runs": "import mlflow\nmlflow.set_tracking_uri({uri!r})\n"
     + TIMED.format("mlflow.search_runs(experiment_names=[{name!r}])"),
 }
 
 
-def make(path: Path, runs: int) -> None:
-    """Finished runs with 8 parameters and 5 metrics of 3 points each."""
+def fill_store(path: Path, runs: int) -> None:
+    """Log finished runs with 8 parameters and 5 metrics of 3 points each."""
     from mlflow.entities import Metric, Param
 
     from scaling.tracking.client import connect
@@ -72,7 +74,7 @@ def make(path: Path, runs: int) -> None:
 
 
 def measure(reading: str, uri: str) -> tuple[int, float, float, float]:
-    """(runs read, seconds of the reading, seconds of CPU in it, seconds of the process)."""
+    """Return (runs read, seconds of the reading, its CPU seconds, seconds of the whole process)."""
     code = READINGS[reading].format(name=EXPERIMENT, mapping=MAPPING, uri=uri)
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
@@ -85,22 +87,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--store", type=Path, help="a SQLite store of this benchmark: used when there, else made")
+    parser.add_argument(
+        "--store", type=Path, help="a SQLite store of this benchmark: used if it exists, otherwise created"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = (options.store or Path(folder) / "mlflow.db").resolve()
         if not path.exists():
             began = time.perf_counter()
-            make(path, options.runs)
-            print(f"made in {time.perf_counter() - began:.0f} s")
-        taken: dict[str, list[tuple[int, float, float, float]]] = {reading: [] for reading in READINGS}
+            fill_store(path, options.runs)
+            print(f"filled in {time.perf_counter() - began:.0f} s")
+        measured: dict[str, list[tuple[int, float, float, float]]] = {reading: [] for reading in READINGS}
         for _ in range(options.rounds):
-            for reading, times in taken.items():
+            for reading, times in measured.items():
                 times.append(measure(reading, f"sqlite:///{path}"))
     print(
         f"{'':20}{'runs':>8}{'first load':>12}{'second':>9}{'median':>9}{'its CPU':>9}{'median process':>16}   seconds"
     )
-    for reading, times in taken.items():
+    for reading, times in measured.items():
         loads = [seconds for _, seconds, *_ in times]
         second = f"{loads[1]:9.2f}" if len(loads) > 1 else f"{'':9}"
         cpu, process = (statistics.median(t[k] for t in times) for k in (2, 3))

@@ -41,7 +41,9 @@ def check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check whether activations change alike at every width and depth (coordinate check). Exit code 1 if they do not.
+    """Check whether activations change alike at every width and depth (coordinate check).
+
+    Exit code 1 if they do not.
 
     Example: proxies check studies/quickstart.toml
     """

@@ -241,3 +241,57 @@ def test_no_subpackage_hides_a_public_function() -> None:
     for package in PACKAGES:
         subpackages = {p.name for p in (ROOT / package).iterdir() if p.is_dir()}
         assert subpackages.isdisjoint(__import__(package).__all__)
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    homes: dict[str, list[str]] = {}
+    for folder in (*PACKAGES, "tests", "benchmarks"):
+        for path in files(folder):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
+@pytest.mark.parametrize(
+    ("call", "homes"),
+    [
+        ("signal.signal", {"scaling.common.signals"}),
+        ("difflib.get_close_matches", {"scaling.common.suggest"}),
+        # A folder of shards is renamed as a whole when it is complete.
+        ("os.replace", {"scaling.common.atomic", "proxies.training.checkpoints"}),
+    ],
+)
+def test_what_is_shared_is_written_once(call: str, homes: set[str]) -> None:
+    callers = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == call
+    }
+    assert callers == homes
+
+
+def test_libraries_log_and_only_commands_print() -> None:
+    """Another program's output, which a trainer passes through, is not ours to log."""
+    printing = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "say", "sys.stdout.write")
+    }
+    commands = {module for module in printing if module.endswith("__main__") or module.startswith("proxies.cli.")}
+    assert printing - commands == {"scaling.common.cli", "proxies.trainers.command"}
+
+
+def test_docs_and_text_files_have_short_lines() -> None:
+    """Ruff checks the code. A link or a table of a page may not be wider either."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "studies" / "LOG.md"]
+    pages += sorted((ROOT / "docs").rglob("*.md"))
+    long = [
+        f"{page.relative_to(ROOT)}:{number}"
+        for page in pages
+        for number, line in enumerate(page.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
+    assert long == []

@@ -49,7 +49,7 @@ count = 2
 
 
 @dataclass(frozen=True)
-class Block:
+class FencedBlock:
     """A code block of a page, with the mark on the line before it."""
 
     page: Path
@@ -66,31 +66,31 @@ class Block:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
-def read_blocks(page: Path) -> Iterator[Block]:
+def read_blocks(page: Path) -> Iterator[FencedBlock]:
     text = page.read_text()
     lines = text.splitlines()
     for match in FENCE.finditer(text):
         line = text.count("\n", 0, match.start()) + 1
         mark = MARK.fullmatch(lines[line - 2].strip()) if line > 1 else None
         code = re.sub(rf"^{match[1]}", "", match[3], flags=re.MULTILINE)
-        yield Block(page, line, match[2], code, mark[1] if mark else "", (mark[2] or "") if mark else "")
+        yield FencedBlock(page, line, match[2], code, mark[1] if mark else "", (mark[2] or "") if mark else "")
 
 
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 
 
-def select(*languages: str, marks: tuple[str, ...] = ("", "run", "not run")) -> list[Block]:
+def select(*languages: str, marks: tuple[str, ...] = ("", "run", "not run")) -> list[FencedBlock]:
     return [block for block in BLOCKS if block.language in languages and block.mark in marks]
 
 
-def parametrize(blocks: list[Block]) -> pytest.MarkDecorator:
+def parametrize(blocks: list[FencedBlock]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("block", blocks, ids=[block.place for block in blocks])
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def read_commands(block: Block) -> Iterator[tuple[int, str]]:
+def read_commands(block: FencedBlock) -> Iterator[tuple[int, str]]:
     """Yield the commands of a shell block, each with its line number; in a console block the lines after a prompt."""
     lines = block.text.splitlines()
     if block.language == "console":
@@ -178,7 +178,7 @@ def complain_about_command(words: list[str]) -> str:
     return f"`{program}` is not checked by any test"
 
 
-def complain_about_shell(block: Block) -> Iterator[str]:
+def complain_about_shell(block: FencedBlock) -> Iterator[str]:
     """Yield what is wrong with the commands of a block. Those of ours must parse even in a block that is not run."""
     for line, command in read_commands(block):
         for words in split_command(command):
@@ -251,7 +251,7 @@ def complete_study(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 @parametrize(select("toml", marks=("", "run")))
-def test_a_study_in_the_documentation_is_valid(block: Block, tmp_path: Path) -> None:
+def test_a_study_in_the_documentation_is_valid(block: FencedBlock, tmp_path: Path) -> None:
     tables = complete_study(tomllib.loads(block.text))
     shutil.copytree(
         ROOT / "studies",
@@ -272,7 +272,7 @@ def test_a_study_in_the_documentation_is_valid(block: Block, tmp_path: Path) -> 
 
 
 @parametrize(select("toml", "python", marks=("not run",)))
-def test_a_block_that_is_not_run_has_at_least_correct_syntax(block: Block) -> None:
+def test_a_block_that_is_not_run_has_at_least_correct_syntax(block: FencedBlock) -> None:
     if block.language == "toml":
         tomllib.loads(block.text)
     else:
@@ -297,7 +297,7 @@ sys.exit(failed)
 """
 
 
-def run_python(page: Path, blocks: list[Block], folder: Path) -> None:
+def run_python(page: Path, blocks: list[FencedBlock], folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", RUN_BLOCKS],
         input=json.dumps([str(page.relative_to(ROOT)), [(block.line, block.text) for block in blocks]]),
@@ -317,7 +317,7 @@ def clean_environment() -> dict[str, str]:
     return environment | {"PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def pages_with(blocks: list[Block]) -> pytest.MarkDecorator:
+def pages_with(blocks: list[FencedBlock]) -> pytest.MarkDecorator:
     pages = sorted({block.page for block in blocks})
     return pytest.mark.parametrize("page", pages, ids=[str(page.relative_to(ROOT)) for page in pages])
 

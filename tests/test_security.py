@@ -258,9 +258,9 @@ def render_page(names: Sequence[str]) -> str:
     from scaling.curves.backtest import RunCurve
     from scaling.report.figures import TargetCurve
     from scaling.report.html import render_report
-    from tests.test_scaling.test_report import curves, planted
+    from tests.test_scaling.test_report import plant_curves, plant_runs
 
-    runs = planted((1e4, 1e5), parametrization="mup", config="1", rung=0, checkpoint="x.pt")
+    runs = plant_runs((1e4, 1e5), parametrization="mup", config="1", rung=0, checkpoint="x.pt")
     answer = recommend(runs, N=6e5, D=3e6)
     turns = cycle(names)
     for column in ("run_id", "name", "config", "checkpoint", "arm"):
@@ -273,7 +273,7 @@ def render_page(names: Sequence[str]) -> str:
     answer = dataclasses.replace(answer, flags=flags, provenance=answer.provenance | more, next_run=more)
     lines = [
         RunCurve(f"{i} {name}", c.N, c.tokens, c.loss)
-        for (i, c), name in zip(enumerate(curves()), cycle(names), strict=False)
+        for (i, c), name in zip(enumerate(plant_curves()), cycle(names), strict=False)
     ]
     targets = [TargetCurve(name, [1e5, 1e6], [3.0, 2.5], 3e6, 2.0) for name in names]
     return render_report(a, runs, recommendation=answer, targets=targets, warm_start=more, curves=lines)

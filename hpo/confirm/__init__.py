@@ -1,1 +1,3 @@
-"""Repeat the best configurations on fresh seeds: contenders, runs, statistics, verdict. Imports every other room."""
+"""Repeat the best configurations with fresh seeds: contenders, runs, statistics, verdict. It may import every other
+subpackage.
+"""

@@ -1,2 +1,3 @@
-"""Start and watch workers, here or on a Ray cluster, with progress and an estimate of what is left. Imports the rooms
-`surrogate` to `worker`."""
+"""Start and watch workers, here or on a Ray cluster, with progress lines and an estimate of the remaining work. It may
+import `surrogate` to `worker`.
+"""

@@ -1,2 +1,3 @@
-"""Proposals of settings: the unit cube, prior beliefs, the sampler protocols and registry, the multi-fidelity sampler.
-Imports `surrogate` and `storage`."""
+"""Proposals of settings: the unit cube, prior beliefs, the sampler protocols and registry, and the multi-fidelity
+sampler. It may import `surrogate` and `storage`.
+"""

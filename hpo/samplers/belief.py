@@ -84,7 +84,7 @@ def check_belief(belief: Belief, cube: Cube) -> None:
     """Check that every parameter of a belief is searched on a log scale.
 
     Raises:
-        ValueError: Some are not; the message names them all.
+        ValueError: If some are not; the message names them all.
     """
     wrong = [
         f"{name} is not searched" if name not in cube.distributions else f"{name} is not searched on a log scale"
@@ -114,7 +114,7 @@ def make_bowl_prior(belief: Belief, cube: Cube, levels: Sequence[Fidelity], targ
         target: The fidelity at the origin of the coordinates.
 
     Raises:
-        ValueError: A parameter is not searched on a log scale.
+        ValueError: If a parameter is not searched on a log scale.
     """
     check_belief(belief, cube)
     offset, columns = 0, {}

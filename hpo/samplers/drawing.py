@@ -31,7 +31,7 @@ def complete_settings(
         trial_id: Id of the trial in the storage.
 
     Raises:
-        ValueError: The space contains a distribution that is not a float, int or categorical one.
+        ValueError: If the space contains a distribution that is not a float, int or categorical one.
     """
     # A new study object, because Optuna caches the list of trials between ask and tell.
     trial = Trial(optuna.load_study(study_name=study, storage=storage, sampler=sampler), trial_id)

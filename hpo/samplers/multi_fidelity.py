@@ -64,7 +64,7 @@ class MultiFidelitySampler(BaseSampler):
             (`hpo.samplers.belief`). The first configuration is then this optimum.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: If an argument is out of its range.
 
     Example:
         >>> study = optuna.create_study(sampler=MultiFidelitySampler(seed=0))
@@ -153,7 +153,7 @@ class MultiFidelitySampler(BaseSampler):
             The settings, and the index of the slot to run them at.
 
         Raises:
-            ValueError: There are no slots, the space is empty, or a cost is not positive and finite.
+            ValueError: If there are no slots, the space is empty, or a cost is not positive and finite.
         """
         if not slots:
             raise ValueError("propose needs at least one slot to start in, got none")
@@ -181,7 +181,7 @@ class MultiFidelitySampler(BaseSampler):
             target: The fidelity at which the settings are to be good.
 
         Raises:
-            ValueError: No run has finished with a finite loss.
+            ValueError: If no run has finished with a finite loss.
         """
         cube = Cube(space)
         observed = read_observations(study, cube, target)

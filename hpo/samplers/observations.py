@@ -59,7 +59,7 @@ def read_observations(study: optuna.Study, cube: Cube, target: Fidelity, asking:
         asking: Number of the trial that asks for parameters; it is ignored.
 
     Raises:
-        ValueError: The study has more than one objective.
+        ValueError: If the study has more than one objective.
     """
     sign = -1.0 if get_direction(study) == StudyDirection.MAXIMIZE else 1.0
     done: list[tuple[FrozenTrial, float]] = []

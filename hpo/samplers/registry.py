@@ -22,7 +22,7 @@ def resolve_sampler(sampler: str | BaseSampler, seed: int, belief: Belief | None
         belief: Prior belief of a sampler that is given by name.
 
     Raises:
-        ValueError: It is neither, or it cannot use a belief.
+        ValueError: If it is neither, or it cannot use a belief.
     """
     if isinstance(sampler, BaseSampler):
         if belief:
@@ -44,7 +44,7 @@ def make_sampler(name: str, *, seed: int | None = None, belief: Belief | None = 
         belief: Prior belief about the optimum, for a sampler with a model.
 
     Raises:
-        ValueError: The name is unknown, or the sampler cannot use a belief.
+        ValueError: If the name is unknown, or the sampler cannot use a belief.
     """
     if name in MODEL_SAMPLERS:
         return MultiFidelitySampler(seed=seed, surrogate=MODEL_SAMPLERS[name], belief=belief)

@@ -89,7 +89,7 @@ class Cube:
         distributions: The same, checked to be of a supported kind.
 
     Raises:
-        ValueError: The space is empty, or a distribution is not a float, int or categorical one.
+        ValueError: If the space is empty, or a distribution is not a float, int or categorical one.
     """
 
     space: dict[str, BaseDistribution]

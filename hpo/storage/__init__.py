@@ -1,2 +1,3 @@
-"""Where a study is stored: connections, the journal, locks, leases, retries, and the user attributes of a trial.
-Imports only `scaling`."""
+"""Where a study is stored: connections, the journal, locks, leases, retries, and the user attributes of a trial. It
+imports `scaling` only.
+"""

@@ -1,2 +1,3 @@
 """The study file, the `Trainer` protocol, a study's folder, creating, opening and deleting a study, and its run in
-MLflow. Imports the rooms `surrogate` to `search`."""
+MLflow. It may import `surrogate` to `search`.
+"""

@@ -1,2 +1,3 @@
-"""The Gaussian process: kernel, marginal likelihood, posterior, acquisition function, deep kernels. It imports no other
-room, and it is the only room of `hpo` that imports torch, GPyTorch and BoTorch."""
+"""The Gaussian process: kernel, marginal likelihood, posterior, acquisition function, deep kernels. It is the only
+subpackage of `hpo` that imports torch, GPyTorch and BoTorch, and it imports no other subpackage.
+"""

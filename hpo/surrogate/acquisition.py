@@ -121,14 +121,14 @@ def make_knowledge_gradient(member: EnsembleMember, anchors: Tensor) -> Callable
     """
     mean, _, v_a = member.posterior(anchors)
 
-    def gain(x: Tensor) -> Array:
+    def compute_gain(x: Tensor) -> Array:
         _, variance, v_x = member.posterior(x)
         shift = member.covariance(anchors, v_a, x, v_x) / torch.sqrt(variance + member.noise)
         least = torch.stack([(mean.unsqueeze(-1) + q * shift).amin(0) for q in QUANTILES]).mean(0)
         expected: Array = torch.where(variance > 1e-7, (mean.min() - least).clamp_min(0.0), 0.0).numpy()
         return expected
 
-    return gain
+    return compute_gain
 
 
 def _match_points(a: Array, b: Array) -> NDArray[np.bool_]:

@@ -176,6 +176,7 @@ class InfiniteWidthKernel(_KernelWithPriors):
 
 
 def _make_normal_prior(mean: float, sd: float) -> NormalPrior:
+    """Return a normal prior in double precision."""
     return NormalPrior(torch.tensor(mean, dtype=torch.float64), torch.tensor(sd, dtype=torch.float64))
 
 

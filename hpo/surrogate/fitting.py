@@ -165,7 +165,7 @@ def fit_surrogate(
         The surrogate, conditioned on all runs.
 
     Raises:
-        ValueError: Shapes do not match, or no loss is finite.
+        ValueError: If shapes do not match, or no loss is finite.
     """
     n = len(y)
     if U.ndim != 2 or T.shape != (n, AXES) or len(U) != n or len(level) != n or not U.shape[1]:

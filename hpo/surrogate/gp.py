@@ -178,7 +178,7 @@ def _factorise(k: Tensor) -> Tensor:
     """Return the Cholesky factor of k, with more jitter where rounding leaves a negative pivot.
 
     Raises:
-        ValueError: The matrix is not positive definite even with the largest jitter.
+        ValueError: If the matrix is not positive definite even with the largest jitter.
     """
     scale = float(k.diagonal().mean())
     for jitter in (0.0, 1e-10, 1e-8, 1e-6):
@@ -246,6 +246,7 @@ def build_botorch_model(kernel: Kernel, noise: float, x: Tensor, z: Tensor, mean
 
 @cache
 def _get_thread_pools() -> ThreadpoolController:
+    """Return the thread pools of the loaded libraries, which take long to find."""
     return ThreadpoolController()
 
 

@@ -61,7 +61,7 @@ def compute_fidelity_coordinates(levels: Sequence[Fidelity], target: Fidelity) -
         Coordinates [n, 2].
 
     Raises:
-        ValueError: A token count or a size is not positive and finite.
+        ValueError: If a token count or a size is not positive and finite.
     """
     sizes = np.array([[f.D, f.N] for f in levels], float).reshape(-1, AXES)
     if not (np.isfinite(sizes).all() and (sizes > 0).all() and target.N > 0 and target.D > 0):
@@ -93,7 +93,7 @@ def standardise(y: Array, level: NDArray[np.int64]) -> tuple[Array, float, float
         z [n], offset, scale.
 
     Raises:
-        ValueError: No loss is finite.
+        ValueError: If no loss is finite.
     """
     finite = np.isfinite(y)
     if not finite.any():

@@ -58,17 +58,17 @@ def make_priors(d: int) -> dict[str, tuple[Tensor, float]]:
         unit of t or s.
     """
 
-    def log_median(median: float, *shape: int) -> Tensor:
+    def make_log_median(median: float, *shape: int) -> Tensor:
         return torch.full(shape, math.log(median), dtype=torch.float64)
 
     return {
-        "log_fine": (log_median(1.0, 1), 1.0),
-        "log_bowl": (log_median(0.5, 1), 1.0),
-        "log_smooth": (log_median(0.3, AXES), 1.0),
-        "log_rough": (log_median(0.1, AXES), 1.0),
-        "log_length": (log_median(0.5 * max(1.0, d / 2) ** 0.25, d), 0.8),
+        "log_fine": (make_log_median(1.0, 1), 1.0),
+        "log_bowl": (make_log_median(0.5, 1), 1.0),
+        "log_smooth": (make_log_median(0.3, AXES), 1.0),
+        "log_rough": (make_log_median(0.1, AXES), 1.0),
+        "log_length": (make_log_median(0.5 * max(1.0, d / 2) ** 0.25, d), 0.8),
         "drift": (torch.zeros(AXES, d, dtype=torch.float64), 0.3),
-        "log_noise": (log_median(0.03, 1), 1.5),
+        "log_noise": (make_log_median(0.03, 1), 1.5),
     }
 
 

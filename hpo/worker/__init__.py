@@ -1,2 +1,3 @@
-"""One worker of a study: its loop, the training process, one job, stop signals, results, early stopping. Imports the
-rooms `surrogate` to `study`."""
+"""One worker of a study: its loop, the training process, one job, stop signals, results, early stopping. It may import
+`surrogate` to `study`.
+"""

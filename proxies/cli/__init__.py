@@ -1,1 +1,1 @@
-"""Commands that are too long for `proxies/__main__.py`. Imports all other rooms."""
+"""Commands that are too long for `proxies/__main__.py`. It may import every other subpackage."""

@@ -53,7 +53,7 @@ def grow(
         str | None,
         typer.Option(
             metavar="STUDY.toml | NAME",
-            help="is it worth it for this study's [target]? Measured with a small pair",
+            help="is it worth it for this study's target? Measured with a small pair",
             rich_help_panel=PLAN,
         ),
     ] = None,
@@ -97,8 +97,7 @@ def grow(
 ) -> None:
     """Grow a trained proxy into a wider or deeper model of its family; `proxies train --init` starts from it.
 
-    With --plan nothing is grown: small pairs of the same growth are trained to find out whether it is worth it
-    (docs/growth.md).
+    With --plan nothing is grown: small pairs of the same growth show whether it is worth it (docs/growth.md).
 
     Example: proxies grow studies/quickstart/checkpoints/0012-442368.pt --width 128 --out grown.pt
     """

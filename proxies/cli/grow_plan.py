@@ -204,7 +204,8 @@ def format_cost(question: Question, workers: int) -> str:
         f"judged by the pair {question.small}{second}",
         f"folder: {question.home}",
     ]
-    lines += [f"  {what}: {count:.3g} runs of {size.D:,.0f} tokens" for what, _, size, count in rows]
+    for what, _, size, count in rows:
+        lines.append(f"  {what}: {count:.3g} run{'' if count == 1 else 's'} of {size.D:,.0f} tokens")
     lines += [
         f"  total: {tokens:,.0f} tokens, {flops:.2e} FLOPs ({share:.2g} of the target's run),",
         f"  about {seconds / 60:.1f} minutes on this machine",
@@ -225,13 +226,14 @@ def format_answer(question: Question, answer: GrowthAnswer) -> str:
     verdict = f"use it: {answer['method']}" if answer["use"] else f"do not use it; the best was {answer['method']}"
     lines = [
         f"{question.real} at {question.at:.3g} tokens per parameter{counted}:",
-        f"  {verdict} ({settings})",
+        f"  {verdict}",
+        f"  settings: {settings}",
         f"  loss lower by {format_percent(gain)}, 95 % interval",
         "",
         *format_tables(arm["at"], ladder, decision["base"]),
         "",
-        f"the gain ends at {format_end(arm['break_even'], ladder)} tokens per parameter;",
-        f"  with the base's cost at {format_end(arm['break_even_with_base'], ladder)}",
+        f"the gain ends {format_end(arm['break_even'], ladder)} tokens per parameter;",
+        f"  with the base's cost it ends {format_end(arm['break_even_with_base'], ladder)}",
         f"best lr after growth over scratch's: 2^{answer['because']['lr_octaves_from_scratch'][answer['method']]:+.2f}",
         f"measured at {question.small}, {decision['seeds']} seeds: {100 * at['measured']:+.2f} %;",
         "  the real pair's gain is assumed to be "
@@ -255,7 +257,7 @@ def format_tables(rows: Sequence[ArmAtNote], ladder: tuple[float, ...], base: fl
     for row in ordered:
         gains = format_percent(row["gain"]), format_percent(row["gain_with_base"])
         lines.append(f"{row['horizon']:9.3g}  {gains[0]:>26}  {gains[1]:>26}")
-    lines.append(f"{'tokens/N':>9}  {'fewer tokens, times':>26}  {'with the base':>26}")
+    lines.append(f"{'tokens/N':>9}  {'times fewer tokens':>26}  {'with the base':>26}")
     for row in ordered:
         savings = (
             format_saving(row["saving"], row["horizon"], ladder, 0.0),
@@ -295,12 +297,12 @@ def format_saving(saving: BoundsNote, horizon: float, ladder: tuple[float, ...],
 
 
 def format_end(interval: BoundsNote, ladder: tuple[float, ...]) -> str:
-    """Return the run length where a gain ends, or on which side of the ladder it ends."""
+    """Return where a gain ends: at a run length, or beyond or before all of the ladder's."""
     value, low, high = (_to_float(part) for part in (interval["value"], interval["low"], interval["high"]))
     if value == math.inf:
         text = f"beyond {ladder[-1]:.3g}"
     else:
-        text = f"before {ladder[0]:.3g}" if value == 0 else f"{value:.3g}"
+        text = f"before {ladder[0]:.3g}" if value == 0 else f"at {value:.3g}"
     return f"{text} [{low:.3g}, {high:.3g}]"
 
 

@@ -1,5 +1,3 @@
-"""Settings of proxies, without torch.
-
-The settings of a proxy, its learning-rate schedule, its steps, mixture weights, growth rules, and which optimizers may
-be used. Imports only `scaling`.
+"""Settings without torch: of a proxy, its schedule, its steps, mixture weights, growth rules, and which optimizers may
+be used. It imports `scaling` only.
 """

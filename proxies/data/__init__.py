@@ -1,1 +1,3 @@
-"""The data of proxies: text sources, token files, the tokenizer, windows, corpora, mixtures. Imports `config`."""
+"""The data of proxies: text sources, token files, the tokenizer, training windows, corpora, mixtures. It may import
+`config`.
+"""

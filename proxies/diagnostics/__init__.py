@@ -1,1 +1,1 @@
-"""The coordinate check, learning-rate transfer, and their figures. Imports the rooms `config` to `training`."""
+"""The coordinate check, learning-rate transfer, and their figures. It may import `config` to `training`."""

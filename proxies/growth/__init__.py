@@ -1,4 +1,3 @@
-"""Growth of a small model (weights, moments, files), and `proxies grow --plan` (question, runs, decision).
-
-Imports the rooms `config` to `diagnostics`.
+"""Growing a small model (weights, moments, files), and `proxies grow --plan` (question, runs, decision). It may import
+`config` to `diagnostics`.
 """

@@ -262,7 +262,7 @@ def search_settings(question: Question, start: StartMethod, *, workers: int, uri
     text = run_hpo("best", toml, "--json")
     settings = json.loads(text)
     write_atomically(best, text)
-    logger.info(f"{start}: {settings}")
+    logger.info(f"{start}: {', '.join(f'{name} {value:.4g}' for name, value in settings.items())}")
     return settings
 
 

@@ -1,4 +1,3 @@
 """The target run: its plan, planner, preflight checks and arms, and the monitor that compares it with its prediction.
-
-Imports the rooms `config` to `growth`.
+It may import `config` to `growth`.
 """

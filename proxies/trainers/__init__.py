@@ -1,4 +1,3 @@
-"""The trainers that a study file may name as `[trainer] use`: a family of proxies, or any command.
-
-Imports the rooms `config` to `training`.
+"""The trainers that a study file may name as `[trainer] use`: a family of proxies, or any command. It may import
+`config` to `training`.
 """

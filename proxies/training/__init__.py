@@ -1,4 +1,3 @@
-"""Training: the loop, run state, checkpoints, shards, distributed and stacked training, AutoLRS, throughput.
-
-Imports `config`, `data` and `model`.
+"""Training: the loop, run state, checkpoints, shards, distributed and stacked training, AutoLRS, throughput. It may
+import `config`, `data` and `model`.
 """

@@ -1,1 +1,1 @@
-"""Answers: the recommendation, its flags, and the next run worth doing. May import the rooms `common` to `curves`."""
+"""Answers: the recommendation, its warning flags, and the next run worth doing. It may import `common` to `curves`."""

@@ -1,2 +1,3 @@
-"""What every room may use: the shared parts of the command lines, redaction, quantities such as "7B", `Measurement`, atomic file
-writes. Imports no other room, and no pandas."""
+"""What every subpackage may use: logging, signals, atomic writes, redaction, quantities such as "7B", `Measurement`.
+It imports no other subpackage, and no pandas.
+"""

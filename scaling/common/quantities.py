@@ -12,7 +12,7 @@ def read_count(text: str) -> float:
     """Parse a count such as 7B, 1.4T, 7e9 or 7000000000.
 
     Raises:
-        ValueError: The text is anything else. 7e9B and 7,000, for example, are ambiguous.
+        ValueError: If the text is anything else. 7e9B and 7,000, for example, are ambiguous.
     """
     given = text.strip()
     short = re.fullmatch(PLAIN_NUMBER + "([kmbtKMBT])", given)

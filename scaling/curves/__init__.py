@@ -1,3 +1,3 @@
-"""Loss along one run: its shape, the forecast for a run in progress and for a planned run, and a backtest of both.
-May import the rooms `common` to `runs`.
+"""Loss along one run: its shape, the forecast for a run in progress and for a planned run, and a backtest of both. It
+may import `common` to `runs`.
 """

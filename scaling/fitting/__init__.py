@@ -1,2 +1,3 @@
-"""Fit laws to runs: Newton's method, the loss law, averaged forms, other forms, isoFLOP profiles, the envelope, and the
-law of learning rate and batch size. Imports `common` and `laws`."""
+"""From runs to a law: Newton's method, the loss law, averaged forms, other forms, isoFLOP profiles, the envelope, and
+the law of learning rate and batch size. It may import `common` and `laws`.
+"""

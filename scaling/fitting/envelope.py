@@ -28,7 +28,7 @@ def fit_envelope(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> Frontier:
-    """Fit compute-optimal N and D by approach 1: the least loss over runs at each compute.
+    """Fit compute-optimal N and D by approach 1 of Hoffmann et al. (arXiv 2203.15556), the envelope of runs.
 
     Power laws are fitted through N and D of the best run in each bin of compute. A bin is used if both a smaller and a
     larger N were run beside its best one. Intervals come from a bootstrap over runs.
@@ -50,6 +50,10 @@ def fit_envelope(
     Raises:
         FitError: If fewer than two bins are usable.
         ValueError: If a row is not usable.
+
+    Example:
+        >>> frontier = fit_envelope(curves["N"], curves["D"], curves["loss"], run_ids=curves["run_id"].tolist())
+        >>> frontier.D.interval(1e24)
     """
     n, d, y, c = take_logs(N, D, loss, C)
     grid, values, at_n, at_d, size = _arrange_candidates(n, d, y, c, run_ids, bins)
@@ -97,10 +101,10 @@ def make_law_frontier(fit: Fit, C: ArrayLike) -> Frontier:
     Raises:
         ValueError: If the law has no optimum, or fewer than 20 samples have one.
     """
-    at = np.log(np.atleast_1d(np.asarray(C, float)))
-    middle = float(at.mean())
+    log_c = np.log(np.atleast_1d(np.asarray(C, float)))
+    middle = float(log_c.mean())
 
-    def trend(law_samples: list[tuple[float, float]], law: PowerLaw) -> Trend:
+    def make_trend(law_samples: list[tuple[float, float]], law: PowerLaw) -> Trend:
         return Trend(law, middle, np.cov(np.array(law_samples).T), np.inf)
 
     pairs = []
@@ -118,10 +122,10 @@ def make_law_frontier(fit: Fit, C: ArrayLike) -> Frontier:
     laws = [PowerLaw(float(v * np.exp(-x * middle)), x) for v, x in zip(best, (share, 1 - share), strict=True)]
     return Frontier(
         "law",
-        trend([p[:2] for p in pairs], laws[0]),
-        trend([p[2:] for p in pairs], laws[1]),
+        make_trend([p[:2] for p in pairs], laws[0]),
+        make_trend([p[2:] for p in pairs], laws[1]),
         (),
-        find_range(at),
+        find_range(log_c),
         fit.status,
     )
 
@@ -152,6 +156,10 @@ def compare_approaches(
     Returns:
         The result under "envelope", "isoflop" and "law"; the reason as a sentence in place of a result that these runs
         do not allow.
+
+    Example:
+        >>> approaches = compare_approaches(runs["N"], runs["D"], runs["loss"])
+        >>> make_approaches_table(approaches, C=1e24)
     """
     n, d, y, c = take_logs(N, D, loss, C)
     last = np.arange(n.size)
@@ -211,6 +219,7 @@ def make_approaches_table(approaches: dict[str, Frontier | str], C: float, mass:
 
 
 def _check_run_ids(run_ids: Sequence[Hashable], rows: int) -> None:
+    """Raise ValueError unless there is one id per row."""
     if len(run_ids) != rows:
         raise ValueError(f"run_ids needs one entry per row, got {len(run_ids)} for {rows} rows")
 
@@ -256,7 +265,7 @@ def _fit_winners(
     grid: Array, values: Array, n: Array, d: Array, size: Array, taken: NDArray[np.bool_]
 ) -> tuple[tuple[Array, Array] | None, tuple[ComputeOptimum, ...]]:
     """Fit lines (level at the middle of the grid, exponent) to the best runs' ln N and ln D; None below two bins."""
-    points, at = [], []
+    points, usable = [], []
     for j in range(grid.size):
         rows = np.flatnonzero(np.isfinite(values[:, j]) & taken)
         if rows.size < 3:
@@ -267,9 +276,9 @@ def _fit_winners(
         C, N, D, loss = (float(np.exp(v)) for v in (grid[j], n[best, j], d[best, j], values[best, j]))
         points.append(ComputeOptimum(C, N, D, loss, np.nan, rows.size, status))
         if not edge:
-            at.append((grid[j] - grid.mean(), n[best, j], d[best, j]))
-    if len(at) < 2:
+            usable.append((grid[j] - grid.mean(), n[best, j], d[best, j]))
+    if len(usable) < 2:
         return None, tuple(points)
-    x, log_n, log_d = np.array(at).T
+    x, log_n, log_d = np.array(usable).T
     lines = [np.polyfit(x, v, 1)[::-1] for v in (log_n, log_d)]
     return (lines[0], lines[1]), tuple(points)

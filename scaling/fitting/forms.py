@@ -95,12 +95,15 @@ def fit_form(
     Raises:
         ValueError: If the form is unknown or a row is not usable.
         FitError: If there are too few runs for the form.
+
+    Example:
+        >>> fit_form("kaplan", runs["N"], runs["D"], runs["loss"]).parameters
     """
     if form not in PARAMETER_COUNTS:
         raise ValueError(f"form must be one of {', '.join(PARAMETER_COUNTS)}, got {form!r}")
     size, tokens, losses = (np.asarray(v, float) for v in (N, D, loss))
     check_rows(size, tokens, losses, delta, 0)
-    distinct = _count_distinct(tokens, unique)
+    distinct = _check_unique(tokens, unique)
     if form != "chinchilla" and losses.size <= PARAMETER_COUNTS[form]:
         raise FitError(
             f"the {form} form has {PARAMETER_COUNTS[form]} parameters and needs more runs than that, "
@@ -123,7 +126,8 @@ def fit_form(
     return FormFit(form, law, value, error, fit.status)
 
 
-def _count_distinct(tokens: Array, unique: ArrayLike | None) -> Array:
+def _check_unique(tokens: Array, unique: ArrayLike | None) -> Array:
+    """Return the distinct tokens of each run, at most its tokens; raise ValueError for unusable ones."""
     distinct = tokens if unique is None else np.broadcast_to(np.asarray(unique, float), tokens.shape)
     bad = np.flatnonzero(~(np.isfinite(distinct) & (distinct > 0)))
     if bad.size:
@@ -133,13 +137,13 @@ def _count_distinct(tokens: Array, unique: ArrayLike | None) -> Array:
     return np.minimum(distinct, tokens)
 
 
-# --- the fits ---------------------------------------------------------------------------------------------------------
+# The fit of each form.
 
 
 def _make_huber(model: ModelFunction, y: Array, delta: float) -> Objective:
     """Make the sum of Huber terms of ln L: Gauss-Newton Hessian, metric of Huber's quadratic majoriser."""
 
-    def local(theta: Array, _: NDArray[np.intp]) -> LocalModel:
+    def objective(theta: Array, _: NDArray[np.intp]) -> LocalModel:
         f, jacobian = model(theta)
         r = y - f
         size = np.abs(r)
@@ -152,7 +156,7 @@ def _make_huber(model: ModelFunction, y: Array, delta: float) -> Objective:
         metric = gram(np.minimum(1.0, delta / np.maximum(size, 1e-300)))
         return LocalModel(value, gradient, gram((size <= delta) + 0.0), metric)
 
-    return local
+    return objective
 
 
 def _find_optimum(
@@ -179,6 +183,7 @@ def _find_optimum(
 def _fit_log_linear(
     n: Array, d: Array, y: Array, delta: float, centre: tuple[float, float]
 ) -> tuple[LogLinearLaw, float, list[str]]:
+    """Fit theta = (ln coef, alpha, beta): ln L is linear in n and d."""
     design = np.stack([np.ones_like(n), -n, -d], 1)
 
     def model(theta: Array) -> tuple[Array, Array]:
@@ -282,7 +287,7 @@ def compute_log_worth(amount: Array, distinct: Array, decay: Array) -> tuple[Arr
     return distinct + np.log(gain), 1 - left * (repeats + 1) / gain, (decay * (1 - left) - left * repeats) / gain
 
 
-# --- the choice among them --------------------------------------------------------------------------------------------
+# The choice among the forms.
 
 
 @dataclass(frozen=True)
@@ -372,10 +377,14 @@ def compare_forms(
     Raises:
         ValueError: If a row is not usable.
         FitError: If there are too few runs.
+
+    Example:
+        >>> compare_forms(runs["N"], runs["D"], runs["loss"]).chosen
+        'chinchilla'
     """
     size, tokens, losses = (np.asarray(v, float) for v in (N, D, loss))
     check_rows(size, tokens, losses, delta, 0)
-    distinct = _count_distinct(tokens, unique)
+    distinct = _check_unique(tokens, unique)
     compute = np.log(size) + np.log(tokens) if C is None else np.log(np.asarray(C, float))
     if compute.shape != losses.shape or not np.all(np.isfinite(compute)):
         raise ValueError(f"C needs one positive number per run, got shape {compute.shape} for {losses.size} runs")

@@ -124,6 +124,10 @@ def fit_isoflop(
     Raises:
         FitError: If fewer than two groups have a usable minimum.
         ValueError: If a row is not usable.
+
+    Example:
+        >>> frontier = fit_isoflop(runs["N"], runs["D"], runs["loss"], C=runs["C"])
+        >>> frontier.N.law(1e24), frontier.N.exponent_interval(0.8)
     """
     n, d, y, c = take_logs(N, D, loss, C)
     groups = _group_runs(c, budgets)
@@ -140,7 +144,7 @@ def fit_isoflop(
             f"approach 2 needs 2 or more groups of compute with a minimum inside, got {len(good)} ({why}): "
             "train sizes on both sides of the optimum at each compute, or give budgets"
         )
-    at = np.log([p.C for p in good])
+    log_c = np.log([p.C for p in good])
     variance = np.array([p.sd**2 for p in good])
     doubts = []
     if len(good) < 3:
@@ -148,8 +152,8 @@ def fit_isoflop(
     left = len(points) - len(good)
     if left:
         doubts.append(f"{left} of {len(points)} groups have no usable minimum: {_list_reasons(points)}.")
-    size, tokens = (_fit_trend(at, np.log(v), variance) for v in ([p.N for p in good], [p.D for p in good]))
-    return Frontier("isoflop", size, tokens, tuple(points), find_range(at), " ".join(doubts) or "ok")
+    size, tokens = (_fit_trend(log_c, np.log(v), variance) for v in ([p.N for p in good], [p.D for p in good]))
+    return Frontier("isoflop", size, tokens, tuple(points), find_range(log_c), " ".join(doubts) or "ok")
 
 
 def take_logs(N: ArrayLike, D: ArrayLike, loss: ArrayLike, C: ArrayLike | None) -> tuple[Array, Array, Array, Array]:
@@ -165,6 +169,7 @@ def take_logs(N: ArrayLike, D: ArrayLike, loss: ArrayLike, C: ArrayLike | None) 
 
 
 def _group_runs(c: Array, budgets: ArrayLike | None) -> list[NDArray[np.intp]]:
+    """Return the rows of each group of equal compute."""
     if budgets is not None:
         nominal = np.log(np.sort(np.asarray(budgets, float).ravel()))
         nearest = np.argmin(np.abs(c[:, None] - nominal), 1)
@@ -249,17 +254,17 @@ def _fit_trend(c: Array, y: Array, variance: Array) -> Trend:
     middle, freedom = float(c.mean()), len(c) - 2
     design = np.stack([np.ones_like(c), c - middle], 1)
 
-    def solve(scatter: float) -> tuple[Array, Array, float]:
+    def fit_line(scatter: float) -> tuple[Array, Array, float]:
         weight = 1 / (variance + scatter)
         inverse = np.linalg.inv((design.T * weight) @ design)
         line = np.asarray(inverse @ (design.T @ (weight * y)))
         return line, np.asarray(inverse), float(np.sum(weight * (y - design @ line) ** 2))
 
     scatter = 0.0
-    if freedom > 0 and solve(0.0)[2] > freedom:
+    if freedom > 0 and fit_line(0.0)[2] > freedom:
         top = float(np.sum((y - y.mean()) ** 2)) + 1e-12
-        scatter = float(brentq(lambda s: solve(s)[2] - freedom, 0.0, top))
-    line, inverse, _ = solve(scatter)
+        scatter = float(brentq(lambda s: fit_line(s)[2] - freedom, 0.0, top))
+    line, inverse, _ = fit_line(scatter)
     law = PowerLaw(float(np.exp(line[0] - line[1] * middle)), float(line[1]))
     return Trend(law, middle, inverse, float(max(freedom, 1)))
 

@@ -126,8 +126,8 @@ class Fit:
             seed: Seed of the draws.
 
         Raises:
-            FitError: The predicted loss has no minimum inside the searched range.
-            ValueError: C is not positive and finite, or `mass` is not between 0 and 1.
+            FitError: If the predicted loss has no minimum inside the searched range.
+            ValueError: If C is not positive and finite, or `mass` is not between 0 and 1.
         """
         if not (np.isfinite(C) and C > 0 and 0 < mass < 1):
             raise ValueError(f"an optimum needs positive finite FLOPs and a mass between 0 and 1, got {C=}, {mass=}")
@@ -203,8 +203,8 @@ def fit_loss_law(
         The fit. Its `status` is "ok", or says in sentences what is doubtful.
 
     Raises:
-        ValueError: A row is unusable, or shapes do not match.
-        FitError: No law can exist, with fewer than three runs or with a single N and a single D.
+        ValueError: If a row is unusable, or shapes do not match.
+        FitError: If no law can exist: with fewer than three runs, or with a single N and a single D.
 
     Example:
         >>> fit = fit_loss_law(runs["N"], runs["D"], runs["loss"], bootstrap=200)

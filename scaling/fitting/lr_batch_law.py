@@ -207,8 +207,8 @@ def fit_hp_law(runs: pd.DataFrame, *, seed: int = 0) -> HPFit:
         The fit. Its `status` is "ok", or says in sentences what is doubtful.
 
     Raises:
-        ValueError: A column is missing, or a setting is not positive and finite.
-        FitError: No run is usable.
+        ValueError: If a column is missing, or a setting is not positive and finite.
+        FitError: If no run is usable.
 
     Example:
         >>> fit = fit_hp_law(runs)
@@ -332,7 +332,7 @@ def fit_loss_floors(hp: HPFit, *, bootstrap: int = 0, seed: int = 0) -> tuple[Fi
         The loss law, and the noise of one run (standard deviation of ln L) that the minima do not contain.
 
     Raises:
-        FitError: No law can exist.
+        FitError: If no law can exist.
     """
     floors = hp.floors
     if len(floors) >= 3:

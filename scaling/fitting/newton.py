@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from scaling.common.arrays import Array
 
-# k problems, p parameters, m data
+# Shapes: k problems, p parameters, m data.
 
 # Values this small are zero up to rounding: residuals of 1e-11 and less.
 NEGLIGIBLE = 1e-22
@@ -37,7 +37,7 @@ class LocalModel(NamedTuple):
     metric: Array
 
 
-# (theta (k, p), indices of the problems (k,)) -> Local
+# A function of theta (k, p) and the indices of the problems (k,).
 Objective: TypeAlias = Callable[[Array, NDArray[np.intp]], LocalModel]
 
 
@@ -107,6 +107,7 @@ def minimise(
 
 
 def _compute_step(local: LocalModel, theta: Array, damping: Array, low: Array, high: Array) -> Array:
+    """Return the damped Newton step (k, p), zero in parameters that the gradient pushes against a bound."""
     held = ((theta <= low) & (local.gradient > 0)) | ((theta >= high) & (local.gradient < 0))
     diagonal = np.arange(theta.shape[1])
     scale = np.sqrt(local.metric[:, diagonal, diagonal])
@@ -127,6 +128,7 @@ def _compute_step(local: LocalModel, theta: Array, damping: Array, low: Array, h
 
 
 def _select(mask: NDArray[np.bool_], yes: Array, no: Array) -> Array:
+    """Select whole problems: `yes` where the mask (k,) holds, else `no`."""
     return np.asarray(np.where(mask.reshape(-1, *[1] * (yes.ndim - 1)), yes, no))
 
 

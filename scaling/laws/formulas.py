@@ -76,7 +76,7 @@ class LossLaw:
             N and D, with the shape of C.
 
         Raises:
-            ValueError: One of the two terms does not fall, so there is no optimum; or C is not positive.
+            ValueError: If one of the two terms does not fall, so there is no optimum; or C is not positive.
         """
         compute = np.asarray(C, float) / 6.0
         if not (self.A > 0 and self.B > 0 and self.alpha > 0 and self.beta > 0):
@@ -126,7 +126,7 @@ class KaplanLaw:
         N^(1+p) = p N_c^p C / (6 D_c) with p = alpha_N / alpha_D (derived here).
 
         Raises:
-            ValueError: C or an exponent is not positive.
+            ValueError: If C or an exponent is not positive.
         """
         compute, p = np.asarray(C, float) / 6.0, self.alpha_N / self.alpha_D
         if not (np.all(compute > 0) and p > 0):

@@ -80,7 +80,7 @@ class PublishedLaw:
             D: Training tokens.
 
         Raises:
-            ValueError: N or D is not positive and finite.
+            ValueError: If N or D is not positive and finite.
         """
         size, tokens = np.asarray(N, float), np.asarray(D, float)
         for letter, values in (("N", size), ("D", tokens)):
@@ -189,7 +189,7 @@ def get_published_law(name: str) -> PublishedLaw:
     """Return a published law by name.
 
     Raises:
-        ValueError: No law has this name. The message suggests the most similar one.
+        ValueError: If no law has this name. The message suggests the most similar one.
     """
     for law in PUBLISHED_LAWS:
         if law.name == name:

@@ -1,3 +1,3 @@
-"""The only code that imports MLflow: client, experiments and runs, logging, fast reader, durable recorder.
-May import the rooms `common` and `laws`.
+"""The only code that imports MLflow: the client, experiments and runs, logging, the fast reader, the durable recorder.
+It may import `common` and `laws`.
 """

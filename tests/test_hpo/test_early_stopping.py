@@ -446,7 +446,7 @@ def test_a_run_that_was_killed_and_resumed_is_judged_as_before(
 ) -> None:
     """It is killed between its last point and the decision, and again between the two writes of its end."""
 
-    class Killed(BaseException):
+    class WorkerKilled(BaseException):
         pass
 
     whole, broken = study(0.01), study(0.0100001)
@@ -457,10 +457,10 @@ def test_a_run_that_was_killed_and_resumed_is_judged_as_before(
     def judge_or_die(*arguments: Any) -> Stopped | None:
         if original_judge(*arguments) is None:
             return None
-        raise Killed
+        raise WorkerKilled
 
     monkeypatch.setattr(early_stopping, "judge", judge_or_die)
-    with pytest.raises(Killed):
+    with pytest.raises(WorkerKilled):
         broken.work()
     monkeypatch.setattr(early_stopping, "judge", original_judge)
     (hanging,) = [t.number for t in broken.search.study.trials if t.state == TrialState.RUNNING]
@@ -474,12 +474,12 @@ def test_a_run_that_was_killed_and_resumed_is_judged_as_before(
 
     def die(trial_id: int, state: TrialState, *rest: Any) -> bool:
         if state == TrialState.PRUNED:
-            raise Killed
+            raise WorkerKilled
         return write(trial_id, state, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(broken.search._writer.storage, "set_trial_state_values", die)
-        with pytest.raises(Killed):
+        with pytest.raises(WorkerKilled):
             broken.run(job)
     assert broken.trainer.trained == trained, "the stored points are enough for the decision"
     assert not broken.files.partial(job.config, int(job.fidelity.D)).exists()

@@ -58,7 +58,7 @@ def test_a_flipped_bit_in_the_weights_is_noticed(tmp_path: Path) -> None:
 
 
 def test_foreign_files_are_refused_and_their_code_does_not_run(tmp_path: Path) -> None:
-    class Trap:
+    class PickleTrap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(tmp_path / "ran"),)
 
@@ -69,10 +69,10 @@ def test_foreign_files_are_refused_and_their_code_does_not_run(tmp_path: Path) -
     torch.save([1, 2], foreign)
     with pytest.raises(ValueError, match="with format 'list'"):
         load_state(foreign)
-    foreign.write_bytes(pickle.dumps(Trap()))
+    foreign.write_bytes(pickle.dumps(PickleTrap()))
     with pytest.raises(ValueError, match="something else"):
         load_state(foreign)
-    torch.save({"format": FORMAT, "model": Trap()}, foreign)
+    torch.save({"format": FORMAT, "model": PickleTrap()}, foreign)
     with pytest.raises(ValueError, match="something else"):
         load_state(foreign)
     assert not (tmp_path / "ran").exists()

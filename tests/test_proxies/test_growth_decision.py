@@ -568,9 +568,9 @@ def test_the_command_answers(toml: Path, monkeypatch: pytest.MonkeyPatch, words:
         assert answer["settings"] == {"lr": 0.02, "shrink": 0.9, "noise": 0.5}
         assert answer["decision"]["arms"][0]["at"][-1]["measured"] == pytest.approx(-math.log(0.88))
         return
-    assert "use it: shrink-pad-perturb (lr 0.02, shrink 0.9, noise 0.5)" in result.stdout
+    assert "use it: shrink-pad-perturb\n  settings: lr 0.02, shrink 0.9, noise 0.5\n" in result.stdout
     assert ("the base's cost counted" in result.stdout) == (words == ("--count-base",))
-    assert "the gain ends at beyond 8" in result.stdout
+    assert "the gain ends beyond 8" in result.stdout
 
 
 @pytest.mark.slow

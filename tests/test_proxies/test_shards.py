@@ -105,7 +105,7 @@ def test_a_folder_gives_back_the_tree_that_was_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-class Killed(BaseException):
+class WriterKilled(BaseException):
     """Like SIGKILL: nothing of the writer runs after it."""
 
 
@@ -127,13 +127,13 @@ def test_a_writer_killed_anywhere_leaves_the_previous_checkpoint_or_none(
         # The writer is killed after these two calls, and before the others.
         if at in ("write_tensors", "sync_folder"):
             own(*args)
-        raise Killed
+        raise WriterKilled
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, at, killed)
         if at == "sync_folder":
             patch.setattr(atomic, at, killed)
-        with pytest.raises(Killed):
+        with pytest.raises(WriterKilled):
             write_run(changed(4), path)
     if at == "sync_folder":
         assert_same(load_state(path), changed(4))
@@ -200,7 +200,7 @@ def test_a_flipped_bit_or_a_missing_file_is_noticed(tmp_path: Path) -> None:
 
 
 def test_foreign_folders_are_refused_and_their_code_does_not_run(tmp_path: Path) -> None:
-    class Trap:
+    class ShardTrap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(tmp_path / "ran"),)
 
@@ -224,7 +224,7 @@ def test_foreign_folders_are_refused_and_their_code_does_not_run(tmp_path: Path)
     arguments = pickle.dumps((str(tmp_path / "ran"), "w"), protocol=4)[2:-1]
     # It calls what torch's own module has imported.
     opened = b"\x80\x04" + module + name + b"\x93" + arguments + b"R."
-    for reason, trap in (("mkdir", pickle.dumps(Trap())), (r"io\.FileIO", opened)):
+    for reason, trap in (("mkdir", pickle.dumps(ShardTrap())), (r"io\.FileIO", opened)):
         table.write_bytes(trap)
         # An attacker would also fix the checksum.
         write_state(header | {"files": header["files"] | compute_checksums([table])}, path / HEADER)

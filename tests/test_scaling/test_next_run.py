@@ -1,3 +1,7 @@
+"""The next run narrows the intervals as promised, tested in planted worlds."""
+
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -7,16 +11,16 @@ import pytest
 
 from scaling.advice.next_run import (
     SWEEP_FACTORS,
-    simulate_run,
-    simulate_sweep,
-    list_candidates,
     compute_default_limit,
     compute_interval_factors,
     compute_loss_half_width,
+    list_candidates,
     plan_next,
+    simulate_run,
+    simulate_sweep,
 )
 from scaling.advice.recommendation import parse_next_run
-from scaling.common.quantities import read_count, format_count
+from scaling.common.quantities import format_count, read_count
 from scaling.fitting.loss_law import Fit
 from scaling.fitting.lr_batch_law import HPFit, fit_hp_law, fit_loss_floors
 from scaling.laws.formulas import HPLaw
@@ -26,50 +30,50 @@ TARGET = (8e6, 8e7)
 MASS = 0.9
 
 
-def evidence(seed: int, law: HPLaw = MUP, **changes: object) -> tuple[HPFit, Fit, float, pd.DataFrame]:
+def fit_planted_runs(seed: int, law: HPLaw = MUP, **changes: object) -> tuple[HPFit, Fit, float, pd.DataFrame]:
     runs = sweep(law, **({"per": 15, "seed": seed, "parametrization": "mup"} | changes))  # type: ignore[arg-type]
     hp = fit_hp_law(runs)
     return hp, *fit_loss_floors(hp), runs
 
 
-def trained(
+def train_runs(
     law: HPLaw, N: float, D: float, lr: np.ndarray, batch: np.ndarray, rng: np.random.Generator
 ) -> pd.DataFrame:
-    """What such runs really give in the planted world, with noise."""
+    """Return what such runs give in the planted world, with noise."""
     best_lr, best_batch = (float(v) for v in law(N, D))
     above = height(np.log(lr / best_lr), np.log(batch / best_batch)) + 0.003 * rng.standard_normal(lr.size)
     loss = float(FLOOR(N, D)) * np.exp(above)
     return pd.DataFrame({"N": N, "D": D, "lr": lr, "batch_tokens": batch, "loss": loss, "parametrization": "mup"})
 
 
-def after_really(
+def fit_with_new_runs(
     runs: pd.DataFrame, hp: HPFit, place: tuple[float, float], rng: np.random.Generator, sweep_of_nine: bool
 ) -> HPFit:
-    """Fitted again to the table with the proposed runs in it, everything from the start."""
+    """Add the proposed runs to the table and fit everything again."""
     lr, batch = (float(v) for v in hp.law(*place))
     factors = np.array(SWEEP_FACTORS if sweep_of_nine else (1.0,))
     lrs, batches = (v.ravel() for v in np.meshgrid(lr * factors, batch * factors))
-    return fit_hp_law(pd.concat([runs, trained(MUP, *place, lrs, batches, rng)], ignore_index=True))
+    return fit_hp_law(pd.concat([runs, train_runs(MUP, *place, lrs, batches, rng)], ignore_index=True))
 
 
-def over_seeds(found: Callable[[int], tuple[float, ...]], seeds: int = 20) -> np.ndarray:
-    return np.array([found(seed) for seed in range(seeds)])
+def collect_over_seeds(measure: Callable[[int], tuple[float, ...]], seeds: int = 20) -> np.ndarray:
+    return np.array([measure(seed) for seed in range(seeds)])
 
 
 @pytest.mark.slow
-def test_a_run_narrows_the_loss_as_was_said_and_the_best_more_than_the_worst() -> None:
-    def found(seed: int) -> tuple[float, ...]:
-        hp, fit, noise, runs = evidence(seed)
+def test_a_run_narrows_the_loss_as_promised_and_the_best_candidate_more_than_the_worst() -> None:
+    def measure(seed: int) -> tuple[float, ...]:
+        hp, fit, noise, runs = fit_planted_runs(seed)
         places = list_candidates(hp, *TARGET)
         claims = [simulate_run(hp, fit, noise, *place, *TARGET, MASS) for place in places]
         rng = np.random.default_rng(seed)
         real = []
         for i in (int(np.argmin(claims)), int(np.argmax(claims))):
-            again, again_noise = fit_loss_floors(after_really(runs, hp, places[i], rng, False))
+            again, again_noise = fit_loss_floors(fit_with_new_runs(runs, hp, places[i], rng, False))
             real.append(compute_loss_half_width(again, again_noise, *TARGET, MASS))
         return compute_loss_half_width(fit, noise, *TARGET, MASS), min(claims), *real
 
-    halves = over_seeds(found)
+    halves = collect_over_seeds(measure)
     now, claimed, best, worst = np.median(halves, 0)
     assert claimed < now
     assert best < now
@@ -79,17 +83,19 @@ def test_a_run_narrows_the_loss_as_was_said_and_the_best_more_than_the_worst() -
 
 
 @pytest.mark.slow
-def test_a_sweep_narrows_rate_and_batch_as_was_said() -> None:
-    def found(seed: int) -> tuple[float, ...]:
-        hp, fit, _, runs = evidence(seed, per=6)
+def test_a_sweep_narrows_rate_and_batch_as_promised() -> None:
+    def measure(seed: int) -> tuple[float, ...]:
+        hp, fit, _, runs = fit_planted_runs(seed, per=6)
         place = list_candidates(hp, *TARGET)[-1]
         claimed = simulate_sweep(hp, fit, *place)
-        real = after_really(runs, hp, place, np.random.default_rng(seed), True)
+        real = fit_with_new_runs(runs, hp, place, np.random.default_rng(seed), True)
         widths = [np.log(compute_interval_factors(h, *TARGET, MASS)) for h in (hp, claimed, real)]
         regrets = [h.expected_regret(*TARGET) for h in (hp, claimed, real)]
         return *(float(v) for w in widths for v in w), *regrets
 
-    now_lr, now_batch, lr, batch, real_lr, real_batch, now_regret, regret, real_regret = np.median(over_seeds(found), 0)
+    now_lr, now_batch, lr, batch, real_lr, real_batch, now_regret, regret, real_regret = np.median(
+        collect_over_seeds(measure), 0
+    )
     assert lr < 0.9 * now_lr
     assert batch < 0.9 * now_batch
     assert regret < 0.9 * now_regret
@@ -98,8 +104,8 @@ def test_a_sweep_narrows_rate_and_batch_as_was_said() -> None:
     assert 0.7 < real_regret / regret < 1.4
 
 
-def test_the_plan_is_the_best_of_the_candidates_and_holds_its_price() -> None:
-    hp, fit, noise, _ = evidence(0)
+def test_the_plan_is_the_best_candidate_and_stays_within_the_limit() -> None:
+    hp, fit, noise, _ = fit_planted_runs(0)
     plan = plan_next(hp, fit, *TARGET, run_noise=noise, mass=MASS, at_most=5e12)
     places = list_candidates(hp, *TARGET, 5e12)
     assert (plan.N, plan.D) in places
@@ -114,7 +120,7 @@ def test_the_plan_is_the_best_of_the_candidates_and_holds_its_price() -> None:
 
 
 def test_batches_are_whole_sequences_all_different() -> None:
-    hp, fit, noise, _ = evidence(0)
+    hp, fit, noise, _ = fit_planted_runs(0)
     for length in (128, 100_000):
         plan = plan_next(hp, fit, *TARGET, run_noise=noise, seq_len=length)
         counts = [b / length for b in (plan.batch_tokens, *plan.sweep.batch_tokens)]
@@ -124,7 +130,7 @@ def test_batches_are_whole_sequences_all_different() -> None:
 
 
 def test_the_limit_is_three_times_the_largest_run_and_a_tenth_of_the_target() -> None:
-    hp = evidence(0)[0]
+    hp = fit_planted_runs(0)[0]
     largest = 6 * 4e5 * 1.8e6
     assert compute_default_limit(hp, *TARGET) == pytest.approx(3 * largest)
     assert compute_default_limit(hp, 8e5, 5e6) == pytest.approx(0.1 * 6 * 8e5 * 5e6)
@@ -136,15 +142,15 @@ def test_the_limit_is_three_times_the_largest_run_and_a_tenth_of_the_target() ->
 
 
 def test_a_larger_run_narrows_more() -> None:
-    hp, fit, noise, _ = evidence(1)
+    hp, fit, noise, _ = fit_planted_runs(1)
     small, large = (
         plan_next(hp, fit, *TARGET, run_noise=noise, at_most=at_most).loss_half[1] for at_most in (5e12, 4e14)
     )
     assert large < 0.8 * small
 
 
-def test_a_limit_below_any_sensible_run_is_refused_with_what_it_takes() -> None:
-    hp, fit, noise, _ = evidence(0)
+def test_a_limit_too_low_for_any_run_is_refused_with_what_is_needed() -> None:
+    hp, fit, noise, _ = fit_planted_runs(0)
     with pytest.raises(ValueError, match=r"needs .* FLOPs or more, got at most 100"):
         plan_next(hp, fit, *TARGET, run_noise=noise, at_most=100.0)
     with pytest.raises(ValueError, match="at_most must be positive"):
@@ -152,18 +158,18 @@ def test_a_limit_below_any_sensible_run_is_refused_with_what_it_takes() -> None:
 
 
 def test_a_run_smaller_than_every_other_is_hardly_a_gain() -> None:
-    """3e10 FLOPs where the smallest run had 1.2e11, and a target just beyond the data."""
-    left = []
+    """The run has 3e10 FLOPs, the smallest in the data 1.2e11, and the target lies just beyond the data."""
+    remaining = []
     for seed in range(8):
-        hp, fit, noise, _ = evidence(seed)
+        hp, fit, noise, _ = fit_planted_runs(seed)
         (place,) = list_candidates(hp, 4.5e5, 2e6, 3e10)
-        then = simulate_run(hp, fit, noise, *place, 4.5e5, 2e6, MASS)
-        left.append(then / compute_loss_half_width(fit, noise, 4.5e5, 2e6, MASS))
-    assert 0.9 < np.median(left) < 1.1
+        after = simulate_run(hp, fit, noise, *place, 4.5e5, 2e6, MASS)
+        remaining.append(after / compute_loss_half_width(fit, noise, 4.5e5, 2e6, MASS))
+    assert 0.9 < np.median(remaining) < 1.1
 
 
-def test_no_gain_is_said_to_be_none() -> None:
-    hp, fit, noise, _ = evidence(0)
+def test_a_run_that_gains_nothing_is_reported_as_such() -> None:
+    hp, fit, noise, _ = fit_planted_runs(0)
     plan = plan_next(hp, fit, *TARGET, run_noise=noise)
     assert "raise --at-most" in str(replace(plan, loss_half=(0.01, 0.0095)))
     assert "raise --at-most" not in str(replace(plan, loss_half=(0.01, 0.0085)))
@@ -171,29 +177,47 @@ def test_no_gain_is_said_to_be_none() -> None:
 
 
 def test_the_mup_prior_is_kept_when_runs_are_added() -> None:
-    lone = evidence(2, sizes=(1e5,), tokens=(2e5, 6e5))
+    lone = fit_planted_runs(2, sizes=(1e5,), tokens=(2e5, 6e5))
     assert simulate_sweep(lone[0], lone[1], 1e5, 1.8e6).law.lr_N == pytest.approx(0.0, abs=0.01)
-    plain = evidence(2, LARGE, sizes=(1e8,), tokens=(2e9, 8e9), parametrization="standard")
+    plain = fit_planted_runs(2, LARGE, sizes=(1e8,), tokens=(2e9, 8e9), parametrization="standard")
     assert simulate_sweep(plain[0], plain[1], 1e8, 3e10).law.lr_N == pytest.approx(-0.6, abs=0.01)
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("7B", 7e9), ("1.4T", 1.4e12), ("350M", 3.5e8), ("10k", 1e4), ("7e9", 7e9), ("7E+9", 7e9), (" 42 ", 42.0), (".5b", 5e8)],
-)  # fmt: skip
+    [
+        ("7B", 7e9),
+        ("1.4T", 1.4e12),
+        ("350M", 3.5e8),
+        ("10k", 1e4),
+        ("7e9", 7e9),
+        ("7E+9", 7e9),
+        (" 42 ", 42.0),
+        (".5b", 5e8),
+    ],
+)
 def test_counts_are_read_as_people_write_them(text: str, value: float) -> None:
     assert read_count(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "7,000", "7e9B", "-7B", "0", "7 B", "nan", "inf", "seven", "7e-3", "7G", "1e999"])
-def test_anything_else_is_no_count(text: str) -> None:
+def test_anything_else_is_refused_as_a_count(text: str) -> None:
     with pytest.raises(ValueError, match="needed a positive count such as 7B"):
         read_count(text)
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(7e9, "7B"), (6.979e9, "6.98B"), (999.4, "999"), (999.7, "1K"), (999_700.0, "1M"), (1.4e12, "1.4T"), (2e15, "2e+15"), (1024, "1.02K")],
-)  # fmt: skip
-def test_counts_are_said_in_three_digits(value: float, text: str) -> None:
+    [
+        (7e9, "7B"),
+        (6.979e9, "6.98B"),
+        (999.4, "999"),
+        (999.7, "1K"),
+        (999_700.0, "1M"),
+        (1.4e12, "1.4T"),
+        (2e15, "2e+15"),
+        (1024, "1.02K"),
+    ],
+)
+def test_counts_are_printed_with_three_digits(value: float, text: str) -> None:
     assert format_count(value) == text

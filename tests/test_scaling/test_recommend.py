@@ -1,3 +1,7 @@
+"""Recommendations, tested on planted runs whose law and bowl are known."""
+
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
@@ -19,6 +23,7 @@ from tests.test_scaling.test_lr_batch_law import FLOOR, MUP, sweep
 
 
 def table(**changes: Any) -> pd.DataFrame:
+    """Return a planted sweep with run ids; the changes are options of `sweep`."""
     runs = sweep(MUP, **({"per": 15, "seed": 0, "parametrization": "mup", "seq_len": 128} | changes))
     return runs.assign(run_id=[f"run-{i}" for i in range(len(runs))])
 
@@ -31,7 +36,7 @@ def codes(answer: Recommendation) -> dict[str, bool]:
     return {f.code: f.serious for f in answer.flags}
 
 
-def test_a_planted_world_is_recommended_back() -> None:
+def test_the_settings_and_the_loss_of_a_planted_law_are_recommended() -> None:
     answer = recommend(RUNS, N=8e5, D=5e6, space=WIDE)
     lr, batch = (float(v) for v in MUP(8e5, 5e6))
     assert answer.trustworthy
@@ -44,7 +49,7 @@ def test_a_planted_world_is_recommended_back() -> None:
     assert 0 < answer.expected_regret < 0.02
 
 
-def test_compute_alone_asks_where_the_averaged_prediction_is_least() -> None:
+def test_for_compute_alone_the_size_with_the_least_averaged_prediction_is_chosen() -> None:
     answer = recommend(RUNS, C=2e13)
     size, tokens = answer.N, answer.D
     assert 6 * size * tokens == pytest.approx(2e13)
@@ -74,9 +79,9 @@ def test_other_bad_input_is_refused() -> None:
 def test_targets_are_not_fitted_and_diverged_runs_are_counted() -> None:
     plain = recommend(RUNS, N=8e5, D=5e6)
     target = RUNS.head(4).assign(N=8e5, D=5e6, loss=0.5, role="target", run_id="t")
-    lost = RUNS.head(3).assign(diverged=True, loss=0.01, run_id="d")
+    diverged = RUNS.head(3).assign(diverged=True, loss=0.01, run_id="d")
     mixed = pd.concat(
-        [RUNS.assign(role="proxy", diverged=False), target.assign(diverged=False), lost.assign(role="proxy")]
+        [RUNS.assign(role="proxy", diverged=False), target.assign(diverged=False), diverged.assign(role="proxy")]
     )
     answer = recommend(mixed, N=8e5, D=5e6)
     assert (answer.lr, answer.loss) == (plain.lr, plain.loss)
@@ -88,8 +93,8 @@ def test_targets_are_not_fitted_and_diverged_runs_are_counted() -> None:
 def test_excluded_rows_are_counted_and_not_fitted() -> None:
     plain = recommend(RUNS, N=8e5, D=5e6)
     stopped = RUNS.head(5).assign(loss=0.9, excluded="stopped", run_id="s")
-    lost = RUNS.head(2).assign(loss=np.nan, excluded="diverged", run_id="d")
-    answer = recommend(check_runs(pd.concat([RUNS, stopped, lost], ignore_index=True)), N=8e5, D=5e6)
+    diverged = RUNS.head(2).assign(loss=np.nan, excluded="diverged", run_id="d")
+    answer = recommend(check_runs(pd.concat([RUNS, stopped, diverged], ignore_index=True)), N=8e5, D=5e6)
     assert (answer.lr, answer.loss) == (plain.lr, plain.loss)
     assert (answer.provenance["n_excluded"], answer.provenance["n_diverged"]) == (5, 2)
     assert "(left out: 2 diverged, 5 excluded otherwise)" in " ".join(str(answer).split())
@@ -110,7 +115,7 @@ def test_provenance_names_the_runs() -> None:
     assert recommend(RUNS.iloc[1:], N=8e5, D=5e6).provenance["run_ids_sha256"] != answer.provenance["run_ids_sha256"]
 
 
-def test_it_goes_through_strict_json_and_back() -> None:
+def test_a_recommendation_survives_strict_json() -> None:
     answer = recommend(RUNS, N=8e5, D=5e6)
     text = json.dumps(answer.to_dict(), allow_nan=False)
     assert Recommendation.from_dict(json.loads(text)) == answer
@@ -134,20 +139,20 @@ def test_every_field_comes_back_from_json_and_older_notes_are_read() -> None:
     assert "Recommendation for" in str(old)
 
 
-def test_the_compute_optimal_size_has_an_interval_that_holds_the_planted_one() -> None:
-    held = 0
+def test_the_compute_optimal_size_has_an_interval_that_covers_the_planted_one() -> None:
+    covered = 0
     for seed in range(10):
         answer = recommend(table(seed=seed, noise=0.002), C=2e13, mass=0.9)
         assert answer.N_interval is not None
         assert answer.D_interval is not None
         assert answer.N_interval[0] < answer.N < answer.N_interval[1]
         assert answer.N_interval[0] * answer.D_interval[1] == pytest.approx(2e13 / 6, rel=0.2)
-        held += answer.N_interval[0] < float(FLOOR.optimum(2e13)[0]) < answer.N_interval[1]
-    assert held >= 7
+        covered += answer.N_interval[0] < float(FLOOR.optimum(2e13)[0]) < answer.N_interval[1]
+    assert covered >= 7
     assert recommend(RUNS, N=8e5, D=5e6).N_interval is None
 
 
-def test_published_laws_stand_beside_with_their_warnings() -> None:
+def test_published_laws_are_shown_with_their_warnings() -> None:
     large = table(sizes=(6e7, 2e8, 4e8), tokens=(2e9, 8e9, 3e10))
     inside = recommend(large, N=4e8, D=3e10, beside=["step-law", "horizon"])
     step, horizon = inside.beside
@@ -173,7 +178,7 @@ def test_an_untrusted_answer_says_so_first_and_last_with_the_reason() -> None:
     assert "NOT TO BE" not in str(recommend(RUNS, N=8e5, D=5e6, space=WIDE))
 
 
-def test_the_next_run_is_asked_for_and_refused_only_when_a_limit_was_given() -> None:
+def test_a_next_run_is_optional_and_an_impossible_limit_is_refused() -> None:
     assert recommend(RUNS, N=8e5, D=5e6).next_run is None
     planned = recommend(RUNS, N=8e6, D=8e7, next_run=True).next_run
     assert planned is not None
@@ -198,7 +203,7 @@ def test_reach_beyond_the_data_is_flagged_and_serious_above_thirty_times() -> No
 
 
 def test_compute_far_beyond_the_data_is_serious_though_neither_size_nor_tokens_are() -> None:
-    """No run has both the largest N and the largest D: 29 times each is 29² times 9 of the largest compute."""
+    """No run has both the largest N and the largest D, so 29 times each is 29² times 9 of the largest compute."""
     corner = RUNS[(RUNS["N"] < 4e5) | (RUNS["D"] < 6e5)]
     corner = corner[(corner["D"] < 1.8e6) | (corner["N"] < 2e5)]
     largest = 6 * (corner["N"] * corner["D"]).max()
@@ -214,7 +219,7 @@ def test_below_the_smallest_size_the_intervals_are_doubted() -> None:
     assert "below-N" not in codes(recommend(RUNS, N=1e5, D=6e5, space=WIDE))
 
 
-def test_a_batch_that_moves_with_size_is_said_with_its_factor() -> None:
+def test_a_batch_that_moves_with_size_is_flagged_with_its_factor() -> None:
     shrinking = HPLaw(MUP.lr_coef, 0.0, -0.25, MUP.batch_coef * 2e5**0.4, -0.4, 0.5)
     runs = sweep(shrinking, per=40, seed=0, parametrization="mup", sizes=(5e4, 1e5, 2e5, 4e5))
     (flag,) = (f for f in recommend(runs, N=4e6, D=1.8e6).flags if f.code == "batch-beyond-N")
@@ -223,7 +228,7 @@ def test_a_batch_that_moves_with_size_is_said_with_its_factor() -> None:
     assert "batch-beyond-N" not in codes(recommend(RUNS, N=4e6, D=1.8e6))
 
 
-def test_forms_that_part_far_out_are_shown_side_by_side() -> None:
+def test_forms_that_disagree_far_out_are_shown_side_by_side() -> None:
     far = recommend(RUNS, N=29 * 4e5, D=29 * 1.8e6)
     (flag,) = (f for f in far.flags if f.code == "forms-disagree")
     with_floor, without = (float(v) for v in re.findall(r"(\d\.\d{4}) with", flag.text))
@@ -251,13 +256,14 @@ def test_optima_outside_the_space_in_most_groups_are_serious() -> None:
 def test_too_few_scales_are_flagged() -> None:
     two = recommend(table(sizes=(1e5, 4e5)), N=8e5, D=5e6, space=WIDE)
     assert codes(two)["few-N"] is True
-    assert codes(recommend(table(sizes=(1e5, 4e5)), N=2e5, D=5e6, space=WIDE))["few-N"] is False  # between the two
+    # A target between the two sizes is no serious doubt.
+    assert codes(recommend(table(sizes=(1e5, 4e5)), N=2e5, D=5e6, space=WIDE))["few-N"] is False
     one = codes(recommend(table(tokens=(6e5,)), N=8e5, D=5e6, space=WIDE))
     assert one["few-D"] is True
     assert one["few-groups"] is False
 
 
-def test_two_groups_still_answer_and_are_not_trusted() -> None:
+def test_two_groups_give_an_answer_that_is_not_trusted() -> None:
     answer = recommend(table(sizes=(1e5, 4e5), tokens=(6e5,)), N=1e6, D=1e6)
     assert not answer.trustworthy
     assert codes(answer)["few-groups"] is True
@@ -277,8 +283,9 @@ def test_the_count_of_parameters_is_named() -> None:
     assert any("N_total 600,000" in f.text for f in answer.flags if f.code == "n-convention")
     chinchilla = recommend(RUNS.assign(N_total=RUNS["N"]), N=8e5, D=5e6)
     assert "Chinchilla" in chinchilla.provenance["N_convention"]
-    said = recommend(counted.assign(N_convention="nonembedding"), N=8e5, D=5e6)
-    assert "Kaplan" in said.provenance["N_convention"]  # the table's own word goes before what its columns suggest
+    kaplan = recommend(counted.assign(N_convention="nonembedding"), N=8e5, D=5e6)
+    # The convention that the table names takes precedence over what its columns suggest.
+    assert "Kaplan" in kaplan.provenance["N_convention"]
     assert (
         "was not recorded" in recommend(RUNS.assign(N_convention="as given"), N=8e5, D=5e6).provenance["N_convention"]
     )
@@ -290,11 +297,12 @@ def test_more_noise_between_runs_widens_the_interval_of_one_run() -> None:
     width = [
         float(np.ptp(np.log(recommend(table(per=40, noise=s), N=2e5, D=6e5).loss_interval))) for s in (0.001, 0.02)
     ]
-    assert width[1] > 2 * 1.645 * 0.02 * 0.8  # at least the noise itself
+    # At least the noise itself.
+    assert width[1] > 2 * 1.645 * 0.02 * 0.8
     assert width[1] > 2 * width[0]
 
 
-def test_the_table_shows_every_number_and_flag() -> None:
+def test_the_printed_table_shows_every_number_and_flag() -> None:
     answer = recommend(RUNS, N=40 * 4e5, D=5e6)
     text = str(answer)
     for shown in (f"{answer.lr:.4g}", f"{answer.batch_tokens:,.0f}", f"{answer.loss:.4f}", "90 % interval", "SERIOUS"):
@@ -303,13 +311,13 @@ def test_the_table_shows_every_number_and_flag() -> None:
     assert "No serious warnings" in str(dataclasses.replace(answer, flags=()))
 
 
-def test_a_law_that_moves_with_size_is_followed() -> None:
+def test_a_learning_rate_that_moves_with_size_is_followed() -> None:
     moving = HPLaw(MUP.lr_coef * 2e5**0.5, -0.5, -0.25, MUP.batch_coef, 0.0, 0.5)
     answer = recommend(sweep(moving, per=20, seed=3), N=8e5, D=5e6)
     assert answer.lr_interval[0] < float(moving(8e5, 5e6)[0]) < answer.lr_interval[1]
 
 
-def test_a_compute_optimum_elsewhere_by_the_plain_law_is_noted_and_one_without_bounds_is_serious() -> None:
+def test_another_compute_optimum_by_the_plain_law_is_noted_and_one_without_bounds_is_serious() -> None:
     near, far = recommend(RUNS, C=2e13), recommend(RUNS, C=1e17)
     assert "optimum-forms" not in codes(near)
     assert codes(far)["optimum-forms"] is False

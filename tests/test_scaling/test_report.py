@@ -1,4 +1,4 @@
-"""The report: whatever the table holds, one page that needs nothing else."""
+"""A report is one page that needs nothing else, whatever the table holds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scaling.advice.recommendation import Recommendation, recommend
 from scaling.common.quantities import format_count
 from scaling.curves.backtest import RunCurve, check_forecasts, read_study_curves, read_table_curves
 from scaling.fitting.lr_batch_law import fit_hp_law
-from scaling.laws.published import list_published_laws, get_published_law
+from scaling.laws.published import get_published_law, list_published_laws
 from scaling.report import figures, tables
 from scaling.report.figures import TargetCurve
 from scaling.report.html import fit_everything, render_report
@@ -27,8 +27,8 @@ from scaling.runs.table import check_runs
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def planted(sizes: tuple[float, ...] = (1e4, 4e4, 1.6e5), **columns: Any) -> pd.DataFrame:
-    """A known law and bowl; one run in each group diverged."""
+def plant_runs(sizes: tuple[float, ...] = (1e4, 4e4, 1.6e5), **columns: Any) -> pd.DataFrame:
+    """Plant a known law and bowl; one run in each group diverged."""
     rng = np.random.default_rng(0)
     rows = []
     for N in sizes:
@@ -42,8 +42,8 @@ def planted(sizes: tuple[float, ...] = (1e4, 4e4, 1.6e5), **columns: Any) -> pd.
     return check_runs(table.assign(**columns))
 
 
-def curves(sizes: tuple[float, ...] = (1e4, 1e5), runs: int = 4, noise: float = 1e-3) -> list[RunCurve]:
-    """Power laws along runs at a constant rate, each with an amplitude of its own."""
+def plant_curves(sizes: tuple[float, ...] = (1e4, 1e5), runs: int = 4, noise: float = 1e-3) -> list[RunCurve]:
+    """Plant power laws along runs at a constant rate, each with its own amplitude."""
     rng = np.random.default_rng(1)
     tokens = np.geomspace(1e4, 1e6, 25)
     out = []
@@ -54,16 +54,16 @@ def curves(sizes: tuple[float, ...] = (1e4, 1e5), runs: int = 4, noise: float = 
     return out
 
 
-def svgs(page: str) -> list[str]:
+def find_svgs(page: str) -> list[str]:
     return ["<svg" + part.split("</svg>")[0] + "</svg>" for part in page.split("<svg")[1:]]
 
 
-def titles(page: str) -> list[str]:
+def find_titles(page: str) -> list[str]:
     return re.findall("<h2>(.*?)</h2>", page)
 
 
-def test_the_page_says_the_recommendation_and_whether_it_held() -> None:
-    runs = planted()
+def test_the_page_shows_the_recommendation_and_whether_targets_met_it() -> None:
+    runs = plant_runs()
     answer = recommend(runs, N=6e5, D=3e6)
     held = TargetCurve("warm", [1e5, 1e6], [3.0, 2.5], 3e6, answer.loss)
     missed = TargetCurve("scratch", [1e5, 1e6], [3.0, 2.5], 3e6, 2 * answer.loss)
@@ -87,13 +87,14 @@ def test_the_page_says_the_recommendation_and_whether_it_held() -> None:
         "Best runs",
         "Provenance",
     ):
-        assert title in titles(page)
-    assert len(svgs(page)) == 9 + 9 + 2 + 2 + 2 + 1 + 1  # nine groups
+        assert title in find_titles(page)
+    # There are nine groups.
+    assert len(find_svgs(page)) == 9 + 9 + 2 + 2 + 2 + 1 + 1
 
 
 def test_every_figure_is_well_formed_and_nothing_is_fetched_or_run() -> None:
-    page = render_report("planted", planted(), curves=curves())
-    for svg in svgs(page):
+    page = render_report("planted", plant_runs(), curves=plant_curves())
+    for svg in find_svgs(page):
         root = ElementTree.fromstring(svg)
         links = [v for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
         assert all(link.startswith("#") for link in links)
@@ -105,7 +106,7 @@ def test_every_figure_is_well_formed_and_nothing_is_fetched_or_run() -> None:
 
 def test_text_from_the_table_and_the_notes_is_escaped() -> None:
     evil = "<script>alert('1 & 2')</script>"
-    runs = planted(name=evil)
+    runs = plant_runs(name=evil)
     runs.loc[:1, "excluded"] = evil
     answer = recommend(runs, N=6e5, D=3e6)
     answer = dataclasses.replace(answer, provenance=answer.provenance | {evil: evil}, next_run={evil: evil})
@@ -114,40 +115,40 @@ def test_text_from_the_table_and_the_notes_is_escaped() -> None:
     assert "<script" not in page
     assert "a &lt;b&gt;" in page
     assert page.count("&lt;script&gt;") > 8
-    for svg in svgs(page):
+    for svg in find_svgs(page):
         ElementTree.fromstring(svg)
 
 
 def test_one_group_is_drawn_without_laws_it_cannot_have() -> None:
-    runs = planted((1e4,))
+    runs = plant_runs((1e4,))
     page = render_report("one", runs[runs["D"] == 1e5])
     assert "No loss law: a loss law needs at least 3 runs" in page
-    assert "Compute-optimal size by three approaches" not in titles(page)
-    assert len(svgs(page)) == 1 + 1 + 2 + 1
+    assert "Compute-optimal size by three approaches" not in find_titles(page)
+    assert len(find_svgs(page)) == 1 + 1 + 2 + 1
 
 
 def test_a_column_that_does_not_vary_has_no_bowl() -> None:
-    there = titles(render_report("one lr", planted(lr=0.003)))
-    assert "Loss against learning rate" not in there
-    assert "Loss against batch, tokens per step" in there
+    shown = find_titles(render_report("one lr", plant_runs(lr=0.003)))
+    assert "Loss against learning rate" not in shown
+    assert "Loss against batch, tokens per step" in shown
 
 
 def test_a_table_of_sizes_tokens_and_losses_is_enough() -> None:
-    runs = planted()
+    runs = plant_runs()
     best = runs.loc[runs.groupby(["N", "D"])["loss"].idxmin(), ["N", "D", "loss"]]
     page = render_report("bare", check_runs(best))
     assert "missing: lr, batch_tokens" in page
-    assert "Forms of the loss law" in titles(page)
+    assert "Forms of the loss law" in find_titles(page)
 
 
-def test_nothing_usable_is_refused_with_the_reasons() -> None:
-    runs = planted()
+def test_a_table_without_usable_rows_is_refused_with_the_reasons() -> None:
+    runs = plant_runs()
     with pytest.raises(ValueError, match=r"got none of 9 \(9 diverged\)"):
         render_report("lost", runs[runs["diverged"]])
 
 
-def test_rows_kept_out_of_laws_move_no_law_and_are_counted() -> None:
-    runs = planted()
+def test_excluded_rows_change_no_law_and_are_counted() -> None:
+    runs = plant_runs()
     odd = runs.tail(8).assign(loss=0.5, diverged=False, final=False, excluded="not final: <a point>")
     clean, more = fit_everything(runs), fit_everything(pd.concat([runs, odd], ignore_index=True))
     assert not isinstance(clean.law, str)
@@ -160,12 +161,12 @@ def test_rows_kept_out_of_laws_move_no_law_and_are_counted() -> None:
 
 
 def test_the_same_table_gives_the_same_page() -> None:
-    one, two = (render_report("planted", planted((1e4, 4e4)), curves=curves()) for _ in range(2))
+    one, two = (render_report("planted", plant_runs((1e4, 4e4)), curves=plant_curves()) for _ in range(2))
     assert one == two
 
 
 def test_a_note_of_an_older_version_is_drawn() -> None:
-    runs = planted()
+    runs = plant_runs()
     plain = recommend(runs, N=6e5, D=3e6).to_dict()
     for new in ("next_run", "beside", "run_ids", "N_interval", "D_interval"):
         plain.pop(new, None)
@@ -173,24 +174,24 @@ def test_a_note_of_an_older_version_is_drawn() -> None:
     assert "What to run next" not in page
 
 
-def test_the_next_run_is_told_in_words() -> None:
+def test_the_next_run_is_described_in_words() -> None:
     sweep = {
         "N": 2e4, "D": 3e6, "lr": [1e-3, 2e-3, 4e-3], "batch_tokens": [100.0, 200.0, 400.0],
         "lr_factor": [1.6, 1.3], "batch_factor": [2.0, 1.7],
     }  # fmt: skip
-    said = dict(
+    rows = dict(
         tables.describe_next_run(
             {"N": 1.5e5, "D": 2e6, "lr": 2.1e-3, "batch_tokens": 640.0, "loss_half": [0.031, 0.018], "sweep": sweep}
         )
     )
-    assert said["one run"] == "N 150K, D 2M, lr 0.0021, batch 640 tokens"
-    assert said["loss at the target"] == "± 3.10 % now, ± 1.80 % expected after it"
-    assert said["batch at the target"] == "within a factor of 2.00 now, 1.70 expected after them"
+    assert rows["one run"] == "N 150K, D 2M, lr 0.0021, batch 640 tokens"
+    assert rows["loss at the target"] == "± 3.10 % now, ± 1.80 % expected after it"
+    assert rows["batch at the target"] == "within a factor of 2.00 now, 1.70 expected after them"
 
 
 def test_under_mup_published_rates_are_not_compared() -> None:
     laws = [get_published_law(name) for name in list_published_laws()]
-    hp = fit_hp_law(planted())
+    hp = fit_hp_law(plant_runs())
     for mup, shown in ((False, {"step-law", "deepseek", "kaplan"}), (True, {"step-law", "deepseek"})):
         table = tables.tabulate_published(laws, hp, 4e8, 1e10, mup)
         assert table is not None
@@ -198,31 +199,32 @@ def test_under_mup_published_rates_are_not_compared() -> None:
         assert all(bool(row[1]) is not mup for row in table.rows[1:])
 
 
-def test_planted_curves_are_forecast_from_half_and_no_run_sees_its_own_end() -> None:
-    checks = check_forecasts(curves())
+def test_planted_curves_are_forecast_from_their_half_and_no_forecast_uses_the_end_of_its_run() -> None:
+    checks = check_forecasts(plant_curves())
     assert [(c.N, c.runs) for c in checks] == [(1e4, 4), (1e5, 4)]
     for c in checks:
-        assert c.error < 0.004  # of noise .001
+        # The noise is 0.001.
+        assert c.error < 0.004
         assert c.error < c.carried_error / 4
         assert c.covered >= 3
-    # the forecast of the only run of its group is the same whatever its end
-    lone, rest = curves((3e4,), runs=1)[0], curves()
+    # The forecast of the only run of a group is the same, whatever its end.
+    lone, rest = plant_curves((3e4,), runs=1)[0], plant_curves()
     other = dataclasses.replace(lone, loss=np.append(lone.loss[:-1], 1.3 * lone.loss[-1]))
     (a,), (b,) = ([c for c in check_forecasts([x, *rest]) if c.N == 3e4] for x in (lone, other))
     assert (1 + a.bias) * lone.loss[-1] == pytest.approx((1 + b.bias) * other.loss[-1])
 
 
-def test_a_tables_own_curves_are_found_and_rungs_of_a_ladder_are_none() -> None:
-    rows = [(c.run_id, c.N, t, y) for c in curves() for t, y in zip(c.tokens, c.loss, strict=True)]
+def test_curves_in_a_table_are_found_and_rungs_of_a_ladder_are_not_curves() -> None:
+    rows = [(c.run_id, c.N, t, y) for c in plant_curves() for t, y in zip(c.tokens, c.loss, strict=True)]
     runs = check_runs(pd.DataFrame(rows, columns=["run_id", "N", "D", "loss"]).assign(final=False))
     found = read_table_curves(runs)
-    assert {c.run_id for c in found} == {c.run_id for c in curves()}
+    assert {c.run_id for c in found} == {c.run_id for c in plant_curves()}
     assert all(c.D == 1e6 and c.tokens.size == 25 for c in found)
     assert read_table_curves(runs.assign(rung=0)) == []
 
 
-class Store:
-    """As much of an MLflow client as reading a curve needs: one run at lr .01, points to beyond 1000 tokens."""
+class StubClient:
+    """The part of an MLflow client that reading a curve needs: one run, with points beyond 1000 tokens."""
 
     def get_run(self, run_id: str) -> Any:
         return SimpleNamespace(data=SimpleNamespace(params={"cooldown": "0.2", "warmup_tokens": "10"}))
@@ -233,16 +235,16 @@ class Store:
 
 
 def test_a_studys_curves_stop_where_the_cooldown_branches_off() -> None:
-    """Beyond that the trunk goes on to a rung that is not in the table yet."""
+    """After the branch, the trunk continues to a rung that is not in the table yet."""
     rows = {"run_id": ["a", "a"], "N": 100, "D": [500, 1000], "loss": [4.1, 3.5], "rung": [0, 1]}
-    (found,) = read_study_curves(cast(Any, Store()), check_runs(pd.DataFrame(rows)))
-    assert found.tokens.tolist() == [100, 200, 400, 700, 1000]
-    assert found.loss.tolist() == [4.9, 4.8, 4.6, 4.3, 3.5]
-    assert found.schedule is not None
-    assert found.schedule(np.array([5.0, 500.0, 800.0, 850.0, 1000.0])).tolist() == pytest.approx([0.5, 1, 1, 0.5, 0])
+    (curve,) = read_study_curves(cast(Any, StubClient()), check_runs(pd.DataFrame(rows)))
+    assert curve.tokens.tolist() == [100, 200, 400, 700, 1000]
+    assert curve.loss.tolist() == [4.9, 4.8, 4.6, 4.3, 3.5]
+    assert curve.schedule is not None
+    assert curve.schedule(np.array([5.0, 500.0, 800.0, 850.0, 1000.0])).tolist() == pytest.approx([0.5, 1, 1, 0.5, 0])
 
 
-def test_colours_tell_sizes_apart_and_few_keeps_the_ends() -> None:
+def test_every_size_has_its_own_colour_and_a_selection_keeps_both_ends() -> None:
     for sizes in (range(1, 5), range(1, 40)):
         colours = figures.assign_colours(float(N) for N in sizes)
         assert len(set(colours.values())) == len(sizes)

@@ -294,6 +294,7 @@ app.command()(launch.launch)
 
 
 def main() -> None:
+    """Run the command."""
     app()
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hpo.storage.trial_attributes import Stopped
 from hpo.study.files import repeat_suffix
-from hpo.study.trainer import Trainer
+from hpo.study.trainer import RunSettings, Trainer
 from hpo.worker.early_stopping import StoppedEarly
 from hpo.worker.results import read_result, write_result
 from hpo.worker.signals import StopSignals
@@ -137,7 +137,7 @@ def _train_repeat(
             return early.stopped
 
 
-def _describe(job: Job, trainer: Trainer, repeat: int) -> dict[str, Any]:
+def _describe(job: Job, trainer: Trainer, repeat: int) -> RunSettings:
     """Return the settings of one repeat of a job for the record."""
     return trainer.describe(job.params, job.fidelity, repeat=repeat) | {
         "config": job.config,

@@ -1,5 +1,4 @@
-"""Decide whether a warm start is worth it, from paired runs of a small pair of models, for a larger pair of the same
-growth.
+"""Decide whether a warm start is worth it for a pair of models, from paired runs of a smaller pair of the same growth.
 
 Run lengths are in tokens per parameter of the larger model of a pair (TPP). A ladder holds one run's annealed losses at
 several run lengths; between two of its rungs ln loss is a straight line in ln tokens. How the small pair predicts the
@@ -24,9 +23,12 @@ MASS = 0.95
 # Number of draws behind every interval.
 DRAWS = 2000
 # Prior on the gain of a pair a doubling of the width larger, at equal TPP: gain * e^(LOG_MEAN +- LOG_SD) +- OFFSET_SD,
-# the same at all run lengths. LOG_SD counts as an estimate with PRIOR_FREEDOM degrees of freedom. The prior comes from
-# five small comparisons (docs/growth.md), so it is rough.
-LOG_MEAN, LOG_SD, OFFSET_SD, PRIOR_FREEDOM = -0.3, 0.7, 0.008, 4
+# the same at all run lengths. It comes from five small comparisons (docs/growth.md), so it is rough.
+LOG_MEAN = -0.3
+LOG_SD = 0.7
+OFFSET_SD = 0.008
+# Degrees of freedom for which LOG_SD counts.
+PRIOR_FREEDOM = 4
 
 Floats = NDArray[np.float64]
 
@@ -181,12 +183,12 @@ def decide(
     mass = _find_joint_mass(np.hstack([_interpolate(x, knots, draws) for draws in gains.values()]), MASS)
     arms = tuple(_answer_arm(name, pair, gains[name], lengths, base, mass) for name in sorted(pair.warm))
 
-    def gain(arm: ArmAnswer) -> BootstrapInterval:
+    def get_gain(arm: ArmAnswer) -> BootstrapInterval:
         return arm.asked.gain_with_base if count_base else arm.asked.gain
 
-    best = max(arms, key=lambda arm: gain(arm).value)
+    best = max(arms, key=lambda arm: get_gain(arm).value)
     return Decision(
-        use=gain(best).low > 0,
+        use=get_gain(best).low > 0,
         arm=best.name,
         count_base=count_base,
         horizon=at,
@@ -380,11 +382,10 @@ def _summarize(draws: Floats, mass: float) -> BootstrapInterval:
 
 
 def _summarize_bounds(draws: Floats, mass: float) -> BootstrapInterval:
-    """Return the interval of draws of which only bounds [draw, 2] may be known, from the lower bounds' to the upper
-    ones'.
+    """Return the interval of draws that may be known only by bounds, [draw, 2].
 
-    Its value is inf or 0 where the estimate is bounded on one side only, and NaN where both bounds are finite but
-    differ.
+    It reaches from the quantile of the lower bounds to that of the upper bounds. Its value is inf or 0 where the
+    estimate is bounded on one side only, and NaN where both bounds are finite but differ.
     """
     low = np.quantile(draws[1:, 0], (1 - mass) / 2, method="inverted_cdf")
     high = np.quantile(draws[1:, 1], (1 + mass) / 2, method="inverted_cdf")

@@ -1,7 +1,6 @@
-"""The JSON notes that a launch plan carries along: the recommendation behind it, and the advice of `proxies grow
---plan`.
+"""JSON notes in a launch plan: the recommendation behind it, and the advice of `proxies grow --plan`.
 
-They are kept exactly as they were written, keys of later versions included, so these types only say what is in them.
+They are kept exactly as they were written, keys of later versions included. These types only describe them.
 """
 
 from __future__ import annotations

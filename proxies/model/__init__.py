@@ -1,1 +1,3 @@
-"""The transformer and its fused passes, the muP table, optimizers, the recipe and its export. It may import `config`."""
+"""The transformer and its fused passes, the muP table, optimizers, the recipe and its export.
+It may import `config`.
+"""

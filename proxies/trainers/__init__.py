@@ -1,3 +1,3 @@
 """The trainers that a study file may name as `[trainer] use`: a family of proxies, or any command. It may import
-`config` to `training`.
+everything from `config` to `training`.
 """

@@ -9,16 +9,17 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import pandas as pd
 
+from scaling.advice.comparison import PublishedComparison, compare_published_law, format_comparison
 from scaling.advice.flags import CONVENTIONS, Flag, collect_flags, find_convention, find_searched_ranges, flag_optimum
 from scaling.advice.next_run import NextRun, NextRunNote, Sweep, compute_loss_half_width, plan_next
 from scaling.common.quantities import format_count
 from scaling.fitting.lr_batch_law import HPFit, fit_hp_law, fit_loss_floors
-from scaling.laws.published import PublishedLaw, get_published_law, list_published_laws
+from scaling.laws.published import get_published_law, list_published_laws
 from scaling.runs.table import hash_rows, hash_table, usable
 
 INTERVAL_FIELDS = ("lr_interval", "batch_interval", "loss_interval", "N_interval", "D_interval")
@@ -57,24 +58,27 @@ class RecommendationProvenance(TypedDict, total=False):
     N_convention: str
 
 
-class PublishedComparison(TypedDict):
-    """What a published law gives at the target.
+class LossLawValues(TypedDict):
+    """The fitted loss law L = E + A / N^alpha + B / D^beta in nats per token, and "ok" or what is doubtful."""
 
-    Attributes:
-        name: The name of the law.
-        source: The paper.
-        lr: Learning rate; None if the law gives none.
-        batch_tokens: Tokens per optimizer step; None if the law gives none.
-        exponents: The exponents of "lr" and "batch_tokens", by symbol.
-        warnings: Why the numbers may not apply.
-    """
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+    status: str
 
-    name: str
-    source: str
-    lr: float | None
-    batch_tokens: float | None
-    exponents: dict[str, dict[str, float]]
-    warnings: list[str]
+
+class HPLawValues(TypedDict):
+    """The fitted law of learning rate and batch, each a power of N and D, and "ok" or what is doubtful."""
+
+    lr_coef: float
+    lr_N: float
+    lr_D: float
+    batch_coef: float
+    batch_N: float
+    batch_D: float
+    status: str
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,8 @@ class Recommendation:
             an upper bound.
         flags: Reasons to doubt this. If any of them is serious, do not trust the recommendation.
         provenance: Which runs it is based on.
-        loss_law: E, A, B, alpha, beta and status of the fitted law L = E + A / N^alpha + B / D^beta.
-        hp_law: Coefficients, exponents and status of the law of learning rate and batch.
+        loss_law: The fitted loss law.
+        hp_law: The fitted law of learning rate and batch.
         N_interval: The interval of the compute-optimal N; None if N and D were given.
         D_interval: The interval of the compute-optimal D, tokens; None if N and D were given.
         next_run: What to run next, as JSON keeps a `scaling.advice.next_run.NextRun`; None if it was not asked for.
@@ -124,8 +128,8 @@ class Recommendation:
     expected_regret: float
     flags: tuple[Flag, ...]
     provenance: RecommendationProvenance
-    loss_law: dict[str, float | str]
-    hp_law: dict[str, float | str]
+    loss_law: LossLawValues
+    hp_law: HPLawValues
     # The fields below are missing in older notes.
     N_interval: tuple[float, float] | None = None
     D_interval: tuple[float, float] | None = None
@@ -174,7 +178,7 @@ class Recommendation:
             lines += [_wrap(f"  {'SERIOUS' if f.serious else 'note'}: {f.text}", 4) for f in flags]
         if self.beside:
             lines += ["", "Published laws, for comparison only; each has its own setting and its own N:"]
-            lines += [_wrap(_format_published(law, self), 18) for law in self.beside]
+            lines += [_wrap(format_comparison(law, self.lr, self.batch_tokens), 18) for law in self.beside]
         if self.next_run is not None:
             lines += ["", "What to run next to narrow this most:", str(parse_next_run(self.next_run))]
         end = f"{UNTRUSTED} until the serious warnings are resolved." if serious else "No serious warnings."
@@ -290,12 +294,12 @@ def recommend(
         expected_regret=hp.expected_regret(N, D),
         flags=tuple(flags),
         provenance=_build_provenance(runs, hp, convention),
-        loss_law=asdict(fit.law) | {"status": fit.status},
-        hp_law=asdict(hp.law) | {"status": hp.status},
+        loss_law=cast(LossLawValues, asdict(fit.law) | {"status": fit.status}),
+        hp_law=cast(HPLawValues, asdict(hp.law) | {"status": hp.status}),
         N_interval=N_interval,
         D_interval=D_interval,
         next_run=note,
-        beside=tuple(_compare_published(law, N, D, convention) for law in laws),
+        beside=tuple(compare_published_law(law, N, D, convention) for law in laws),
         run_ids=tuple(_list_run_ids(hp)),
     )
 
@@ -372,48 +376,6 @@ def _format_origin(provenance: RecommendationProvenance) -> str:
         f"Based on {provenance['n_runs']} runs in {provenance['n_groups']} groups of equal N and D"
         f"{f' (left out: {left_out})' if left_out else ''}.{data}"
     )
-
-
-def _compare_published(law: PublishedLaw, N: float, D: float, convention: str) -> PublishedComparison:
-    """Return what a published law gives at (N, D), with the warnings that belong to it."""
-    lr, batch = law(N, D)
-    warnings = []
-    is_covered = law.covers(N, D)
-    if is_covered is False:
-        warnings.append("outside the range it was measured in")
-    elif is_covered is None and (lr is not None or batch is not None):
-        warnings.append("the range it was measured in is not known here")
-    if law.N_definition.startswith("non-embedding") and convention != "nonembedding":
-        yours = CONVENTIONS[convention].split(":")[0].split(";")[0]
-        warnings.append(f"its N is {law.N_definition}; yours: {yours}")
-    elif not law.N_definition.startswith(("non-embedding", "not in the law")):
-        warnings.append(law.N_definition)
-    return {
-        "name": law.name,
-        "source": law.source,
-        "lr": None if lr is None else float(lr),
-        "batch_tokens": None if batch is None else float(batch),
-        "exponents": {k: dict(v) for k, v in law.exponents.items()},
-        "warnings": warnings,
-    }
-
-
-def _format_published(law: PublishedComparison, ours: Recommendation) -> str:
-    """Return a published law as text, relative to a recommendation."""
-    parts = []
-    if law["lr"] is not None:
-        parts.append(f"lr {law['lr']:.3g} ({law['lr'] / ours.lr:.2g} x ours)")
-    if law["batch_tokens"] is not None:
-        ratio = law["batch_tokens"] / ours.batch_tokens
-        parts.append(f"batch {format_count(law['batch_tokens'])} ({ratio:.2g} x ours)")
-    if not parts:
-        symbols = {"batch_tokens": "B"}
-        for setting, exponents in law["exponents"].items():
-            power = " ".join(f"{symbols.get(x, x)}^{e:g}" for x, e in exponents.items() if e)
-            parts.append(f"{'lr' if setting == 'lr' else 'B'} as {power}")
-        parts.append("no level of its own")
-    text = "; ".join([", ".join(parts), *law["warnings"]])
-    return f"  {law['name']:16}{text}. {law['source']}"
 
 
 def _find_seq_len(runs: pd.DataFrame) -> int | None:

@@ -160,14 +160,14 @@ def _format_groups(summary: FitSummary) -> list[str]:
     lines = [
         "Each group: lowest loss as fitted, in nats per token, and the best settings",
         "by the law (90 % intervals in parentheses)",
-        f"{'N':>7}{'D':>8}{'runs':>6}{'loss':>9}   {'learning rate':29}batch in tokens",
+        f"{'N':>6}{'D':>8}{'runs':>6}{'loss':>9}   {'learning rate':30}batch in tokens",
     ]
     for floor, best in zip(summary["floors"], summary["optima"], strict=True):
         (lr_low, lr_high), (batch_low, batch_high) = best["lr_interval"], best["batch_interval"]
         lr = f"{best['lr']:.3g} ({lr_low:.3g}–{lr_high:.3g})"
         batch = f"{format_count(best['batch_tokens'])} ({format_count(batch_low)}–{format_count(batch_high)})"
-        size = f"{format_count(floor['N']):>7}{format_count(floor['D']):>8}"
-        lines.append(f"{size}{floor['n']:>6}{floor['loss']:>9.4f}   {lr:29}{batch}")
+        size = f"{format_count(floor['N']):>6}{format_count(floor['D']):>8}"
+        lines.append(f"{size}{floor['n']:>6}{floor['loss']:>9.4f}   {lr:30}{batch}")
     return lines
 
 

@@ -211,7 +211,9 @@ def _build_bowl_sections(fits: ReportFits) -> list[ReportSection]:
         return [ReportSection("Learning rate and batch", caption=f"No law of learning rate and batch: {hp}.")]
     floors = hp.floors[hp.floors["n"] >= MIN_BOWL_RUNS]
     groups = list(floors[["N", "D", "loss"]].itertuples(index=False, name=None))
-    picked = np.unique(np.linspace(0, len(groups) - 1, MAX_BOWLS).round().astype(int)) if groups else []
+    picked: list[int] = []
+    if groups:
+        picked = np.unique(np.linspace(0, len(groups) - 1, MAX_BOWLS).round().astype(int)).tolist()
     colours = figures.assign_colours(hp.floors["N"])
     names = {"lr": "learning rate" + (" (base width)" if fits.mup else ""), "batch_tokens": "batch, tokens per step"}
     sections = []

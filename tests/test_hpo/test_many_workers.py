@@ -24,8 +24,8 @@ from hpo.study.config import StudyConfig, load_study
 from hpo.study.files import StudyFiles
 from hpo.study.lifecycle import create_study, delete_study, list_studies, open_existing
 from hpo.study.trainer import Trainer
-from tests.test_hpo.test_launcher import STUDY, Study
 from tests.test_hpo.test_leases import FakeClock
+from tests.test_hpo.toy_study import STUDY, ToyStudy
 
 POSTGRESQL = bool(shutil.which("postgres") or [*Path("/usr/lib/postgresql").glob("*/bin/postgres")])
 needs_postgresql = pytest.mark.skipif(not POSTGRESQL, reason="needs PostgreSQL's programs")
@@ -72,7 +72,7 @@ def test_faults_are_found() -> None:
     assert any("more than" in f for f in find_faults(study, [*trials, *more]))
 
 
-class PostgresStudy(Study):
+class PostgresStudy(ToyStudy):
     """A study that is stored in PostgreSQL."""
 
     def __init__(self, folder: Path, url: str, pause: float) -> None:
@@ -95,17 +95,17 @@ def server(tmp_path: Path) -> Iterator[PostgreSQLServer]:
 @pytest.mark.filterwarnings("ignore")
 def test_a_killed_postgresql_is_waited_for(server: PostgreSQLServer, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
-    study = PostgresStudy(tmp_path / "work", server.url, pause=0.1)
+    study = PostgresStudy(tmp_path / "work", server.url, pause=0.0)
+    study.hold(tokens=6_000)
     launcher = study.start("launch", "toy")
-    study.wait_until(lambda: study.trained().total() > 20, launcher)
+    study.wait_until_held(2, launcher)
     server.kill()
-    time.sleep(3)
+    study.release()
+    study.wait_until(lambda: "the storage does not answer" in launcher.stderr, launcher)
     server.start()
-    _, err = launcher.communicate(timeout=240)
-    assert launcher.returncode == 0, err
-    assert "the storage does not answer" in err
+    launcher.finish()
     study.check_whole()
-    assert set(study.trained().values()) == {1}, "training continued meanwhile"
+    assert set(study.count_steps().values()) == {1}, "training continued meanwhile"
     study.env.pop("MUSCALE_STORAGE")
     assert "was launched in postgresql" in study.run("status", "toy", code=2)
     folder = study.folder / "studies" / "toy"

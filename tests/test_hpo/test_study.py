@@ -1,4 +1,4 @@
-"""The study file: good ones are read, bad ones are refused whole, each mistake by field name, with nothing written."""
+"""Valid study files are read. Invalid ones are refused, with each mistake by field name, and nothing is written."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ tokens = 300_000
 """
 
 
-def write(folder: Path, text: str) -> Path:
+def write_study(folder: Path, text: str) -> Path:
     path = folder / "s.toml"
     path.write_text(text)
     return path
 
 
-def problems(folder: Path, text: str) -> list[str]:
+def list_problems(folder: Path, text: str) -> list[str]:
     with pytest.raises(StudyError) as error:
-        load_study(write(folder, text))
-    assert [p.name for p in folder.iterdir()] == ["s.toml"], "a refused study must write nothing"
+        load_study(write_study(folder, text))
+    assert [p.name for p in folder.iterdir()] == ["s.toml"], "a refused study writes nothing"
     return error.value.problems
 
 
-def test_a_good_study_is_read_into_distributions_and_a_trainer(tmp_path: Path) -> None:
-    study, trainer = load_study(write(tmp_path, GOOD))
+def test_a_valid_study_is_read_into_distributions_and_a_trainer(tmp_path: Path) -> None:
+    study, trainer = load_study(write_study(tmp_path, GOOD))
     assert study.distributions == {
         "lr": FloatDistribution(1e-3, 1.0, log=True),
         "batch_seqs": IntDistribution(2, 16, log=True),
@@ -60,7 +60,7 @@ def test_a_good_study_is_read_into_distributions_and_a_trainer(tmp_path: Path) -
     assert trainer.target(d_model=128, tokens=300_000).D == 300_000
 
 
-def test_the_quickstart_is_good() -> None:
+def test_the_quickstart_is_valid() -> None:
     load_study(Path(__file__).parents[2] / "studies" / "quickstart.toml")
 
 
@@ -86,7 +86,7 @@ corpsu = "stdlib"
 d_model = 128
 tokns = 3
 """
-    said = "\n".join(problems(tmp_path, text))
+    message = "\n".join(list_problems(tmp_path, text))
     for expected in (
         "sede: unknown key; did you mean seed?",
         "search.tokens: min must not exceed max, got min 200,000 > max 100,000",
@@ -105,7 +105,7 @@ tokns = 3
         "space.learning_rate: unknown parameter; did you mean lr?",
         "target.tokns: unknown key; did you mean tokens?",
     ):
-        assert expected in said, f"{expected!r} is not in\n{said}"
+        assert expected in message, f"{expected!r} is not in\n{message}"
 
 
 @pytest.mark.parametrize(
@@ -141,32 +141,32 @@ tokns = 3
 )
 def test_each_mistake_is_named_by_its_field(old: str, new: str, expected: str, tmp_path: Path) -> None:
     assert old in GOOD
-    said = "\n".join(problems(tmp_path, GOOD.replace(old, new)))
-    assert expected in said, said
+    message = "\n".join(list_problems(tmp_path, GOOD.replace(old, new)))
+    assert expected in message, message
 
 
-def test_mistakes_of_one_table_together_are_all_named(tmp_path: Path) -> None:
+def test_several_mistakes_in_one_table_are_all_named(tmp_path: Path) -> None:
     text = GOOD.replace("max = 147_456 }", "max = 147_000 }\nseeds = [2, 1]\npromote = 'predicted'\nsampler = 'qmc'")
-    said = "\n".join(problems(tmp_path, text))
+    message = "\n".join(list_problems(tmp_path, text))
     for expected in ("the nearest are 49,152 and 147,456", "never fall", "got 'qmc'"):
-        assert expected in said, said
+        assert expected in message, message
 
 
 @pytest.mark.parametrize(("written", "read"), [("2", (2,)), ("[1, 1, 3]", (1, 1, 3))])
 def test_seeds_are_one_number_or_one_per_rung(written: str, read: tuple[int, ...], tmp_path: Path) -> None:
     text = GOOD.replace("[space]", f"seeds = {written}\nasynchronous = true\npromote = 'predicted'\n[space]")
-    search = load_study(write(tmp_path, text))[0].search
+    search = load_study(write_study(tmp_path, text))[0].search
     assert (search.seeds, search.asynchronous, search.promote) == (read, True, "predicted")
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_may_be_named(sampler: str, tmp_path: Path) -> None:
     text = GOOD.replace("[space]", f"sampler = '{sampler}'\n[space]")
-    assert load_study(write(tmp_path, text))[0].search.sampler == sampler
+    assert load_study(write_study(tmp_path, text))[0].search.sampler == sampler
 
 
 class Unrepeatable(ToyTrainer):
-    """A trainer written before there were repeats."""
+    """A trainer without the keyword `repeat`, as they were written before it existed."""
 
     def describe(self, params: Any, fidelity: Any) -> dict[str, Any]:  # type: ignore[override]
         return {}
@@ -174,21 +174,20 @@ class Unrepeatable(ToyTrainer):
 
 def test_a_trainer_that_takes_no_repeat_is_refused_before_it_is_started(tmp_path: Path) -> None:
     text = "[search]\ntokens = { min = 1_000, max = 9_000 }\n[space]\nlr = { low = 1.0, high = 2.0 }\n[trainer]\nuse = "
-    load_study(write(tmp_path, text + "'tests.test_hpo.toy_trainer:ToyTrainer'"))
-    said = problems(tmp_path, text + "'tests.test_hpo.test_study:Unrepeatable'")
-    assert len(said) == 1
-    assert "Unrepeatable's describe needs a keyword `repeat: int = 0`" in said[0]
+    load_study(write_study(tmp_path, text + "'tests.test_hpo.toy_trainer:ToyTrainer'"))
+    (problem,) = list_problems(tmp_path, text + "'tests.test_hpo.test_study:Unrepeatable'")
+    assert "Unrepeatable's describe needs a keyword `repeat: int = 0`" in problem
 
 
-def test_a_study_launched_before_a_setting_existed_has_its_default(tmp_path: Path) -> None:
-    files = StudyFiles(write(tmp_path, GOOD))
+def test_a_study_launched_before_a_setting_existed_gets_its_default(tmp_path: Path) -> None:
+    files = StudyFiles(write_study(tmp_path, GOOD))
     study = load_study(files.toml)[0]
-    then = study.model_dump(mode="json")
+    launched = study.model_dump(mode="json")
     for name in ("seeds", "promote", "asynchronous"):
-        del then["search"][name]
+        del launched["search"][name]
     files.folder.mkdir()
     files.journal.touch()
-    files.settings.write_text(json.dumps(then))
+    files.settings.write_text(json.dumps(launched))
     check_same_settings(files, study)
     files.toml.write_text(GOOD.replace("[space]", "seeds = 2\n[space]"))
     with pytest.raises(StudyError, match=r"search\.seeds: launched with \[1\], the file now says \[2\]"):
@@ -199,17 +198,17 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     text = GOOD.replace("widths = [32, 64]", f"widths = [32, 64]\ncorpus = '{tmp_path / 'empty'}'")
     with pytest.raises(StudyError, match=r"trainer\.corpus: "):
-        load_study(write(tmp_path, text))
+        load_study(write_study(tmp_path, text))
 
 
 @pytest.mark.parametrize("command", ["validate", "launch"])
 def test_data_that_cannot_be_read_is_refused_before_anything_is_written(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sizes are checked with the file; that the text is none is known when it is read."""
+    """Sizes are checked with the study file. That a file is not text is known only when it is read."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "image.dat").write_bytes(bytes(range(256)) * 400)
-    write(tmp_path, GOOD.replace("widths = [32, 64]", "widths = [32, 64]\ncorpus = 'image.dat'"))
+    write_study(tmp_path, GOOD.replace("widths = [32, 64]", "widths = [32, 64]\ncorpus = 'image.dat'"))
     result = CliRunner().invoke(app, [command, "s.toml"])
     assert result.exit_code == 2
     assert "needed utf-8 text" in result.stderr
@@ -217,7 +216,7 @@ def test_data_that_cannot_be_read_is_refused_before_anything_is_written(
 
 
 def test_broken_toml_is_refused(tmp_path: Path) -> None:
-    assert "not TOML" in problems(tmp_path, "seed = = 3")[0]
+    assert "not TOML" in list_problems(tmp_path, "seed = = 3")[0]
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +233,7 @@ def test_a_bad_study_ends_with_exit_code_2_and_nothing_written(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, GOOD.replace("min = 16_384", "min = 0"))
+    write_study(tmp_path, GOOD.replace("min = 16_384", "min = 0"))
     result = CliRunner().invoke(app, [command, "s.toml"])
     assert result.exit_code == 2
     assert "search.tokens.min" in result.stderr

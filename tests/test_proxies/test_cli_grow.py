@@ -412,13 +412,12 @@ def write_finished_run(path: Path, config: ProxyConfig) -> Path:
 def test_growth_holds_the_large_model_once_and_never_all_of_the_small_one(
     tmp_path: Path, suffix: str, width: int, method: str, moments: bool
 ) -> None:
-    """Compare the peak of resident memory, pages of files included, above the imports' with the size of the large
-    model.
+    """Compare the peak of resident memory above the imports' with the size of the large model.
 
-    N grows 2.2 and 4 times, to 107 MB, three times that with moments. glibc's malloc maps every tensor by itself here,
-    as it always does above 32 MB: the memory of smaller ones that it returns late (measured: up to 0.3 of these 107 MB)
-        does not grow
-    with the model.
+    Pages of files count, too. N grows 2.2 and 4 times, to 107 MB, three times that with moments. glibc's malloc maps
+    every tensor by itself here, as it always does above 32 MB: the memory of smaller ones that it returns late
+        (measured: up to
+    0.3 of these 107 MB) does not grow with the model.
     """
     small = SMALL.model_copy(update={"d_model": width, "n_layers": 5, "d_head": 16, "q_per_kv": 1})
     source = write_finished_run(tmp_path / f"small{suffix}", small)

@@ -25,8 +25,8 @@ def isoflops(law: LossLaw, sd: float, seed: int, half: float = 1.6, runs: int = 
 
 def curves(law: LossLaw, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
     N, D = (v.ravel() for v in np.meshgrid(np.geomspace(1e8, 2e10, 16), np.geomspace(2e8, 1e12, 50), indexing="ij"))
-    luck = np.random.default_rng(seed).standard_normal(16).repeat(50)
-    return N, D, law(N, D) * np.exp(0.001 * luck), [f"run {i}" for i in range(16) for _ in range(50)]
+    effect = np.random.default_rng(seed).standard_normal(16).repeat(50)
+    return N, D, law(N, D) * np.exp(0.001 * effect), [f"run {i}" for i in range(16) for _ in range(50)]
 
 
 def test_parabolas_in_ln_n_are_recovered_exactly() -> None:

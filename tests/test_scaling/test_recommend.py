@@ -161,7 +161,7 @@ def test_published_laws_are_shown_with_their_warnings() -> None:
     assert not any("outside" in w for w in step["warnings"])
     assert any("non-embedding" in w for w in step["warnings"])
     assert (horizon["lr"], horizon["batch_tokens"]) == (None, None)
-    assert "lr as D^-0.32, no level of its own" in str(inside)
+    assert "lr ~ D^-0.32 (trend only)" in str(inside)
     outside = recommend(large.assign(N_convention="nonembedding"), N=4e9, D=3e10, beside=["step-law"]).beside[0]
     assert outside["warnings"] == ["outside the range it was measured in"]
     assert len(recommend(RUNS, N=8e5, D=5e6, beside=["all"]).beside) == 7

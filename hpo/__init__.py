@@ -1,4 +1,4 @@
-"""Spend compute on trials: multi-fidelity Bayesian optimization and incremental Hyperband on an ordinary Optuna study."""
+"""Spend compute on trials: multi-fidelity Bayesian optimization and incremental Hyperband on an Optuna study."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from hpo.confirm.runs import (
 from hpo.confirm.statistics import compute_t_interval, estimate_lead_from_model, estimate_lead_from_seeds
 from hpo.confirm.verdict import compare_losses, describe_confirmation, describe_lead, is_current
 from hpo.search.search import Search
+from hpo.storage.trial_attributes import read_loss
 from hpo.study.files import StudyFiles
 from scaling.laws.compute import Fidelity
 
@@ -215,7 +216,7 @@ def test_the_answer_is_compared_with_the_best_other_settings_at_the_largest_run(
     search = finish_search()
     answer, rival = choose_contenders(search, search.best())
     at_top = [t for t in search.study.trials if t.user_attrs["tokens"] == 9000]
-    ranked = sorted(at_top, key=lambda t: t.value)
+    ranked = sorted(at_top, key=read_loss)
     assert (answer.params, answer.loss) == (ranked[0].params, ranked[0].value)
     others = [t for t in ranked if abs(math.log(t.params["lr"] / answer.params["lr"])) > 0.02 * math.log(1e4)]
     assert rival.params == others[0].params

@@ -93,4 +93,5 @@ def test_a_result_that_was_never_reported_is_not_trained_again(files: StudyFiles
             assert again == pytest.approx(losses, nan_ok=True)
             assert read_losses(job, files) == pytest.approx(losses, nan_ok=True)
             search.tell(job, losses)  # type: ignore[arg-type]
-    assert job.seeds == 2
+            seeds = job.seeds
+    assert seeds == 2

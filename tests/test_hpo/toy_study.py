@@ -16,6 +16,8 @@ from typing import Any
 import optuna
 import pandas as pd
 import psutil
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 
 from hpo.storage.trial_attributes import is_diverged
@@ -165,7 +167,7 @@ class ToyStudy:
     def trials(self) -> list[FrozenTrial]:
         """All trials of the study, as they are now."""
         journal = str((self.folder / "studies" / "toy" / "study.journal").resolve())
-        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(journal))
+        storage = JournalStorage(JournalFileBackend(journal))
         return optuna.load_study(study_name="toy", storage=storage).trials
 
     def load_runs(self) -> pd.DataFrame:

@@ -184,7 +184,7 @@ def test_only_runs_of_one_kind_are_read_when_asked(uri: str, tmp_path: Path) -> 
 
 
 def test_every_change_of_a_store_is_seen_by_the_next_reading(uri: str) -> None:
-    """A metric that is written after the end of its run changes none of the run's own fields, so no cache can notice."""
+    """A metric that is written after a run ended changes none of the run's own fields, so no cache could notice it."""
     client, ids = log_foreign_runs(uri, "changes")
     before = client.get_run(ids[0]).info
     client.log_metric(ids[0], "eval/loss", 1.25, step=7)

@@ -56,10 +56,10 @@ class Search:
             `extend`. It only tells the sampler where to look, so a study may be opened again with another one.
         sampler: One of `hpo.samplers.names.SAMPLERS`, which give the same sequence when killed and resumed; or any
             Optuna sampler, which is then responsible for its own seeds.
-        scheduler: "incremental-hyperband". variant: Which configurations compete for a place after a raise: see
-        `hpo.search.hyperband`. iterations: How often Hyperband is run. Its brackets are then the plan, and the
-        sampler fills them. None: no end;
-            a sampler with a model ("mfbo") then chooses settings, rungs and what to continue by itself.
+        scheduler: "incremental-hyperband".
+        variant: Which configurations compete for a place after a raise, see `hpo.search.hyperband`.
+        iterations: How often Hyperband is run. Its brackets are then the plan, and the sampler fills them. None: no
+            end; a sampler with a model ("mfbo") then chooses settings, rungs and what to continue by itself.
         budget: What a search without iterations may cost in total, in the unit of `cost`; None: no end. It is only a
             stopping rule, so a study may be opened again with another one.
         cost: Cost of one training from the beginning, in any unit. Default: FLOPs.

@@ -25,11 +25,10 @@ quickstart: install
 	proxies launch studies/quickstart.toml
 	scaling report quickstart
 
-# One BLAS thread per process, because there is a process for every core. The slow tests of a file stay in one process, because
-# they share expensive fixtures. Half of their time is spent waiting for other processes, so there are two for every core.
-SLOW_PROCESSES := $(shell $(PYTHON) -c "import os; print(2 * (os.cpu_count() or 1))")
+# One BLAS thread per process, because there is one process per core. The slow tests of a file stay in one process, because
+# they share expensive fixtures.
 test: install-test lint test-fast
-	OMP_NUM_THREADS=1 pytest -n $(SLOW_PROCESSES) --dist loadfile -m slow
+	OMP_NUM_THREADS=1 pytest -n auto --dist loadfile -m slow
 
 test-fast: install-test
 	OMP_NUM_THREADS=1 pytest -n auto -m "not slow"

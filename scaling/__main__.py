@@ -218,7 +218,7 @@ def report(
             return
         # The name of an experiment may lead elsewhere as a path.
         if out is None and Path(source).name != source:
-            raise ValueError(f"{source!r} is no name of a folder in studies/: say --out")
+            raise ValueError(f"{source!r} is not the name of a folder in studies/: give --out")
         client = connect(tracking_uri)
         parent = find_study_run(client, source)
         note = read_note(client, parent, "recommendation")

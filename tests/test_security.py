@@ -562,7 +562,7 @@ def test_an_experiment_whose_name_is_a_path_is_not_written_to_that_path(
     monkeypatch.setattr("scaling.runs.io.load_runs", lambda *_, **__: None)
     result = CliRunner().invoke(app, ["report", name, "--tracking-uri", f"sqlite:///{tmp_path}/x.db"])
     assert result.exit_code == 2
-    assert "is no name of a folder in studies/: say --out" in result.output
+    assert "is not the name of a folder in studies/: give --out" in result.output
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,7 @@
 """Choose the run to do next: the one after which the interval at the target is expected to be narrowest.
 
 For every candidate, the outcomes that the laws predict are added to the evidence and the laws are fitted again; no
-formula for the gain is assumed. The outcomes are drawn from the laws: if a law is wrong, the run tells more than is
+formula for the gain is assumed. The outcomes are drawn from the laws: if a law is wrong, the run teaches more than is
 promised here.
 """
 

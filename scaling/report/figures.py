@@ -273,10 +273,10 @@ def draw_residuals(ax: Axes, law: Fit, floors: pd.DataFrame, column: str) -> Non
     _label_as_counts(ax.xaxis)
 
 
-def draw_approaches(ax: Axes, found: Mapping[str, Frontier | str], recommendation: Recommendation | None) -> None:
+def draw_approaches(ax: Axes, approaches: Mapping[str, Frontier | str], recommendation: Recommendation | None) -> None:
     """Draw the compute-optimal N against compute, by each approach that the runs allow."""
     names = {"envelope": "1 envelope", "isoflop": "2 isoFLOP", "law": "3 law"}
-    frontiers = {k: v for k, v in found.items() if isinstance(v, Frontier)}
+    frontiers = {k: v for k, v in approaches.items() if isinstance(v, Frontier)}
     top = max([f.range[1] for f in frontiers.values()] + ([recommendation.C] if recommendation else []))
     drawn: list[Array] = []
     for (name, frontier), colour in zip(frontiers.items(), COLOURS, strict=False):

@@ -320,7 +320,7 @@ def _build_frontier_sections(fits: ReportFits, recommendation: Recommendation | 
         return []
     panels, caption = [], ""
     if any(isinstance(v, Frontier) for v in fits.approaches.values()):
-        draw = partial(figures.draw_approaches, found=fits.approaches, recommendation=recommendation)
+        draw = partial(figures.draw_approaches, approaches=fits.approaches, recommendation=recommendation)
         panels = [draw_panel(draw, "compute-optimal N against compute", width=6.2, height=3.6)]
         caption = (
             "The N with the lowest loss at each compute, by the envelope of the runs, by parabolas at equal compute, "

@@ -217,9 +217,9 @@ def test_planted_curves_are_forecast_from_their_half_and_no_forecast_uses_the_en
 def test_curves_in_a_table_are_found_and_rungs_of_a_ladder_are_not_curves() -> None:
     rows = [(c.run_id, c.N, t, y) for c in plant_curves() for t, y in zip(c.tokens, c.loss, strict=True)]
     runs = check_runs(pd.DataFrame(rows, columns=["run_id", "N", "D", "loss"]).assign(final=False))
-    found = read_table_curves(runs)
-    assert {c.run_id for c in found} == {c.run_id for c in plant_curves()}
-    assert all(c.D == 1e6 and c.tokens.size == 25 for c in found)
+    curves = read_table_curves(runs)
+    assert {c.run_id for c in curves} == {c.run_id for c in plant_curves()}
+    assert all(c.D == 1e6 and c.tokens.size == 25 for c in curves)
     assert read_table_curves(runs.assign(rung=0)) == []
 
 

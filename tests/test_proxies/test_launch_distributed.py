@@ -189,7 +189,7 @@ def test_a_command_trains_the_target_with_the_plans_values(lay_out: LayOut, tmp_
     script.write_text("raise SystemExit(3)")
     again, there = lay_out(made.model_copy(update={"curve": None}), "broken")
     _, stderr = wait_for(start(again, there), 1)
-    assert "ended with exit code 3" in stderr
+    assert "ended with exit code 3" in stderr, stderr
 
 
 def read_rank(process: psutil.Process) -> str | None:

@@ -114,7 +114,9 @@ class WhitenedRuns:
         return float(self.weight.sum())
 
 
-def whiten_runs(log_n: Array, log_d: Array, y: Array, centre: tuple[float, float]) -> WhitenedRuns:
+def whiten_runs(
+    log_n: Array, log_d: Array, y: Array, centre: tuple[float, float], credit: Array | None = None
+) -> WhitenedRuns:
     """Weight the runs by compute, and decompose the correlation of the effect that runs of one N share.
 
     A run has the weight min(1, C / C90)^1.5 with C90 the 90 % quantile of the compute, scaled so that the sum of the
@@ -127,8 +129,10 @@ def whiten_runs(log_n: Array, log_d: Array, y: Array, centre: tuple[float, float
         log_d: ln D, (m,).
         y: ln loss, (m,).
         centre: Means of ln N and ln D.
+        credit: Factors between 0 and 1 of the weights, (m,); default 1.
     """
     q = np.minimum(1.0, np.exp(log_n + log_d - np.quantile(log_n + log_d, 0.9))) ** 1.5
+    q = q if credit is None else q * credit
     q = np.maximum(q, 1e-4)
     weight = q * q.sum() / np.sum(q * q)
     n, d = log_n - centre[0], log_d - centre[1]
@@ -218,7 +222,7 @@ def fit_averaged_forms(table: WhitenedRuns) -> tuple[AveragedForm, ...]:
     return tuple(replace(m, weight=float(w)) for m, w in zip(members, share, strict=True))
 
 
-def _make_prior(form: str, y: Array) -> tuple[Array, Array, Array]:
+def make_form_prior(form: str, y: Array) -> tuple[Array, Array, Array]:
     """Return starts (4, 8), and mean and sd of the prior, (8,).
 
     The exponents are 0.35 ± 0.2 with a floor, and 0.7 ± 0.4 inside the power e^(-1 ± 1) without one.
@@ -244,7 +248,7 @@ def _fit_averaged_form(form: str, table: WhitenedRuns) -> AveragedForm:
     The fit of the form ignores the shared effect: generalised least squares would give every N the same weight, and
     predicts new sizes less well.
     """
-    theta, centre, sd = _make_prior(form, table.y)
+    theta, centre, sd = make_form_prior(form, table.y)
     precision, m = sd**-2.0, table.effective
     freedom, s = max(m - 5, m / 3, 1.0), 0.01
     for sweep in range(6):

@@ -124,7 +124,9 @@ def make_starts(n: Array, d: Array, y: Array, delta: float) -> Array:
     return np.stack([amplitude[:, 0], alpha, amplitude[:, 1], beta, amplitude[:, 2]], 1)
 
 
-def find_huber_optimum(n: Array, d: Array, y: Array, delta: float) -> tuple[Array, float, list[str]]:
+def find_huber_optimum(
+    n: Array, d: Array, y: Array, delta: float, credit: Array | None = None
+) -> tuple[Array, float, list[str]]:
     """Find the law of lowest Huber loss from all starts.
 
     Args:
@@ -132,13 +134,15 @@ def find_huber_optimum(n: Array, d: Array, y: Array, delta: float) -> tuple[Arra
         d: ln D minus its mean, (m,).
         y: ln loss, (m,).
         delta: Where the Huber loss turns linear.
+        credit: Factors of the runs' terms, (m,); default 1.
 
     Returns:
         theta (5,), the objective there, and sentences on what is doubtful.
     """
     low, high = make_bounds(y)
     starts = np.clip(make_starts(n, d, y, delta), low, high)
-    objective = make_huber_objective(n, d, y, np.ones((len(starts), y.size)), delta)
+    counts = np.tile(np.ones_like(y) if credit is None else credit, (len(starts), 1))
+    objective = make_huber_objective(n, d, y, counts, delta)
     first = objective(starts, np.arange(len(starts))).value
     ends = minimise(objective, starts[np.argsort(first)[:12]], lower=low, upper=high)
     best = int(np.argmin(ends.value))
@@ -170,10 +174,18 @@ def find_huber_optimum(n: Array, d: Array, y: Array, delta: float) -> tuple[Arra
 
 
 def fit_bootstraps(
-    theta: Array, n: Array, d: Array, y: Array, delta: float, count: int, rng: np.random.Generator
+    theta: Array,
+    n: Array,
+    d: Array,
+    y: Array,
+    delta: float,
+    count: int,
+    rng: np.random.Generator,
+    credit: Array | None = None,
 ) -> Array:
     """Refit the law to `count` resamples of the rows, each from the optimum of all rows; theta (count, 5)."""
     low, high = make_bounds(y)
     taken = rng.multinomial(y.size, np.full(y.size, 1 / y.size), size=count).astype(float)
+    taken = taken if credit is None else taken * credit
     start = np.tile(theta, (count, 1))
     return minimise(make_huber_objective(n, d, y, taken, delta), start, lower=low, upper=high, tolerance=1e-9).theta

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from scaling.common.arrays import Array
 from scaling.fitting.loss_law import FitError, check_rows
@@ -70,14 +70,14 @@ class Trend:
 
     def exponent_interval(self, mass: float = 0.8) -> tuple[float, float]:
         """Return the interval (low, high) that contains the exponent with probability `mass`."""
-        reach = float(student.ppf(0.5 + mass / 2, self.freedom) * np.sqrt(self.covariance[1, 1]))
+        reach = float(stdtrit(self.freedom, 0.5 + mass / 2) * np.sqrt(self.covariance[1, 1]))
         return self.law.exponent - reach, self.law.exponent + reach
 
     def interval(self, C: ArrayLike, mass: float = 0.8) -> tuple[Array, Array]:
         """Return the interval (low, high) of the optimum at C FLOPs, each with the shape of C."""
         away = np.log(np.asarray(C, float)) - self.centre
         v = self.covariance[0, 0] + 2 * away * self.covariance[0, 1] + away**2 * self.covariance[1, 1]
-        reach = np.exp(student.ppf(0.5 + mass / 2, self.freedom) * np.sqrt(v))
+        reach = np.exp(stdtrit(self.freedom, 0.5 + mass / 2) * np.sqrt(v))
         return np.asarray(self.law(C) / reach), np.asarray(self.law(C) * reach)
 
 
@@ -142,7 +142,7 @@ def fit_isoflop(
         why = "; ".join(f"C = {p.C:.2g}: {p.status}" for p in points) or f"{len(groups)} groups of compute"
         raise FitError(
             f"approach 2 needs 2 or more groups of compute with a minimum inside, got {len(good)} ({why}): "
-            "train sizes on both sides of the optimum at each compute, or give budgets"
+            "train sizes on both sides of the optimum at each compute, or name the budgets (--budgets 1e18,3e18)"
         )
     log_c = np.log([p.C for p in good])
     variance = np.array([p.sd**2 for p in good])

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from scaling.common.arrays import Array
 from scaling.fitting.averaging import AveragedForm, fit_averaged_forms, whiten_runs
+from scaling.fitting.groups import cluster_values
 from scaling.fitting.huber import find_huber_optimum, fit_bootstraps, make_loss_law
 from scaling.laws.formulas import LossLaw
 
 # Draws of the coefficients for the interval of an optimum.
 DRAWS = 400
+# Scatter of runs about a loss law that is typical of real tables, sd of ln loss.
+SCATTER = 0.003
 # Share of the squared disagreement of the forms that enters the variance.
 DISAGREEMENT_SHARE = 0.25
 
@@ -111,7 +114,7 @@ class Fit:
             raise ValueError(f"mass must lie between 0 and 1, got {mass}")
         mean, spread, variance = self._moments(N, D)
         noise = sum(m.weight * m.noise for m in self.members)
-        reach = norm.ppf(0.5 + mass / 2) * np.sqrt(variance + noise**2 + DISAGREEMENT_SHARE * spread**2)
+        reach = ndtri(0.5 + mass / 2) * np.sqrt(variance + noise**2 + DISAGREEMENT_SHARE * spread**2)
         return np.asarray(np.exp(mean - reach)), np.asarray(np.exp(mean + reach))
 
     def optimum(self, C: float, mass: float = 0.8, *, seed: int = 0) -> Allocation:
@@ -143,10 +146,11 @@ class Fit:
             )
         rng = np.random.default_rng(seed)
         counts = rng.multinomial(DRAWS, weight)
-        minima = [
-            log_n[np.argmin(m.evaluate(rng.multivariate_normal(m.theta, m.covariance, size=count), n, d), axis=1)]
-            for m, count in zip(self.members, counts, strict=True)
-        ]
+        minima = []
+        for m, count in zip(self.members, counts, strict=True):
+            # Rounding can leave an eigenvalue of the covariance slightly below zero.
+            drawn = rng.multivariate_normal(m.theta, m.covariance, size=count, check_valid="ignore")
+            minima.append(log_n[np.argmin(m.evaluate(drawn, n, d), axis=1)])
         below, above = np.quantile(np.concatenate(minima), [0.5 - mass / 2, 0.5 + mass / 2])
         bounded = bool(below > log_n[0] and above < log_n[-1])
         N, ends = float(np.exp(log_n[best])), (float(np.exp(below)), float(np.exp(above)))
@@ -183,6 +187,7 @@ def fit_loss_law(
     bootstrap: int = 0,
     seed: int = 0,
     run_ids: Sequence[Hashable] | None = None,
+    sd: ArrayLike | None = None,
 ) -> Fit:
     """Fit the loss law L(N, D) = E + A / N^alpha + B / D^beta to runs.
 
@@ -198,6 +203,8 @@ def fit_loss_law(
             intervals do not use them.
         seed: Seed of the resamples.
         run_ids: One identifier per run; row numbers by default.
+        sd: How uncertain each loss is beyond the scatter of one run, standard deviation of ln loss, 1-d. The weight of
+            a run is divided by 1 + (sd / `SCATTER`)². Default: 0.
 
     Returns:
         The fit. Its `status` is "ok", or says in sentences what is doubtful.
@@ -220,11 +227,11 @@ def fit_loss_law(
     centre = (float(log_n.mean()), float(log_d.mean()))
     n, d = log_n - centre[0], log_d - centre[1]
 
-    theta, objective, doubts = find_huber_optimum(n, d, y, delta)
-    samples = (
-        fit_bootstraps(theta, n, d, y, delta, bootstrap, np.random.default_rng(seed)) if bootstrap else np.empty((0, 5))
-    )
-    table = whiten_runs(log_n, log_d, y, centre)
+    credit = None if sd is None else 1 / (1 + (np.asarray(sd, float) / SCATTER) ** 2)
+    theta, objective, doubts = find_huber_optimum(n, d, y, delta, credit)
+    rng = np.random.default_rng(seed)
+    samples = fit_bootstraps(theta, n, d, y, delta, bootstrap, rng, credit) if bootstrap else np.empty((0, 5))
+    table = whiten_runs(log_n, log_d, y, centre, credit)
     effective = table.effective
     members = fit_averaged_forms(table)
     if effective < 8:
@@ -270,8 +277,7 @@ def find_coverage_doubts(log_n: Array, log_d: Array) -> list[str]:
     """Return sentences on what these sizes and token counts cannot determine, whatever the losses."""
     doubts = []
     for name, values, symbol in (("N", np.sort(log_n), "alpha"), ("D", np.sort(log_d), "beta")):
-        # Values that agree to 5 % are one scale.
-        level = np.concatenate([[0], np.cumsum(np.diff(values) > 0.05)])
+        level = cluster_values(values)
         span, count = float(np.exp(values[-1] - values[0])), int(level[-1]) + 1
         inner = min(np.ptp(values[level > 0]), np.ptp(values[level < count - 1])) if count > 2 else 0.0
         if count == 1:

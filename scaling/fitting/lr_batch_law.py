@@ -9,6 +9,7 @@ the worst of seven splits. The noise of a single run there is 0.09 %.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,9 +17,13 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from scaling.common.arrays import Array
-from scaling.fitting.bowl import B2_INDEX, B2_SD, BOWLS, BowlFit, GroupedRuns, fit_bowl, make_prior
-from scaling.fitting.loss_law import Fit, FitError, fit_loss_law
+from scaling.fitting.bowl import B2_INDEX, B2_SD, BOWLS, BowlFit, fit_bowl, make_prior
+from scaling.fitting.groups import GroupedRuns, Groups, cluster_values, group_runs
+from scaling.fitting.loss_law import FitError
+from scaling.fitting.minima import compute_untried_depths
 from scaling.laws.formulas import HPLaw
+
+logger = logging.getLogger("muscale.scaling")
 
 # Heights (in ln L) above the fitted minimum at which a run has half the weight.
 TAUS = (0.01, 0.02)
@@ -36,6 +41,8 @@ STILL_ODDS = 2.0
 # An optimum is not identified if its sd (of ln lr or ln B at the centre of the data) exceeds this. Assumed, not
 # measured.
 MAX_OPTIMUM_SD = 0.5
+# More groups than these add time, but nothing to what is known of a dozen coefficients.
+MAX_GROUPS = 3000
 # Draws for intervals and expectations.
 DRAWS = 4000
 
@@ -48,7 +55,8 @@ class HPFit:
         law: lr*(N, D) and B*(N, D).
         fits: The averaged fits; their weights sum to 1.
         centre: Mean ln N and mean ln D over the groups.
-        floors: Fitted minimum of each group. Columns N, D, loss, sd (of ln loss) and n (number of runs).
+        floors: Lowest loss of each group within the settings that it tried. Columns N, D, loss, sd (of ln loss), n
+            (number of runs) and untried (how far the minimum of the bowl lies below it, in ln loss).
         status: "ok", or sentences on what is doubtful.
         identified: For "lr" and "batch_tokens", whether the runs rather than the prior determine the optimum.
         ranges: Smallest and largest N, D, lr and batch_tokens of the runs used.
@@ -57,6 +65,7 @@ class HPFit:
         n_runs: Number of runs used.
         n_diverged: Number of runs dropped because their loss is not finite and positive.
         n_far: Number of runs dropped because they are more than `MAX_EXCESS` above the best of their group.
+        n_without_settings: Number of runs dropped because their learning rate or batch size is missing.
 
     Example:
         >>> fit = fit_hp_law(runs)
@@ -76,6 +85,7 @@ class HPFit:
     n_runs: int
     n_diverged: int
     n_far: int
+    n_without_settings: int
 
     def draw(self, N: float, D: float, n: int, seed: int) -> tuple[Array, Array]:
         """Draw the optimum of a new group at (N, D): over fits, coefficients, drift and the group's own shift.
@@ -200,7 +210,8 @@ def fit_hp_law(runs: pd.DataFrame, *, seed: int = 0) -> HPFit:
 
     Args:
         runs: One row per run, with columns N, D (tokens), lr, batch_tokens (tokens per step) and loss (nats per token);
-            optionally parametrization and run_id. Runs without a finite positive loss are dropped and counted.
+            optionally parametrization and run_id. Runs without a finite positive loss, or with NaN as learning rate or
+            batch size, are dropped and counted.
         seed: Unused: only `HPFit.draw` is random. Every fit accepts it.
 
     Returns:
@@ -215,14 +226,20 @@ def fit_hp_law(runs: pd.DataFrame, *, seed: int = 0) -> HPFit:
         >>> fit.law.lr_D, fit.exponents()["lr_D"]
     """
     del seed
-    table, n_diverged, n_far = _select_usable(runs)
-    y, lr, batch = (np.log(table[c].to_numpy(float)) for c in ("loss", "lr", "batch_tokens"))
-    sizes, group = np.unique(table[["N", "D"]].to_numpy(float), axis=0, return_inverse=True)
-    group = group.ravel()
-    centre = (float(np.log(sizes[:, 0]).mean()), float(np.log(sizes[:, 1]).mean()))
-    n, d = np.log(sizes[group, 0]) - centre[0], np.log(sizes[group, 1]) - centre[1]
+    table, n_diverged, n_far, n_without = _select_usable(runs)
+    groups = group_runs(table["N"].to_numpy(float), table["D"].to_numpy(float))
+    if groups.counts.size > MAX_GROUPS:
+        logger.info(
+            f"The laws are fitted to a random {MAX_GROUPS:,} of {groups.counts.size:,} groups of equal N and D."
+        )
+        chosen = np.random.default_rng(0).permutation(groups.counts.size)[:MAX_GROUPS]
+        table = table[np.isin(groups.of, chosen)]
+        groups = group_runs(table["N"].to_numpy(float), table["D"].to_numpy(float))
+    table = table.iloc[groups.order]
+    centre = (float(np.log(groups.N).mean()), float(np.log(groups.D).mean()))
+    N, D, y, lr, batch = np.log(table[["N", "D", "loss", "lr", "batch_tokens"]].to_numpy(float)).T
     mup = "parametrization" in table and bool((table["parametrization"] == "mup").all())
-    data = GroupedRuns(y, lr, batch, n, d, group, len(sizes))
+    data = GroupedRuns(y, lr, batch, N - centre[0], D - centre[1], groups.starts)
     bowls = [fit_bowl(form, tau, data, make_prior(form, centre, mup)) for form in BOWLS for tau in TAUS]
     fits = tuple(f for bowl in bowls for f in _split_by_b2(bowl, 1 / len(bowls)))
 
@@ -231,22 +248,30 @@ def fit_hp_law(runs: pd.DataFrame, *, seed: int = 0) -> HPFit:
         lr_coef=float(np.exp(a0 - a1 * centre[0] - a2 * centre[1])), lr_N=a1, lr_D=a2,
         batch_coef=float(np.exp(b0 - b1 * centre[1] - b2 * centre[0])), batch_N=b2, batch_D=b1,
     )  # fmt: skip
-    floors = np.mean([f.floors for f in bowls], 0)
-    variance = np.mean([f.floor_variance for f in bowls], 0) + np.var([f.floors for f in bowls], 0)
-    evidence = pd.DataFrame(
-        {"N": sizes[:, 0], "D": sizes[:, 1], "loss": np.exp(floors), "sd": np.sqrt(variance), "n": np.bincount(group)}
-    )
     identified = {
         name: bool(np.sqrt(np.mean([f.spread[i, i] for f in bowls])) < MAX_OPTIMUM_SD)
         for name, i in (("lr", 0), ("batch_tokens", 3))
     }
+    depths = [compute_untried_depths([f], data, identified) for f in bowls]
+    lowest = [f.floors + depth for f, depth in zip(bowls, depths, strict=True)]
+    variance = np.mean([f.floor_variance for f in bowls], 0) + np.var(lowest, 0)
+    evidence = pd.DataFrame(
+        {
+            "N": groups.N,
+            "D": groups.D,
+            "loss": np.exp(np.mean(lowest, 0)),
+            "sd": np.sqrt(variance),
+            "n": groups.counts,
+            "untried": np.mean(depths, 0),
+        }
+    )
     columns = ("N", "D", "lr", "batch_tokens")
     return HPFit(
         law=law,
         fits=fits,
         centre=centre,
         floors=evidence,
-        status=" ".join(_find_doubts(table, evidence, law, identified)) or "ok",
+        status=" ".join(_find_doubts(table, groups, evidence, law, identified)) or "ok",
         identified=identified,
         ranges={c: (float(table[c].min()), float(table[c].max())) for c in columns},
         used=table,
@@ -254,6 +279,7 @@ def fit_hp_law(runs: pd.DataFrame, *, seed: int = 0) -> HPFit:
         n_runs=len(table),
         n_diverged=n_diverged,
         n_far=n_far,
+        n_without_settings=n_without,
     )
 
 
@@ -269,29 +295,35 @@ def _split_by_b2(fit: BowlFit, weight: float) -> tuple[BowlFit, BowlFit]:
     return replace(fit, weight=weight - still), fit.without_b2(still)
 
 
-def _select_usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, int, int]:
-    """Return the usable runs, the number of diverged runs, and the number of runs far above the best of their group."""
+def _select_usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, int, int, int]:
+    """Return the usable runs; how many diverged, lie far above the best of their group, or lack a setting."""
     missing = [c for c in ("N", "D", "lr", "batch_tokens", "loss") if c not in runs]
     if missing:
         raise ValueError(f"the lr/batch law needs columns N, D, lr, batch_tokens, loss; missing: {', '.join(missing)}")
-    loss = runs["loss"].to_numpy(float)
-    good = np.isfinite(loss) & (loss > 0)
+    loss, settings = runs["loss"].to_numpy(float), runs[["lr", "batch_tokens"]].to_numpy(float)
+    good, known = np.isfinite(loss) & (loss > 0), ~np.isnan(settings).any(1)
     for name in ("N", "D", "lr", "batch_tokens"):
         values = runs[name].to_numpy(float)
-        bad = np.flatnonzero(good & ~(np.isfinite(values) & (values > 0)))
+        bad = np.flatnonzero(good & known & ~(np.isfinite(values) & (values > 0)))
         if bad.size:
             rows = ", ".join(map(str, bad[:10]))
             raise ValueError(f"{name} must be positive and finite, got {values[bad[0]]} (rows {rows}): drop these runs")
-    table = runs[good]
+    table = runs[good & known]
     if table.empty:
-        raise FitError(f"the lr/batch law needs runs with a finite positive loss, got {len(runs)} runs, none usable")
-    log_loss = np.log(table["loss"])
-    near = log_loss - log_loss.groupby([table["N"], table["D"]]).transform("min") <= MAX_EXCESS
-    return table[near], int((~good).sum()), int((~near).sum())
+        raise FitError(
+            f"the lr/batch law needs runs with lr, batch_tokens and a finite positive loss, got {len(runs)} runs, none "
+            "usable"
+        )
+    groups = group_runs(table["N"].to_numpy(float), table["D"].to_numpy(float))
+    log_loss = np.log(table["loss"].to_numpy(float))
+    near = log_loss - np.minimum.reduceat(log_loss[groups.order], groups.starts)[groups.of] <= MAX_EXCESS
+    return table[near], int((~good).sum()), int((~near).sum()), int((good & ~known).sum())
 
 
-def _find_doubts(table: pd.DataFrame, floors: pd.DataFrame, law: HPLaw, identified: dict[str, bool]) -> list[str]:
-    """Return sentences on what is doubtful in the law."""
+def _find_doubts(
+    table: pd.DataFrame, groups: Groups, floors: pd.DataFrame, law: HPLaw, identified: dict[str, bool]
+) -> list[str]:
+    """Return sentences on what is doubtful in the law. The table is sorted by group."""
     out: list[str] = []
     if len(floors) < 2:
         out.append("One (N, D) group: how lr* and B* move with size is assumed, not measured.")
@@ -299,45 +331,26 @@ def _find_doubts(table: pd.DataFrame, floors: pd.DataFrame, law: HPLaw, identifi
         out += [
             f"One distinct {c}: the exponents of {c} are assumed, not measured."
             for c in ("N", "D")
-            if floors[c].nunique() < 2
+            if cluster_values(np.log(floors[c].to_numpy(float))).max() == 0
         ]
-    best = dict(zip(("lr", "batch_tokens"), law(floors["N"], floors["D"]), strict=True))
+    best = dict(zip(("lr", "batch_tokens"), law(table["N"], table["D"]), strict=True))
     for name, word in (("lr", "learning rate"), ("batch_tokens", "batch")):
+        values = table[name].to_numpy(float)
         if table[name].nunique() < 2:
             out.append(f"One {word}: its optimum is assumed, not measured.")
-        elif name == "lr" and not identified["lr"] and table["batch_tokens"].nunique() < 2:
+            continue
+        if name == "lr" and not identified["lr"] and table["batch_tokens"].nunique() < 2:
             out.append("The best learning rate is known at the one batch that was tried, not at the best batch.")
         elif not identified[name]:
             out.append(f"The best {word} is hardly identified: more spread around it, or more runs, are needed.")
-        # Sorted by N and D, like the floors.
-        span = table.groupby(["N", "D"])[name].agg(["min", "max"])
-        low, high = best[name] < span["min"].to_numpy(), best[name] > span["max"].to_numpy()
-        for side, beyond in (("below", low), ("above", high)):
-            if table[name].nunique() > 1 and beyond.mean() > 0.5:
-                out.append(f"The best {word} lies {side} the runs' range in {beyond.sum()} of {len(floors)} groups.")
+        low, high = np.minimum.reduceat(values, groups.starts), np.maximum.reduceat(values, groups.starts)
+        optimum = np.asarray(best[name])[groups.starts]
+        # A group with one value has no range of its own.
+        varied = low < high
+        if not varied.any():
+            continue
+        for side, beyond in (("below", optimum < low), ("above", optimum > high)):
+            if np.mean(beyond[varied]) > 0.5:
+                count = int(beyond[varied].sum())
+                out.append(f"The best {word} lies {side} the runs' range in {count} of {int(varied.sum())} groups.")
     return out
-
-
-def fit_loss_floors(hp: HPFit, *, bootstrap: int = 0, seed: int = 0) -> tuple[Fit, float]:
-    """Fit the loss law to the fitted minima of the groups.
-
-    With fewer than three groups it is fitted to every run instead, with the run's height above the minimum subtracted.
-
-    Args:
-        hp: The fit of learning rate and batch size.
-        bootstrap: Number of resamples for `Fit.samples`.
-        seed: Seed of the resamples.
-
-    Returns:
-        The loss law, and the noise of one run (standard deviation of ln L) that the minima do not contain.
-
-    Raises:
-        FitError: If no law can exist.
-    """
-    floors = hp.floors
-    if len(floors) >= 3:
-        N, D, loss = (floors[c].to_numpy() for c in ("N", "D", "loss"))
-        return fit_loss_law(N, D, loss, bootstrap=bootstrap, seed=seed), float(np.mean([f.noise for f in hp.fits]))
-    N, D, lr, batch, loss = hp.used[["N", "D", "lr", "batch_tokens", "loss"]].to_numpy(float).T
-    lowered = loss * np.exp(-hp.height(lr, batch, N, D))
-    return fit_loss_law(N, D, lowered, bootstrap=bootstrap, seed=seed), 0.0

@@ -1,3 +1,3 @@
-"""The run table: its columns, checks of cells, file readers, the importer, units, and runs read from MLflow. It may
-import `common` to `fitting`.
+"""The run table: its columns, checks of cells, the importer, units, and runs read from MLflow. It may import `common`
+to `formats`.
 """

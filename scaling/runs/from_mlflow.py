@@ -5,14 +5,42 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from scaling.tracking.records import RunRecord
+
 # Parameters of a run that become columns, as numbers and as text.
 NUMERIC_PARAMS = ("N", "D", "lr", "batch_tokens", "seq_len", "d_model", "N_total", "N_nonembedding")
 TEXT_PARAMS = ("parametrization", "data_sha256", "arm")
+
+
+def read_cells(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """Return the runs of another program's experiment as cells, one row per run.
+
+    Args:
+        records: The runs.
+
+    Returns:
+        The columns run_id, name, state, and params.X, metrics.X and tags.X. A metric that is not finite is text, so
+        that it differs from a missing one. The index is the run id, so that an error message names the run of a
+        mistake.
+    """
+    import pandas as pd
+
+    rows = []
+    for r in records:
+        row: dict[str, Any] = {"run_id": r.run_id, "name": r.name, "state": r.status}
+        row |= {f"params.{k}": None if v == "None" else v for k, v in r.params.items()}
+        row |= {f"metrics.{k}": v if math.isfinite(v) else str(v) for k, v in r.metrics.items()}
+        row |= {f"tags.{k}": v for k, v in r.tags.items() if not k.startswith("mlflow.")}
+        rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    index = [r.run_id for r in records]
+    return pd.DataFrame({n: pd.Series([row.get(n) for row in rows], index, dtype=object) for n in names})
 
 
 def read_runs(study: str, *, uri: str | None = None) -> pd.DataFrame:

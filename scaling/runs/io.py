@@ -3,59 +3,65 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaling.runs.cells import is_empty
 from scaling.runs.readers import TABLE_SUFFIXES
+from scaling.runs.readers import is_table_file as is_table_file
 
 if TYPE_CHECKING:
     import pandas as pd
+
+logger = logging.getLogger("muscale.scaling")
 
 
 def load_runs(source: str | Path, *, tracking_uri: str | None = None) -> pd.DataFrame:
     """Load and check a run table; `scaling.runs.table` documents its columns.
 
-    Tables with other names or units, and experiments of other programs, are read by `scaling.import_runs`.
+    A file is read as `scaling.import_runs` reads it without a mapping: by the names of its columns, with states, units
+    and points on the way. Files with other names are read by `scaling.import_runs` with a mapping.
 
     Args:
-        source: The name of a study (an MLflow experiment), or a .csv, .parquet, .jsonl or .json file.
+        source: The name of a study (an MLflow experiment), or a file or folder of runs.
         tracking_uri: The MLflow store of a study; by default $MLFLOW_TRACKING_URI or ./mlflow.db.
 
     Returns:
         The checked table.
 
     Raises:
-        ValueError: If there is no such study or file, or if a column or row cannot be read.
+        ValueError: If there is no such study or file, or if a column or row cannot be read. The message ends with the
+            command that reads the source, where one was found.
     """
     # Imported here, so that a command can tell a file from an experiment without pandas.
-    from scaling.runs.table import COLUMNS, check_runs
+    from scaling.runs.importer import import_runs, propose_import
 
     if is_table_file(source):
-        from scaling.runs.readers import convert_numeric_columns, read_table
-
-        return check_runs(convert_numeric_columns(read_table(Path(source)), but=COLUMNS), origin=str(source))
+        runs, remarks = import_runs(source)
+        for remark in remarks:
+            if not remark.startswith("columns not used"):
+                logger.info(remark)
+        return runs
     from scaling.runs.from_mlflow import read_runs
+    from scaling.runs.importer import format_command
+    from scaling.runs.table import check_runs
+    from scaling.tracking.records import read_records
 
-    return check_runs(read_runs(str(source), uri=tracking_uri), origin=f"study {source}")
-
-
-def is_table_file(source: str | Path) -> bool:
-    """Return whether a source is the file of a table and not the name of an experiment.
-
-    Args:
-        source: A path or a name.
-
-    Returns:
-        Whether its suffix is one of `TABLE_SUFFIXES`.
-
-    Raises:
-        ValueError: If it is a file of another kind.
-    """
-    path = Path(source)
-    if path.suffix not in TABLE_SUFFIXES and path.is_file():
-        raise ValueError(f"needed a table of runs ({', '.join(TABLE_SUFFIXES)}) or an experiment's name, got {source}")
-    return path.suffix in TABLE_SUFFIXES
+    try:
+        runs = read_runs(str(source), uri=tracking_uri)
+    except ValueError:
+        records = read_records(str(source), uri=tracking_uri)
+        if not records or any("muscale.kind" in r.tags for r in records):
+            raise
+        guess = propose_import(source, tracking_uri=tracking_uri)
+        command = (
+            format_command(source, guess) if guess else f"scaling import {source} --out runs.csv --map N=COLUMN ..."
+        )
+        raise ValueError(
+            f"experiment {source!r} holds {len(records)} runs of another program: import them first:\n  {command}"
+        ) from None
+    return check_runs(runs, origin=f"study {source}")
 
 
 def save_runs(runs: pd.DataFrame, path: Path) -> None:

@@ -20,7 +20,7 @@ Only the first three columns are required; each law names the others that it nee
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -118,14 +118,14 @@ def clean_runs(runs: pd.DataFrame, known: Collection[tuple[str, Any]] = ()) -> t
     runs = runs.copy()
     for name in NUMBER_COLUMNS:
         if name in runs.columns:
-            runs[name], wrong = parse_numbers(runs[name])
+            runs[name], wrong = parse_numbers(runs[name], kind="count" if name in COUNT_COLUMNS else "number")
             needed = "a positive number" if name in POSITIVE_COLUMNS else "a number"
             problems += describe_mistakes(name, wrong, needed)
             known |= {(name, row) for row in wrong}
     for name in TEXT_COLUMNS:
         if name in runs.columns:
             # The same type whatever the file and the version of pandas.
-            texts = [None if is_empty(v) else str(v) for v in runs[name]]
+            texts = map_cells(runs[name], lambda v: None if is_empty(v) else str(v))
             runs[name] = pd.Series(texts, runs.index, dtype=object)
     loss = runs["loss"] if "loss" in runs.columns else pd.Series(np.nan, runs.index)
     for name, default in (("diverged", ~np.isfinite(loss)), ("final", pd.Series(True, runs.index))):
@@ -148,13 +148,29 @@ def clean_runs(runs: pd.DataFrame, known: Collection[tuple[str, Any]] = ()) -> t
             if name == "loss":
                 # An excluded run may have any loss.
                 is_wrong &= runs["excluded"].eq("")
+            if name == "D":
+                # A point before the first step has no tokens.
+                is_wrong &= ~(value.eq(0) & runs["excluded"].ne(""))
             if name in REQUIRED_COLUMNS:
                 is_wrong |= value.isna() & runs["excluded"].eq("")
-            new = {
-                row: value.iat[i] for i, row in enumerate(runs.index) if is_wrong.iat[i] and (name, row) not in known
-            }
+            new = {row: cell for row, cell in value[is_wrong].items() if (name, row) not in known}
             problems += describe_mistakes(name, new, "a positive number")
     return runs, problems
+
+
+def map_cells(column: pd.Series[Any], function: Callable[[Any], Any]) -> list[Any]:
+    """Return a function of each cell, computed once for equal cells.
+
+    Args:
+        column: Cells of any type.
+        function: What to compute from a cell.
+    """
+    cells = column.tolist()
+    # 1, 1.0 and True are equal, and lists have no hash.
+    if not set(map(type, cells)) <= {str, float, type(None)}:
+        return [function(cell) for cell in cells]
+    results = {cell: function(cell) for cell in set(cells)}
+    return [results[cell] for cell in cells]
 
 
 def hash_table(runs: pd.DataFrame) -> str:
@@ -168,6 +184,6 @@ def hash_table(runs: pd.DataFrame) -> str:
 
 
 def hash_rows(runs: pd.DataFrame) -> str:
-    """Return the SHA-256 of N, D, lr, batch_tokens and loss of all rows, in whatever order."""
-    numbers = runs[["N", "D", "lr", "batch_tokens", "loss"]].to_numpy(float)
+    """Return the SHA-256 of N, D, lr, batch_tokens and loss of all rows, in whatever order; missing columns are NaN."""
+    numbers = runs.reindex(columns=["N", "D", "lr", "batch_tokens", "loss"]).to_numpy(float)
     return hashlib.sha256(np.ascontiguousarray(numbers[np.lexsort(numbers.T)], dtype="<f8").tobytes()).hexdigest()

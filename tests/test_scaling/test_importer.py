@@ -223,7 +223,10 @@ def test_a_count_that_is_not_converted_says_so(tmp_path: Path) -> None:
         ({"N": "n:furlongs"}, "unknown unit 'furlongs'; N takes multiplying, total"),
         ({"N": "n:millions:billions"}, "two units of one kind"),
         ({"lr": "lr:billions"}, "unknown unit 'billions'; lr takes none"),
-        ({"loss": "loss:bits-per-byte"}, "bits per byte are no loss per token without the bytes per token"),
+        (
+            {"loss": "loss:bits-per-byte"},
+            "bits per byte, which become nats per token by the bytes of one token.*bytes_per_token=NUMBER",
+        ),
         ({"loss": "loss:bpb"}, "bits per byte"),
         ({"D": "D:steps"}, "D in steps needs batch_tokens: map it, or set batch_tokens=NUMBER"),
         ({"D": "D:sequences"}, "D in sequences needs seq_len"),
@@ -244,7 +247,7 @@ def test_a_value_is_mapped_or_set_not_both(tmp_path: Path) -> None:
 
 
 def test_common_names_are_proposed_and_never_used(tmp_path: Path) -> None:
-    path = write_csv(tmp_path, "config.n_params,_step,eval/loss,learning_rate,batch size\n1,1,1,1,1\n")
+    path = write_csv(tmp_path, "config.n_params,_step,eval/loss,learning_rate,batch size\n1e6,1e6,1,1,1\n")
     with pytest.raises(ValueError, match="cannot be used") as error:
         import_runs(path)
     message = str(error.value)
@@ -256,34 +259,40 @@ def test_common_names_are_proposed_and_never_used(tmp_path: Path) -> None:
     assert "lr" not in runs
     assert remarks == [
         "no column lr (is it learning_rate? --map lr=learning_rate)",
+        'no column batch_tokens (is it batch size? --map "batch_tokens=batch size:sequences")',
         "columns not used: learning_rate, batch size",
     ]
 
 
 def test_all_mistakes_are_named_with_row_and_column_at_once(tmp_path: Path) -> None:
-    text = 'n,D,loss,lr\n"1,000",1e9,3,0.1\n2000,-1,3,0.1\n3000,1e9,high,0.1\n4000,1e9,3,\n5000,,3,0.1\n'
+    text = 'n,D,loss,lr\n"1,2,3",1e9,3,0.1\n2000,-1,3,0.1\n3000,1e9,high,0.1\n4000,1e9,3,\n5000,1e9,3,-0.1\n'
     with pytest.raises(ValueError, match="cannot be used") as error:
         import_runs(write_csv(tmp_path, text), mapping={"N": "n"})
     lines = str(error.value).splitlines()[1:]
     assert lines == [
-        "  row 0, column N (from n): needed a number, got '1,000': write it without thousands separators",
+        "  row 0, column N (from n): needed a number, got '1,2,3'",
         "  row 2, column loss: needed a number, got 'high'",
         "  row 1, column D: needed a positive number, got -1.0",
-        "  row 4, column D: needed a positive number, got an empty cell",
+        "  row 4, column lr: needed a positive number, got -0.1",
     ]
 
 
-def test_a_batch_without_its_sequence_length_is_refused_by_row(tmp_path: Path) -> None:
-    path = write_csv(tmp_path, "N,D,loss,bs,seq_len\n1,1,1,8,128\n1,1,1,8,\n")
+def test_a_batch_without_its_sequence_length_keeps_one_run_out(tmp_path: Path) -> None:
+    path = write_csv(tmp_path, "N,D,loss,bs,seq_len\n1e6,1e8,3,8,128\n1e6,2e8,2,8,\n")
+    runs, remarks = import_runs(path, mapping={"batch_tokens": "bs:sequences"})
+    assert runs["batch_tokens"].tolist() == pytest.approx([1024, math.nan], nan_ok=True)
+    assert len(usable(runs)) == 2
+    assert "row 1: no batch_tokens, which needs seq_len to be read in sequences" in remarks
+    path = write_csv(tmp_path, "N,D,loss,bs,seq_len\n1e6,1e8,3,8,\n1e6,2e8,2,8,\n")
     with pytest.raises(ValueError, match="row 1, column seq_len: needed a number, to read batch_tokens in sequences"):
         import_runs(path, mapping={"batch_tokens": "bs:sequences"})
 
 
 def test_points_before_the_end_of_a_run_are_kept_and_marked(tmp_path: Path) -> None:
-    path = write_csv(tmp_path, "run,N,D,loss\na,1,100,5\na,1,300,3\na,1,200,4\nb,1,100,5\n")
+    path = write_csv(tmp_path, "run,N,D,loss\na,1e6,1e8,5\na,1e6,3e8,3\na,1e6,2e8,4\nb,1e6,1e8,5.1\n")
     runs, _ = import_runs(path, mapping={"run_id": "run"})
     assert runs["final"].tolist() == [False, True, False, True]
-    assert usable(runs)["D"].tolist() == [300, 100]
+    assert usable(runs)["D"].tolist() == [3e8, 1e8]
     assert set(runs["excluded"]) == {"", "not final: a point on the way of its run"}
     runs, _ = import_runs(path, mapping={"run_id": "run"}, constants={"final": True})
     assert len(usable(runs)) == 4, "under a constant rate every point may be used"
@@ -291,7 +300,7 @@ def test_points_before_the_end_of_a_run_are_kept_and_marked(tmp_path: Path) -> N
     assert len(usable(runs)) == 4
     assert remarks == ["no column run_id (is it run? --map run_id=run)", "columns not used: run"]
     with pytest.raises(ValueError, match="row 2, column run_id: needed one row per run and number of tokens, got 'a'"):
-        import_runs(write_csv(tmp_path, "run_id,N,D,loss\na,1,100,5\na,1,300,3\na,1,300,3\n"))
+        import_runs(write_csv(tmp_path, "run_id,N,D,loss\na,1,100,5\na,1,300,3\na,1,300,2.9\n"))
 
 
 def test_a_loss_no_better_than_guessing_is_diverged(tmp_path: Path) -> None:
@@ -303,7 +312,8 @@ def test_a_loss_no_better_than_guessing_is_diverged(tmp_path: Path) -> None:
 
 def test_a_crash_is_no_divergence_unless_its_loss_is_not_finite(tmp_path: Path) -> None:
     path = write_csv(
-        tmp_path, "N,D,loss,State\n1,1,,crashed\n1,,NaN,failed\n1,1,3,finished\n,,,finished\n1,1,,finished\n"
+        tmp_path,
+        "N,D,loss,State\n1e6,1e8,,crashed\n1e6,,NaN,failed\n1e6,1e8,3,finished\n,,,finished\n1e6,1e8,,finished\n",
     )
     runs, remarks = import_runs(path)
     assert runs["diverged"].tolist() == [False, True, False, False, True]
@@ -318,11 +328,11 @@ def test_a_crash_is_no_divergence_unless_its_loss_is_not_finite(tmp_path: Path) 
 
 
 def test_a_column_called_status_is_used_only_for_known_words(tmp_path: Path) -> None:
-    runs, remarks = import_runs(write_csv(tmp_path, "N,D,loss,status\n1,1,1,ok\n"))
+    runs, remarks = import_runs(write_csv(tmp_path, "N,D,loss,status\n1e6,1e8,1,ok\n"))
     assert len(usable(runs)) == 1
     assert remarks == ["column status is not read as the state of runs: it holds 'ok'"]
     with pytest.raises(ValueError, match="row 1, column status: needed the state of a run"):
-        import_runs(write_csv(tmp_path, "N,D,loss,status\n1,1,1,finished\n1,1,1,ok\n"))
+        import_runs(write_csv(tmp_path, "N,D,loss,status\n1e6,1e8,1,finished\n1e6,1e8,1,ok\n"))
 
 
 def test_a_column_with_the_right_name_can_be_left_out(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The module in which version 0.1 offered `Fidelity`, kept so that scripts written for it run: import it from `scaling`."""
+"""The module of `Fidelity` in version 0.1, kept for scripts that import it from here. New ones import `scaling`."""
 
 from scaling.laws.compute import Fidelity
 

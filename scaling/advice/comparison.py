@@ -63,14 +63,15 @@ def compare_published_law(law: PublishedLaw, N: float, D: float, convention: str
     }
 
 
-def format_comparison(comparison: PublishedComparison, lr: float, batch_tokens: float) -> str:
-    """Return what a published law gives as text, relative to the recommended lr and batch."""
+def format_comparison(comparison: PublishedComparison, lr: float | None, batch_tokens: float | None) -> str:
+    """Return what a published law gives as text, relative to the recommended lr and batch if there are any."""
     parts = []
     if comparison["lr"] is not None:
-        parts.append(f"lr {comparison['lr']:.3g} ({comparison['lr'] / lr:.2g} x recommended)")
+        ratio = "" if lr is None else f" ({comparison['lr'] / lr:.2g} x recommended)"
+        parts.append(f"lr {comparison['lr']:.3g}{ratio}")
     if comparison["batch_tokens"] is not None:
-        ratio = comparison["batch_tokens"] / batch_tokens
-        parts.append(f"batch {format_count(comparison['batch_tokens'])} ({ratio:.2g} x recommended)")
+        ratio = "" if batch_tokens is None else f" ({comparison['batch_tokens'] / batch_tokens:.2g} x recommended)"
+        parts.append(f"batch {format_count(comparison['batch_tokens'])}{ratio}")
     if not parts:
         symbols = {"batch_tokens": "B"}
         for setting, exponents in comparison["exponents"].items():

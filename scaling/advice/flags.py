@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from scaling.advice.conditions import MixedConditions
+from scaling.advice.table_fits import SETTING_NAMES, TableFits, describe_settings_used
 from scaling.common.quantities import format_count
+from scaling.fitting.groups import cluster_values
 from scaling.fitting.loss_law import Allocation, Fit
 from scaling.fitting.lr_batch_law import HPFit
 
@@ -26,12 +29,16 @@ MAX_RATIO_BELOW = 2.0
 ENOUGH_GROUPS = 6
 # A setting within this share of the searched range (in logarithms) lies at its edge.
 EDGE_SHARE = 0.1
+# Groups whose optimum is compared with the searched range, because each takes 1 ms.
+MAX_CHECKED_GROUPS = 100
 # What is worth mentioning: a relative disagreement between the two forms of the loss law, a factor in the best batch by
 # its trend in N, and a factor between two optima of N.
 NOTABLE_DISAGREEMENT = 0.01
 NOTABLE_BATCH_FACTOR = 1.2
 NOTABLE_OPTIMUM_FACTOR = 1.5
-SETTING_NAMES = {"lr": "learning rate", "batch_tokens": "batch"}
+# A predicted loss by this factor below the lowest or above the highest loss of the runs is no answer, and neither is an
+# interval whose ends differ by the other factor.
+MAX_LOSS_FACTOR, MAX_INTERVAL_FACTOR = 30.0, 1000.0
 
 # How N was counted, as a recommendation keeps it.
 CONVENTIONS = {
@@ -63,64 +70,94 @@ class Flag:
         code: A stable identifier, such as "beyond-N".
         text: The reason and what to do about it, in plain words.
         serious: Whether the recommendation should not be trusted because of it.
+        short: The same in at most two lines of a terminal; empty if the first sentences of the text are short enough.
     """
 
     code: str
     text: str
     serious: bool
+    short: str = ""
+
+    @property
+    def about_settings(self) -> bool:
+        """Whether only the learning rate and the batch are doubtful because of it, and not the loss."""
+        return self.code.startswith(("lr-", "batch", "hp-", "measured-"))
 
 
 def collect_flags(
-    hp: HPFit,
+    fits: TableFits,
     fit: Fit,
-    runs: pd.DataFrame,
     searched: Mapping[str, tuple[float, float]],
     N: float,
     D: float,
+    mixed: MixedConditions | None,
 ) -> list[Flag]:
     """Return all flags of a recommendation.
 
     Args:
-        hp: The law of learning rate and batch.
-        fit: The loss law.
-        runs: The runs that the laws were fitted to.
+        fits: The laws of the table.
+        fit: Its loss law.
         searched: The searched range of each setting, from `find_searched_ranges`.
         N: Parameters of the target that multiply tokens.
         D: Training tokens of the target.
+        mixed: What runs alike differ in, from `find_mixed_conditions`.
 
     Returns:
         The flags, in the order in which they were checked; there is always one on how N was counted.
     """
     return [
-        *_flag_extrapolation(hp, N, D),
-        *_flag_few_scales(hp, N, D),
-        *_flag_edges(hp, searched, N, D),
-        *_flag_fits(hp, fit),
+        *_flag_conditions(mixed),
+        *_flag_extrapolation(fits, N, D),
+        *_flag_few_scales(fits, N, D),
+        *([] if fits.hp is None else _flag_edges(fits.hp, searched, N, D)),
+        *_flag_fits(fits, fit),
         *_flag_forms(fit, N, D),
-        _flag_convention(runs),
+        _flag_convention(fits.used),
     ]
 
 
-def find_searched_ranges(hp: HPFit, space: Mapping[str, Sequence[float]] | None) -> dict[str, tuple[float, float]]:
+def flag_absurd_loss(loss: float, interval: tuple[float, float], losses: pd.Series[float]) -> list[Flag]:
+    """Return a serious flag if a predicted loss is so far from the losses of the runs that it is no answer."""
+    is_far = not losses.min() / MAX_LOSS_FACTOR < loss < losses.max() * MAX_LOSS_FACTOR
+    if not is_far and interval[1] < MAX_INTERVAL_FACTOR * interval[0]:
+        return []
+    text = (
+        "The runs allow no answer for the loss of this target: it lies too far from them. Check its N and D, and the "
+        "units of N and D in the table."
+    )
+    return [Flag("no-answer", text, serious=True)]
+
+
+def _flag_conditions(mixed: MixedConditions | None) -> list[Flag]:
+    """Return a flag if the runs differ in something that the laws do not know."""
+    return [] if mixed is None else [Flag("mixed-conditions", str(mixed), serious=mixed.serious, short=mixed.short)]
+
+
+def find_searched_ranges(
+    fits: TableFits, space: Mapping[str, Sequence[float]] | None
+) -> dict[str, tuple[float, float]]:
     """Return the range of lr and batch_tokens that was searched; where `space` lacks it, the range of the runs.
 
     Args:
-        hp: The law of learning rate and batch.
+        fits: The laws of the table.
         space: (low, high) of the settings that were searched.
 
     Returns:
-        (low, high) of "lr" and "batch_tokens".
+        (low, high) of "lr" and "batch_tokens"; settings that the runs did not vary are left out.
 
     Raises:
         ValueError: If a range is not 0 < low <= high.
     """
-    searched = {name: hp.ranges[name] for name in SETTING_NAMES}
+    searched = {}
+    if fits.hp is not None:
+        searched = {name: fits.hp.ranges[name] for name in SETTING_NAMES if fits.states[name] == "varied"}
     for name in SETTING_NAMES:
         if space is not None and name in space:
             low, high = (float(v) for v in space[name])
             if not 0 < low <= high:
                 raise ValueError(f"space[{name!r}] must be (low, high) with 0 < low <= high, got {space[name]}")
-            searched[name] = (low, high)
+            if name in searched:
+                searched[name] = (low, high)
     return searched
 
 
@@ -156,21 +193,22 @@ def _flag_convention(runs: pd.DataFrame) -> Flag:
     return Flag("n-convention", text, serious=convention == "mixed")
 
 
-def _flag_extrapolation(hp: HPFit, N: float, D: float) -> list[Flag]:
+def _flag_extrapolation(fits: TableFits, N: float, D: float) -> list[Flag]:
     """Return flags for a target outside the sizes, tokens and compute of the data."""
-    flags = []
+    flags, beyond = [], []
     for name, value in (("N", N), ("D", D)):
-        low, high = hp.ranges[name]
+        low, high = fits.ranges[name]
         ratio = max(value / high, low / value)
         if ratio > 1 + 1e-9:
             relation = (
                 f"{_format_ratio(ratio)} times the largest" if value > high else f"{1 / ratio:.3g} times the smallest"
             )
+            beyond.append(f"{relation} {name}")
             text = f"The target's {name} is {relation} in the data ({format_count(low)} to {format_count(high)})."
             if ratio > MAX_RATIO:
                 text += f" The laws are not checked beyond a factor of {MAX_RATIO:.0f}: add runs closer to the target."
             flags.append(Flag(f"beyond-{name}", text, serious=ratio > MAX_RATIO))
-    largest = 6 * float((hp.floors["N"] * hp.floors["D"]).max())
+    largest = 6 * float((fits.groups["N"] * fits.groups["D"]).max())
     ratio = 6 * N * D / largest
     if ratio > 1 + 1e-9:
         text = f"The target's compute is {_format_ratio(ratio)} times that of the largest run ({largest:.3g} FLOPs)."
@@ -179,8 +217,14 @@ def _flag_extrapolation(hp: HPFit, N: float, D: float) -> list[Flag]:
                 f" Intervals of the loss were checked on real runs only up to {CHECKED_COMPUTE_RATIO:.0f} times: "
                 "add larger runs."
             )
-        flags.append(Flag("beyond-C", text, serious=ratio > MAX_COMPUTE_RATIO))
-    low, high = hp.ranges["N"]
+        beyond.append(f"{_format_ratio(ratio)} times the largest compute")
+        listed = beyond[0] if len(beyond) == 1 else f"{', '.join(beyond[:-1])} and {beyond[-1]}"
+        short = f"The target has {listed} in the data."
+        flags.append(Flag("beyond-C", text, serious=ratio > MAX_COMPUTE_RATIO, short=short))
+    if fits.hp is None:
+        return flags
+    hp = fits.hp
+    low, high = fits.ranges["N"]
     if low / N > 1 + 1e-9:
         text = (
             "Below the smallest N, the intervals of learning rate and batch are too narrow, and the expected regret is "
@@ -188,7 +232,8 @@ def _flag_extrapolation(hp: HPFit, N: float, D: float) -> list[Flag]:
         )
         flags.append(Flag("below-N", text, serious=low / N > MAX_RATIO_BELOW))
     factor = (N / high) ** hp.law.batch_N
-    if N > high and not 1 / NOTABLE_BATCH_FACTOR < factor < NOTABLE_BATCH_FACTOR:
+    is_answered = fits.states["batch_tokens"] == "varied"
+    if is_answered and N > high and not 1 / NOTABLE_BATCH_FACTOR < factor < NOTABLE_BATCH_FACTOR:
         exponent_low, exponent_high = hp.exponents(0.9)["batch_N"]
         text = (
             f"Beyond the largest N, the best batch is extrapolated as N^{hp.law.batch_N:+.2f} (90 % interval: "
@@ -196,27 +241,31 @@ def _flag_extrapolation(hp: HPFit, N: float, D: float) -> list[Flag]:
             f"of the trend in these runs: the recommended batch is {factor:.2g} times that at the largest N. If you "
             "can, try half and twice this batch, too."
         )
-        flags.append(Flag("batch-beyond-N", text, serious=False))
+        short = (
+            f"Beyond the largest N, the best batch is extrapolated as N^{hp.law.batch_N:+.2f} ({exponent_low:+.2f} to "
+            f"{exponent_high:+.2f}): try half and twice this batch, too."
+        )
+        flags.append(Flag("batch-beyond-N", text, serious=False, short=short))
     return flags
 
 
 def _format_ratio(ratio: float) -> str:
-    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}"
+    return f"{ratio:,.0f}" if 1000 <= ratio < 1e6 else f"{ratio:.3g}"
 
 
-def _flag_few_scales(hp: HPFit, N: float, D: float) -> list[Flag]:
+def _flag_few_scales(fits: TableFits, N: float, D: float) -> list[Flag]:
     """Return flags for data with too few sizes, token counts or groups."""
     flags = []
     for name, value, least, more in (("N", N, 3, "sizes"), ("D", D, 2, "token counts")):
-        count = hp.floors[name].nunique()
+        count = int(cluster_values(np.log(fits.groups[name].to_numpy(float))).max()) + 1
         if count < least:
-            low, high = hp.ranges[name]
+            low, high = fits.ranges[name]
             is_outside = not low <= value <= high
             text = (
                 f"The data has {count} distinct {name}, and a trend in {name} needs at least {least}: add other {more}."
             )
             flags.append(Flag(f"few-{name}", text, serious=is_outside))
-    groups = len(hp.floors)
+    groups = len(fits.groups)
     if groups < ENOUGH_GROUPS:
         text = (
             f"The data has {groups} groups of equal N and D, and a law needs at least {ENOUGH_GROUPS} to be tested: "
@@ -229,10 +278,13 @@ def _flag_few_scales(hp: HPFit, N: float, D: float) -> list[Flag]:
 def _flag_edges(hp: HPFit, searched: Mapping[str, tuple[float, float]], N: float, D: float) -> list[Flag]:
     """Return flags for optima at or beyond the edge of the searched range, of the groups and of the target."""
     flags = []
-    groups = [hp.interval(n, d, mass=0.9) for n, d in zip(hp.floors["N"], hp.floors["D"], strict=True)]
+    checked = np.unique(np.linspace(0, len(hp.floors) - 1, min(len(hp.floors), MAX_CHECKED_GROUPS)).round().astype(int))
+    floors = hp.floors.iloc[checked]
+    groups = [hp.interval(n, d, mass=0.9) for n, d in zip(floors["N"], floors["D"], strict=True)]
     best = (float(v) for v in hp.law(N, D))
     for i, (name, value) in enumerate(zip(SETTING_NAMES, best, strict=True)):
-        low, high = searched[name]
+        # A setting that was not varied has no range, and no answer either.
+        low, high = searched.get(name, (0.0, 0.0))
         # With a single value, `_flag_fits` reports that the optimum is not identified.
         if low == high:
             continue
@@ -262,18 +314,29 @@ def _flag_edges(hp: HPFit, searched: Mapping[str, tuple[float, float]], N: float
     return flags
 
 
-def _flag_fits(hp: HPFit, fit: Fit) -> list[Flag]:
+def _flag_fits(fits: TableFits, fit: Fit) -> list[Flag]:
     """Return flags for what the fits themselves report as doubtful."""
     flags = []
-    for name, is_identified in hp.identified.items():
-        if not is_identified:
+    for name, is_identified in ({} if fits.hp is None else fits.hp.identified).items():
+        if not is_identified and fits.states[name] == "varied":
             text = (
                 f"The runs do not show where the best {SETTING_NAMES[name]} is, so the answer comes mostly from the "
                 f"prior: vary {name} more within each group of equal N and D."
             )
-            flags.append(Flag(f"{name}-unidentified", text, serious=True))
-    if hp.status != "ok":
-        flags.append(Flag("hp-fit", f"Law of learning rate and batch: {hp.status}", serious=False))
+            short = f"The runs do not show where the best {SETTING_NAMES[name]} is: vary {name} more at equal N and D."
+            flags.append(Flag(f"{name}-unidentified", text, serious=True, short=short))
+    if fits.hp is not None and fits.hp.status != "ok":
+        flags.append(Flag("hp-fit", f"Law of learning rate and batch: {fits.hp.status}", serious=False))
+    if text := describe_settings_used(fits):
+        flags.append(Flag("hp-settings", text, serious=False))
+    if fits.n_without_settings:
+        text = (
+            f"{fits.n_without_settings} of {len(fits.used)} runs have no learning rate or batch in the table, and are "
+            "left out of that law."
+        )
+        flags.append(Flag("hp-empty", text, serious=False))
+    for doubt in () if fits.loss is None else fits.loss.doubts:
+        flags.append(Flag("loss-evidence", doubt, serious=False))
     if fit.status != "ok":
         flags.append(Flag("loss-fit", f"Loss law: {fit.status}", serious=False))
     return flags
@@ -288,13 +351,22 @@ def _flag_forms(fit: Fit, N: float, D: float) -> list[Flag]:
     predictions = []
     for member in fit.members:
         form = "without a floor" if member.form == "no floor" else f"with a {member.form}"
-        loss = math.exp(float(member.moments(n, d)[0][0]))
-        predictions.append(f"{loss:.4f} {form} (weight {member.weight:.2f})")
+        loss = math.exp(min(float(member.moments(n, d)[0][0]), 700.0))
+        predictions.append(f"{format_loss(loss)} {form} (weight {member.weight:.2f})")
     text = (
-        f"The two averaged forms of the loss law disagree by {100 * disagreement:.1f} % (sd): "
+        f"The two averaged forms of the loss law disagree by {_format_share(disagreement)} (sd): "
         f"{', '.join(predictions)}. The interval of the loss takes this into account."
     )
     return [Flag("forms-disagree", text, serious=False)]
+
+
+def format_loss(value: float) -> str:
+    """Return a loss with four decimals or, where that is absurd, with a power of ten."""
+    return f"{value:.4f}" if 1e-3 <= value < 1e4 else f"{value:.3g}"
+
+
+def _format_share(share: float) -> str:
+    return f"{100 * share:.1f} %" if share < 1 else f"a factor of {math.exp(min(share, 700.0)):.3g}"
 
 
 def flag_optimum(fit: Fit, C: float, best: Allocation) -> list[Flag]:

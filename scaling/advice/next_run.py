@@ -13,7 +13,7 @@ from typing import TypedDict
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from scaling.common.quantities import format_count
 from scaling.fitting.averaging import fit_averaged_forms, whiten_runs
@@ -159,7 +159,7 @@ def plan_next(
         fit: The loss law that it is based on.
         N: Parameters of the target that multiply tokens.
         D: Training tokens of the target.
-        run_noise: The noise of one run (sd of ln loss) that the minima do not contain, from `fit_loss_floors`.
+        run_noise: The noise of one run (sd of ln loss) that the minima do not contain, from `LossEvidence.run_noise`.
         mass: The probability that each interval holds.
         at_most: The most FLOPs of one run; by default 3 times the largest run, but not more than a tenth of the target.
         seq_len: Sequence length. If given, batches are whole sequences.
@@ -269,7 +269,7 @@ def compute_loss_half_width(fit: Fit, run_noise: float, N: float, D: float, mass
         mass: The probability that the interval holds.
     """
     half = math.log(float(fit.interval(N, D, mass)[1]) / float(fit.predict(N, D)))
-    return math.hypot(half, float(norm.ppf(0.5 + mass / 2)) * run_noise)
+    return math.hypot(half, float(ndtri(0.5 + mass / 2)) * run_noise)
 
 
 def compute_interval_factors(hp: HPFit, N: float, D: float, mass: float) -> tuple[float, float]:

@@ -5,230 +5,74 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from importlib import metadata
-from typing import Any, TypedDict, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from scaling.advice.comparison import PublishedComparison, compare_published_law, format_comparison
-from scaling.advice.flags import CONVENTIONS, Flag, collect_flags, find_convention, find_searched_ranges, flag_optimum
-from scaling.advice.next_run import NextRun, NextRunNote, Sweep, compute_loss_half_width, plan_next
-from scaling.common.quantities import format_count
-from scaling.fitting.lr_batch_law import HPFit, fit_hp_law, fit_loss_floors
+from scaling.advice.answer import UNTRUSTED as UNTRUSTED
+from scaling.advice.answer import HPLawValues, LossLawValues, OptimalSize, RecommendationProvenance
+from scaling.advice.answer import Recommendation as Recommendation
+from scaling.advice.comparison import compare_published_law
+from scaling.advice.conditions import find_mixed_conditions
+from scaling.advice.flags import (
+    CONVENTIONS,
+    Flag,
+    collect_flags,
+    find_convention,
+    find_searched_ranges,
+    flag_absurd_loss,
+    flag_optimum,
+)
+from scaling.advice.measured import flag_measured_best
+from scaling.advice.next_run import NextRunNote, compute_loss_half_width, plan_next
+from scaling.advice.table_fits import SETTING_NAMES, TableFits, fit_table
+from scaling.common.quantities import read_count
+from scaling.fitting.envelope import make_law_frontier
+from scaling.fitting.loss_law import Allocation, Fit, FitError, find_coverage_doubts, fit_loss_law
 from scaling.laws.published import get_published_law, list_published_laws
 from scaling.runs.table import hash_rows, hash_table, usable
 
-INTERVAL_FIELDS = ("lr_interval", "batch_interval", "loss_interval", "N_interval", "D_interval")
-UNTRUSTED = "NOT TO BE TRUSTED"
-# Of printed lines, in columns.
-LINE_WIDTH = 80
-
-
-class RecommendationProvenance(TypedDict, total=False):
-    """Which runs a recommendation is based on. Older notes lack some of the keys.
-
-    Attributes:
-        run_ids: Number of distinct runs.
-        run_ids_sha256: SHA-256 of their sorted run ids.
-        data_sha256: SHA-256 of the numbers that the laws were fitted to.
-        table_sha256: SHA-256 of the usable proxies of the table, see `scaling.runs.table.hash_table`.
-        n_runs: Number of rows that the laws were fitted to.
-        n_diverged: Rows left out because the run diverged.
-        n_excluded: Rows left out for other reasons.
-        n_far: Rows left out because they are far above the best of their group.
-        n_groups: Number of (N, D) groups.
-        version: The version of muscale.
-        N_convention: How N was counted, a value of `scaling.advice.flags.CONVENTIONS`.
-    """
-
-    run_ids: int
-    run_ids_sha256: str
-    data_sha256: str
-    table_sha256: str
-    n_runs: int
-    n_diverged: int
-    n_excluded: int
-    n_far: int
-    n_groups: int
-    version: str
-    N_convention: str
-
-
-class LossLawValues(TypedDict):
-    """The fitted loss law L = E + A / N^alpha + B / D^beta in nats per token, and "ok" or what is doubtful."""
-
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
-    status: str
-
-
-class HPLawValues(TypedDict):
-    """The fitted law of learning rate and batch, each a power of N and D, and "ok" or what is doubtful."""
-
-    lr_coef: float
-    lr_N: float
-    lr_D: float
-    batch_coef: float
-    batch_N: float
-    batch_D: float
-    status: str
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """What to run at (N, D), which loss to expect, and what this is based on.
-
-    Printing it shows all of this as text. `to_dict` and `from_dict` convert it to plain JSON values and back.
-
-    Attributes:
-        N: Parameters that multiply tokens, unless the provenance says otherwise.
-        D: Training tokens.
-        C: Training compute 6 N D, FLOPs.
-        lr: Peak learning rate, at base width under muP.
-        lr_interval: Its interval.
-        batch_tokens: Tokens per optimizer step, not clipped to the searched range.
-        batch_interval: Its interval, tokens per step.
-        batch_seqs: Sequences per optimizer step, rounded; None if the sequence length of the runs is not known.
-        seq_len: The sequence length of the runs, tokens; None if it was not recorded or differs.
-        loss: Expected loss of a run with these settings, nats per token.
-        loss_interval: The interval of one new run, nats per token.
-        mass: The probability that each interval holds.
-        expected_regret: Loss that is lost because the best lr and batch are not known exactly, as a share of the loss;
-            an upper bound.
-        flags: Reasons to doubt this. If any of them is serious, do not trust the recommendation.
-        provenance: Which runs it is based on.
-        loss_law: The fitted loss law.
-        hp_law: The fitted law of learning rate and batch.
-        N_interval: The interval of the compute-optimal N; None if N and D were given.
-        D_interval: The interval of the compute-optimal D, tokens; None if N and D were given.
-        next_run: What to run next, as JSON keeps a `scaling.advice.next_run.NextRun`; None if it was not asked for.
-        beside: What published laws give at (N, D). Not kept in notes.
-        run_ids: The runs that the laws were fitted to. Not kept in notes.
-    """
-
-    N: float
-    D: float
-    C: float
-    lr: float
-    lr_interval: tuple[float, float]
-    batch_tokens: float
-    batch_interval: tuple[float, float]
-    batch_seqs: int | None
-    seq_len: int | None
-    loss: float
-    loss_interval: tuple[float, float]
-    mass: float
-    expected_regret: float
-    flags: tuple[Flag, ...]
-    provenance: RecommendationProvenance
-    loss_law: LossLawValues
-    hp_law: HPLawValues
-    # The fields below are missing in older notes.
-    N_interval: tuple[float, float] | None = None
-    D_interval: tuple[float, float] | None = None
-    next_run: NextRunNote | None = None
-    beside: tuple[PublishedComparison, ...] = ()
-    run_ids: tuple[str, ...] = ()
-
-    @property
-    def trustworthy(self) -> bool:
-        """Whether no flag is serious."""
-        return not any(f.serious for f in self.flags)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, from which `from_dict` makes the same recommendation again."""
-        plain = asdict(self) | {"trustworthy": self.trustworthy}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Recommendation:
-        """Return the recommendation that `to_dict` converted.
-
-        Args:
-            plain: JSON values, also from an earlier or later version: missing fields get their defaults, unknown ones
-                are ignored.
-        """
-        known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in plain.items() if k in known}
-        for name in INTERVAL_FIELDS:
-            if values.get(name) is not None:
-                values[name] = (float(values[name][0]), float(values[name][1]))
-        values["flags"] = tuple(Flag(**f) for f in values["flags"])
-        for name in ("beside", "run_ids"):
-            values[name] = tuple(values.get(name, ()))
-        return cls(**values)
-
-    def __str__(self) -> str:
-        flags = sorted(self.flags, key=lambda f: not f.serious)
-        serious = [f.text for f in flags if f.serious]
-        lines = []
-        if serious:
-            more = f" And {len(serious) - 1} more below." if len(serious) > 1 else ""
-            lines += [_wrap(f"{UNTRUSTED}: {serious[0]}{more}", 0), ""]
-        lines += [*self._format_settings(), "", _wrap(_format_origin(self.provenance), 0)]
-        if flags:
-            lines += ["", "Warnings:"]
-            lines += [_wrap(f"  {'SERIOUS' if f.serious else 'note'}: {f.text}", 4) for f in flags]
-        if self.beside:
-            lines += ["", "Published laws, for comparison only; each has its own setting and its own N:"]
-            lines += [_wrap(format_comparison(law, self.lr, self.batch_tokens), 18) for law in self.beside]
-        if self.next_run is not None:
-            lines += ["", "What to run next to narrow this most:", str(parse_next_run(self.next_run))]
-        end = f"{UNTRUSTED} until the serious warnings are resolved." if serious else "No serious warnings."
-        return "\n".join([*lines, "", end])
-
-    def _format_settings(self) -> list[str]:
-        """Return the table of settings and loss, one line per row."""
-        (batch_low, batch_high), (loss_low, loss_high) = self.batch_interval, self.loss_interval
-        guess = "best guess" if self.trustworthy else "untrusted"
-        rows = [("", guess, f"{100 * self.mass:.0f} % interval")]
-        for symbol, value, interval in (("N", self.N, self.N_interval), ("D", self.D, self.D_interval)):
-            if interval is not None:
-                text = f"{format_count(interval[0])} to {format_count(interval[1])}"
-                rows.append((f"compute-optimal {symbol}", format_count(value), text))
-        rows.append(("training FLOPs, 6ND", f"{self.C:.3g}", ""))
-        rows.append(("learning rate", f"{self.lr:.4g}", f"{self.lr_interval[0]:.4g} to {self.lr_interval[1]:.4g}"))
-        rows.append(("batch, tokens per step", f"{self.batch_tokens:,.0f}", f"{batch_low:,.0f} to {batch_high:,.0f}"))
-        if self.batch_seqs is not None:
-            rows.append((f"  in sequences of {self.seq_len:,}", f"{self.batch_seqs:,}", ""))
-        rows.append(("loss, nats per token", f"{self.loss:.4f}", f"{loss_low:.4f} to {loss_high:.4f}"))
-        rows.append(("expected regret", f"{100 * self.expected_regret:.2f} %", "of the loss; an upper bound"))
-        title = f"Recommendation for N = {self.N:,.0f}, D = {self.D:,.0f}"
-        return [title, *(f"  {name:26}{value:>16}   {interval}".rstrip() for name, value, interval in rows)]
+# A target run whose N and D are this close to the target's, as a share, is a run of the target itself.
+SAME_TARGET = 0.01
+# Points that the compute-optimal size by the plain law needs: a few more than the law has parameters.
+MIN_POINTS = 8
+# Resamples for the compute-optimal size by the plain law, and the ratio of the ends of its interval that is too wide.
+BOOTSTRAP_SAMPLES, MAX_OPTIMUM_FACTOR = 200, 10.0
+# The largest ln of the ratio of an interval's end to the loss.
+MAX_LOG_WIDTH = 300.0
 
 
 def recommend(
     runs: pd.DataFrame,
     *,
-    N: float | None = None,
-    D: float | None = None,
-    C: float | None = None,
+    N: float | str | None = None,
+    D: float | str | None = None,
+    C: float | str | None = None,
     mass: float = 0.9,
     space: Mapping[str, Sequence[float]] | None = None,
     beside: Sequence[str] = (),
     next_run: bool = False,
-    at_most: float | None = None,
+    at_most: float | str | None = None,
     seed: int = 0,
 ) -> Recommendation:
     """Recommend settings for a run at (N, D), or at the compute-optimal (N, D) of C FLOPs, and predict its loss.
 
-    The loss law is fitted to the fitted minimum of every (N, D) group, so that every run of a group is used, not only
-    the best.
+    Every run of a group of equal N and D is used, not only the best one. What the table does not hold is left out of
+    the answer: without learning rates and batches, it still has the loss and the compute-optimal size.
 
     Args:
-        runs: A run table with the columns N, D, lr, batch_tokens and loss, of which the rows count that
-            `scaling.usable` keeps. Optional columns: run_id, role, diverged, excluded, seq_len, parametrization,
-            N_convention, N_total, N_nonembedding.
-        N: Parameters of the target that multiply tokens.
-        D: Training tokens of the target.
-        C: Training compute of the target, FLOPs, in place of N and D.
+        runs: A run table with the columns N, D and loss and, for recommended settings, lr and batch_tokens. The rows
+            count that `scaling.usable` keeps, but for runs of the target itself, with which the answer is compared.
+            Other optional columns: run_id, role, diverged, excluded, seq_len, parametrization, N_convention, N_total,
+            N_nonembedding.
+        N: Parameters of the target that multiply tokens, as a number or as text such as "7B".
+        D: Training tokens of the target, such as "1.4T".
+        C: Training compute of the target in FLOPs, in place of N and D.
         mass: The probability that each interval holds.
         space: The range that was searched, as {"lr": (low, high), "batch_tokens": (low, high)}; by default that of the
             runs.
@@ -244,32 +88,48 @@ def recommend(
     Raises:
         ValueError: If the target, an option or the table is unusable.
         FitError: If the runs allow no law.
+
+    Example:
+        >>> print(recommend(runs, N="7B", D="1.4T"))
     """
+    N, D, C, at_most = (_read_quantity(*pair) for pair in (("N", N), ("D", D), ("C", C), ("at_most", at_most)))
     _check_arguments(N, D, C, mass, at_most)
     laws = [get_published_law(name) for name in (list_published_laws() if "all" in beside else dict.fromkeys(beside))]
 
-    used = usable(runs)
-    hp = fit_hp_law(used, seed=seed)
-    searched = find_searched_ranges(hp, space)
-    fit, run_noise = fit_loss_floors(hp, seed=seed)
-    N_interval, D_interval = None, None
-    optimum_flags: list[Flag] = []
-    if C is not None:
-        best = fit.optimum(C, mass, seed=seed)
-        N, D, N_interval, D_interval = best.N, best.D, best.N_interval, best.D_interval
-        optimum_flags = flag_optimum(fit, C, best)
+    used, measured = usable(runs), dict[str, float]()
+    if N is not None and D is not None:
+        used, measured = set_target_aside(runs, used, N, D)
+    fits = fit_table(used, seed=seed)
+    if fits.loss is None:
+        raise FitError(fits.no_loss_law)
+    fit, run_noise, hp = fits.loss.fit, fits.loss.run_noise, fits.hp
+    searched = find_searched_ranges(fits, space)
+    best, optimum_flags = _find_optimum(fits, fit, N, D, C, mass, seed)
+    if C is not None and best is not None:
+        N, D = best.N, best.D
     assert N is not None
     assert D is not None
 
-    N, D = float(N), float(D)
-    lr, batch = (float(v) for v in hp.law(N, D))
-    lr_interval, batch_interval = hp.interval(N, D, mass)
+    settings, intervals = dict(fits.constants), {}
+    if hp is not None:
+        values = zip(SETTING_NAMES, hp.law(N, D), hp.interval(N, D, mass), strict=True)
+        for name, value, interval in values:
+            if fits.states[name] == "varied":
+                settings[name], intervals[name] = float(value), interval
+    lr, batch = settings.get("lr"), settings.get("batch_tokens")
     seq_len = _find_seq_len(used)
-    loss, half_width = float(fit.predict(N, D)), compute_loss_half_width(fit, run_noise, N, D, mass)
+    loss = float(fit.predict(N, D))
+    half_width = min(compute_loss_half_width(fit, run_noise, N, D, mass), MAX_LOG_WIDTH)
+    loss_interval = (loss * math.exp(-half_width), loss * math.exp(half_width))
     convention = find_convention(used)
-    flags = [*collect_flags(hp, fit, used, searched, N, D), *optimum_flags]
+    flags = [
+        *flag_absurd_loss(loss, loss_interval, fits.used["loss"]),
+        *collect_flags(fits, fit, searched, N, D, find_mixed_conditions(fits)),
+        *optimum_flags,
+        *flag_measured_best(fits, mass),
+    ]
     note: NextRunNote | None = None
-    if next_run:
+    if next_run and hp is not None and len(intervals) == len(SETTING_NAMES):
         try:
             plan = plan_next(hp, fit, N, D, run_noise=run_noise, mass=mass, at_most=at_most, seq_len=seq_len)
             # Through JSON, so that tuples are lists, as in a note.
@@ -283,25 +143,39 @@ def recommend(
         D=D,
         C=6.0 * N * D,
         lr=lr,
-        lr_interval=lr_interval,
+        lr_interval=intervals.get("lr"),
         batch_tokens=batch,
-        batch_interval=batch_interval,
-        batch_seqs=None if seq_len is None else max(1, round(batch / seq_len)),
+        batch_interval=intervals.get("batch_tokens"),
+        batch_seqs=None if seq_len is None or batch is None else max(1, round(batch / seq_len)),
         seq_len=seq_len,
         loss=loss,
-        loss_interval=(loss * math.exp(-half_width), loss * math.exp(half_width)),
+        loss_interval=loss_interval,
         mass=mass,
-        expected_regret=hp.expected_regret(N, D),
+        expected_regret=hp.expected_regret(N, D) if hp is not None and len(intervals) == len(SETTING_NAMES) else None,
         flags=tuple(flags),
-        provenance=_build_provenance(runs, hp, convention),
+        provenance=_build_provenance(runs, fits, convention),
         loss_law=cast(LossLawValues, asdict(fit.law) | {"status": fit.status}),
-        hp_law=cast(HPLawValues, asdict(hp.law) | {"status": hp.status}),
-        N_interval=N_interval,
-        D_interval=D_interval,
+        hp_law=None if hp is None else cast(HPLawValues, asdict(hp.law) | {"status": hp.status}),
+        N_interval=best.N_interval if C is not None and best is not None else None,
+        D_interval=best.D_interval if C is not None and best is not None else None,
         next_run=note,
         beside=tuple(compare_published_law(law, N, D, convention) for law in laws),
-        run_ids=tuple(_list_run_ids(hp)),
+        run_ids=tuple(_list_run_ids(fits)),
+        optimum=_describe_optimum(best),
+        not_measured={name: reason for name in SETTING_NAMES if (reason := fits.explain_setting(name))},
+        refit=bool(measured),
+        measured=measured,
     )
+
+
+def _read_quantity(name: str, value: float | str | None) -> float | None:
+    """Return a number that may be given as text, such as "7B"."""
+    if isinstance(value, str):
+        try:
+            return read_count(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return None if value is None else float(value)
 
 
 def _check_arguments(N: float | None, D: float | None, C: float | None, mass: float, at_most: float | None) -> None:
@@ -317,65 +191,124 @@ def _check_arguments(N: float | None, D: float | None, C: float | None, mass: fl
         raise ValueError(f"at_most must be positive FLOPs, got {at_most}")
 
 
-def parse_next_run(note: Mapping[str, Any]) -> NextRun:
-    """Return the `NextRun` that a recommendation keeps as JSON values."""
-    own: dict[str, Any]
-    sweep: dict[str, Any]
-    own, sweep = ({k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} for d in (note, note["sweep"]))
-    return NextRun(**own | {"sweep": Sweep(**sweep)})
+def set_target_aside(
+    runs: pd.DataFrame, used: pd.DataFrame, N: float, D: float
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Set the runs of the target itself aside, with which its prediction is compared.
+
+    Args:
+        runs: A run table.
+        used: Its usable rows.
+        N: Parameters of the target that multiply tokens.
+        D: Training tokens of the target.
+
+    Returns:
+        The usable rows without runs of the target, and the final loss of each of its arms, in nats per token.
+    """
+    if "role" not in runs:
+        return used, {}
+
+    def is_own(rows: pd.DataFrame) -> NDArray[np.bool_]:
+        sizes, tokens = (rows[c].to_numpy(float) for c in ("N", "D"))
+        is_near = (np.abs(sizes / N - 1) < SAME_TARGET) & (np.abs(tokens / D - 1) < SAME_TARGET)
+        return np.asarray(rows["role"].eq("target").to_numpy(bool) & is_near)
+
+    own = runs[is_own(runs) & np.isfinite(runs["loss"])]
+    arms = own["arm"] if "arm" in own else pd.Series("scratch", own.index)
+    measured = {str(arm): float(loss) for arm, loss in zip(arms.fillna("target"), own["loss"], strict=True)}
+    return used[~is_own(used)], measured
 
 
-def _build_provenance(runs: pd.DataFrame, hp: HPFit, convention: str) -> RecommendationProvenance:
+def _find_optimum(
+    fits: TableFits, fit: Fit, N: float | None, D: float | None, C: float | None, mass: float, seed: int
+) -> tuple[Allocation | None, list[Flag]]:
+    """Return the compute-optimal size at C FLOPs, or at those of (N, D), with what is doubtful about it.
+
+    It is that of the averaged prediction or, where that has no bounds, of the plain law. If the size was asked for,
+    FitError is raised where neither has one.
+    """
+    asked = C is not None
+    compute = C if C is not None else 6.0 * cast(float, N) * cast(float, D)
+    best, failure = None, None
+    try:
+        best = fit.optimum(compute, mass, seed=seed)
+    except FitError as error:
+        failure = error
+    if best is not None and best.bounded:
+        return best, flag_optimum(fit, compute, best) if asked else []
+    plain = _find_plain_optimum(fits, compute, mass, seed)
+    if plain is not None:
+        text = (
+            "The averaged forms do not bound the compute-optimal size, so it is that of the plain law "
+            "E + A/N^alpha + B/D^beta, whose interval does not include the doubt about its form."
+        )
+        short = "The compute-optimal size is that of the plain law alone; the averaged forms do not bound it."
+        return plain, [Flag("optimum-plain", text, serious=False, short=short)]
+    if not asked:
+        return None, []
+    if best is None:
+        raise cast(FitError, failure)
+    return best, flag_optimum(fit, compute, best)
+
+
+def _find_plain_optimum(fits: TableFits, C: float, mass: float, seed: int) -> Allocation | None:
+    """Return the compute-optimal size by the plain law, with its bootstrap interval; None if that is too wide."""
+    N, D, loss = (fits.points[c].to_numpy(float) for c in ("N", "D", "loss"))
+    # Few points, or sizes and token counts that do not determine the exponents, have no honest bootstrap.
+    if len(N) < MIN_POINTS or find_coverage_doubts(np.log(N), np.log(D)):
+        return None
+    try:
+        frontier = make_law_frontier(fit_loss_law(N, D, loss, bootstrap=BOOTSTRAP_SAMPLES, seed=seed), C)
+    # The law has no optimum, or too few of its resamples have one.
+    except ValueError:
+        return None
+    (low, high), (D_low, D_high) = (trend.interval(C, mass) for trend in (frontier.N, frontier.D))
+    if not high < MAX_OPTIMUM_FACTOR * low:
+        return None
+    size = float(frontier.N.law(C))
+    intervals = (float(low), float(high)), (float(D_low), float(D_high))
+    return Allocation(size, C / 6.0 / size, *intervals, bounded=True)
+
+
+def _describe_optimum(best: Allocation | None) -> OptimalSize | None:
+    if best is None or not best.bounded:
+        return None
+    return {"N": best.N, "D": best.D, "N_interval": list(best.N_interval), "D_interval": list(best.D_interval)}
+
+
+def _build_provenance(runs: pd.DataFrame, fits: TableFits, convention: str) -> RecommendationProvenance:
     """Return which runs the laws were fitted to. It does not depend on the order of the rows."""
-    ids = _list_run_ids(hp)
+    ids = _list_run_ids(fits)
     proxies = (runs[runs["role"] != "target"] if "role" in runs else runs).reset_index(drop=True)
     has_diverged = ~np.isfinite(proxies["loss"].to_numpy(float))
     if "diverged" in proxies:
-        has_diverged |= proxies["diverged"].to_numpy(bool)
+        has_diverged = proxies["diverged"].to_numpy(bool)
+    is_used = proxies.index.isin(usable(proxies).index)
+    reasons = proxies["excluded"] if "excluded" in proxies else pd.Series("", proxies.index)
+    has_no_result = ~has_diverged & reasons.fillna("").str.startswith("no result").to_numpy(bool)
+    is_full = fits.hp is not None and not any(fits.explain_setting(name) for name in SETTING_NAMES)
+    fitted = fits.hp.used if is_full and fits.hp is not None else fits.used
     return {
         "run_ids": len(ids),
         "run_ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-        "data_sha256": hash_rows(hp.used),
+        "data_sha256": hash_rows(fitted),
         "table_sha256": hash_table(runs),
-        "n_runs": hp.n_runs,
+        "n_runs": len(fits.used) if fits.hp is None else fits.hp.n_runs,
         "n_diverged": int(has_diverged.sum()),
-        "n_excluded": int((~has_diverged & ~proxies.index.isin(usable(proxies).index)).sum()),
-        "n_far": hp.n_far,
-        "n_groups": len(hp.floors),
+        "n_without_result": int(has_no_result.sum()),
+        "n_excluded": int((~has_diverged & ~has_no_result & ~is_used).sum()),
+        "n_far": 0 if fits.hp is None else fits.hp.n_far,
+        "n_groups": len(fits.groups),
         "version": _find_version(),
         "N_convention": CONVENTIONS[convention],
     }
 
 
-def _wrap(text: str, indent: int) -> str:
-    """Wrap text to LINE_WIDTH, with so many spaces before all lines but the first."""
-    return textwrap.fill(
-        text, LINE_WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _list_run_ids(hp: HPFit) -> list[str]:
+def _list_run_ids(fits: TableFits) -> list[str]:
     """Return the id of each run once, though it may have a row at every rung."""
-    return sorted({str(i) for i in hp.run_ids})
-
-
-def _format_origin(provenance: RecommendationProvenance) -> str:
-    """Return in a sentence which runs a recommendation is based on."""
-    reasons = (
-        (provenance.get("n_diverged", 0), "diverged"),
-        (provenance.get("n_excluded", 0), "excluded otherwise"),
-        (provenance.get("n_far", 0), "far above the best of their group"),
-    )
-    left_out = ", ".join(f"{count} {reason}" for count, reason in reasons if count)
-    data = (
-        f" Data {provenance['data_sha256'][:12]}, muscale {provenance['version']}."
-        if "data_sha256" in provenance
-        else ""
-    )
-    return (
-        f"Based on {provenance['n_runs']} runs in {provenance['n_groups']} groups of equal N and D"
-        f"{f' (left out: {left_out})' if left_out else ''}.{data}"
-    )
+    if fits.hp is not None:
+        return sorted({str(i) for i in fits.hp.run_ids})
+    return sorted({str(i) for i in fits.used.get("run_id", fits.used.index)})
 
 
 def _find_seq_len(runs: pd.DataFrame) -> int | None:

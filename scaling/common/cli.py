@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperGroup
 
-from scaling.common.logs import configure_logging
+from scaling.common.logs import configure_logging, log_warnings
 from scaling.common.redact import redact_passwords
+from scaling.common.suggest import did_you_mean
+from scaling.common.validation import explain_errors, list_mistakes
 
 Uri = Annotated[
     str | None, typer.Option("--tracking-uri", help="MLflow store; default $MLFLOW_TRACKING_URI or ./mlflow.db")
@@ -54,7 +57,8 @@ def _with_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def command(*args: Any, quiet: bool, verbose: bool, **options: Any) -> Any:
         configure_logging(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
-        return function(*args, **options)
+        with log_warnings():
+            return function(*args, **options)
 
     # Typer reads the signature, whose annotations are strings in modules with deferred evaluation: they are resolved
     # here.
@@ -78,16 +82,42 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        say(f"error: {error}")
+        say(f"error: {_explain(error)}")
         raise typer.Exit(2) from error
 
 
+def _explain_option(error: typer.BadParameter) -> str:
+    """Return what was needed of an option and what was given, instead of pydantic's words for it."""
+    pydantic = sys.modules.get("pydantic")
+    if pydantic is None or not isinstance(error.__cause__, pydantic.ValidationError):
+        return str(error.message)
+    problem = "; ".join(explain_errors(error.__cause__))
+    if choice := re.fullmatch(r"'(.*)' is not one of (.*)\.", problem):
+        known = choice[2].replace("'", "").split(", ")
+        return f"needed one of {', '.join(known)}, got {choice[1]}{did_you_mean(choice[1], known, before='; ')}"
+    return problem
+
+
+def _explain(error: Exception) -> str:
+    """Return the message of an error; that of a wrong value of a model in one sentence per field."""
+    # No error can be pydantic's if nothing has imported it.
+    if (pydantic := sys.modules.get("pydantic")) and isinstance(error, pydantic.ValidationError):
+        return list_mistakes(explain_errors(error))
+    return str(error)
+
+
 class Commands(TyperGroup):
-    """A command group that redacts tracebacks, since those of databases and servers quote URLs with passwords."""
+    """A command group that explains wrong options in plain words, and redacts tracebacks.
+
+    Tracebacks of databases and servers quote URLs with passwords.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = _explain_option(error)
+            raise
         except Exception as error:
             text = "".join(traceback.format_exception(error))
             if redact_passwords(text) == text:

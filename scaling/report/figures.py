@@ -372,7 +372,8 @@ def draw_optima(
     if recommendation is not None:
         r = recommendation
         value, interval = ((r.lr, r.lr_interval), (r.batch_tokens, r.batch_interval))[i]
-        draw_interval(ax, r.D, value, interval, f"target, N {format_count(r.N)}", "*")
+        if value is not None and interval is not None:
+            draw_interval(ax, r.D, value, interval, f"target, N {format_count(r.N)}", "*")
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel("training tokens D")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,19 @@ import jinja2
 import numpy as np
 import pandas as pd
 
+from scaling.advice.answer import choose_caveats, sort_flags
+from scaling.advice.budgets import find_point_compute
+from scaling.advice.conditions import find_mixed_conditions
+from scaling.advice.recommendation import Recommendation, set_target_aside
+from scaling.advice.table_fits import SETTING_NAMES, TableFits, fit_table
 from scaling.common.quantities import format_count
 from scaling.curves.backtest import RunCurve, check_forecasts, read_table_curves
 from scaling.fitting.envelope import compare_approaches
 from scaling.fitting.forms import Comparison, compare_forms
+from scaling.fitting.groups import group_runs
 from scaling.fitting.isoflop import Frontier
-from scaling.fitting.loss_law import Fit, fit_loss_law
-from scaling.fitting.lr_batch_law import HPFit, fit_hp_law
+from scaling.fitting.loss_law import Fit
+from scaling.fitting.lr_batch_law import HPFit
 from scaling.laws.published import PublishedLaw, get_published_law, list_published_laws
 from scaling.report import figures, tables
 from scaling.report.figures import TargetCurve, draw_panel
@@ -28,7 +33,6 @@ from scaling.runs.importer import summarize_exclusions
 from scaling.runs.table import usable
 
 if TYPE_CHECKING:
-    from scaling.advice.recommendation import Recommendation
     from scaling.common.arrays import Array
 
 # Groups whose bowls are drawn, and runs that such a group needs.
@@ -66,8 +70,10 @@ class ReportFits:
     Attributes:
         used: The runs that laws are fitted to.
         left_out: Proxies with a loss that laws do not use.
-        floors: N, D, loss and sd of each group: what the loss law is fitted to.
+        floors: N, D, loss and sd of each group.
+        points: N, D, loss and sd of what the loss law is fitted to: the groups, or the runs as they are.
         mup: Whether learning rates are at base width.
+        table: All laws of the table, with what it can tell of learning rate and batch.
         hp: The law of learning rate and batch.
         law: The loss law.
         forms: The comparison of its forms.
@@ -77,19 +83,22 @@ class ReportFits:
     used: pd.DataFrame
     left_out: pd.DataFrame
     floors: pd.DataFrame
+    points: pd.DataFrame
     mup: bool
+    table: TableFits
     hp: HPFit | str
     law: Fit | str
     forms: Comparison | str
     approaches: dict[str, Frontier | str]
 
 
-def fit_everything(runs: pd.DataFrame, seed: int = 0) -> ReportFits:
+def fit_everything(runs: pd.DataFrame, seed: int = 0, *, target: tuple[float, float] | None = None) -> ReportFits:
     """Fit everything that a report shows.
 
     Args:
         runs: A checked run table.
         seed: Seed of the fits' random draws.
+        target: N and D of a target whose own runs are not fitted, because they are compared with the laws.
 
     Returns:
         The fits, or the reasons why they do not exist.
@@ -98,6 +107,8 @@ def fit_everything(runs: pd.DataFrame, seed: int = 0) -> ReportFits:
         ValueError: If laws can use no row.
     """
     used = usable(runs)
+    if target is not None:
+        used, _ = set_target_aside(runs, used, *target)
     if used.empty:
         reasons = [f"{n} {reason}" for reason, n in runs["excluded"].value_counts().items() if reason]
         raise ValueError(
@@ -106,35 +117,40 @@ def fit_everything(runs: pd.DataFrame, seed: int = 0) -> ReportFits:
         )
     others = runs.drop(used.index)
     has_result = np.isfinite(others["loss"]) & others["N"].gt(0) & others["D"].gt(0)
-    hp: HPFit | str
-    try:
-        hp = fit_hp_law(used, seed=seed)
-        floors = hp.floors
-    # For example, a table without learning rates: then every run counts as tuned.
-    except ValueError as error:
-        hp = str(error)
-        floors = used[["N", "D", "loss"]].assign(sd=math.nan, n=1).reset_index(drop=True)
-    N, D, loss = (floors[c].to_numpy(float) for c in ("N", "D", "loss"))
-    law: Fit | str
-    forms: Comparison | str
+    table = fit_table(used, seed=seed)
+    N, D, loss = (table.points[c].to_numpy(float) for c in ("N", "D", "loss"))
+    forms: Comparison | str = table.no_loss_law
     approaches: dict[str, Frontier | str] = {}
-    try:
-        law = fit_loss_law(N, D, loss, seed=seed)
-        forms = compare_forms(N, D, loss)
-        approaches = compare_approaches(N, D, loss, seed=seed)
-    except ValueError as error:
-        law = forms = str(error)
-    mup = "parametrization" in used and bool((used["parametrization"] == "mup").all())
+    if table.loss is not None:
+        compute = find_point_compute(table)
+        try:
+            forms = compare_forms(N, D, loss)
+            approaches = compare_approaches(N, D, loss, C=None if compute is None else compute[1], seed=seed)
+        except ValueError as error:
+            forms = str(error)
+    hp: HPFit | str = "not in this table"
+    if table.hp is not None:
+        hp = replace(table.hp, used=_move_to_groups(table.hp.used))
+    elif "missing" not in table.states.values():
+        hp = "neither was varied at equal N and D"
     return ReportFits(
         used=used,
         left_out=others[has_result & (others["role"] != "target")],
-        floors=floors,
-        mup=mup,
+        floors=table.groups,
+        points=_move_to_groups(table.points),
+        mup="parametrization" in used and bool((used["parametrization"] == "mup").all()),
+        table=table,
         hp=hp,
-        law=law,
+        law=table.no_loss_law if table.loss is None else table.loss.fit,
         forms=forms,
         approaches=approaches,
     )
+
+
+def _move_to_groups(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return runs with N and D of their group, so that nearly equal sizes share a colour and a panel."""
+    groups = group_runs(runs["N"].to_numpy(float), runs["D"].to_numpy(float))
+    return runs.assign(N=groups.N[groups.of], D=groups.D[groups.of])
 
 
 def render_report(
@@ -147,6 +163,7 @@ def render_report(
     warm_start: dict[str, Any] | None = None,
     curves: Sequence[RunCurve] = (),
     seed: int = 0,
+    advance: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Render the page.
 
@@ -159,6 +176,7 @@ def render_report(
         warm_start: Figures on a warm start, by name.
         curves: The curves of `scaling.curves.backtest.read_study_curves`; by default those that the table holds.
         seed: Seed of the fits' random draws.
+        advance: Called with what is drawn next, for a bar of progress.
 
     Returns:
         The text of an HTML file.
@@ -166,33 +184,46 @@ def render_report(
     Raises:
         ValueError: If laws can use no row.
     """
-    fits, predicted = fit_everything(runs, seed), predicted or recommendation
-    sections = [
-        *_build_bowl_sections(fits),
-        *_build_optimum_sections(fits, recommendation),
-        *_build_loss_law_sections(fits, recommendation, targets),
-        *_build_frontier_sections(fits, recommendation),
-        *_build_curve_sections(curves or read_table_curves(runs)),
-        *_build_rung_sections(runs[runs["role"] == "proxy"]),
-        *_build_target_sections(targets, predicted),
+    answer = recommendation
+    if answer is not None and targets and not answer.measured:
+        answer = replace(answer, measured={t.name: t.final_loss for t in targets})
+    target = None if answer is None else (answer.N, answer.D)
+    fits, predicted = fit_everything(runs, seed, target=target), predicted or answer
+    sections: list[ReportSection] = []
+    parts: tuple[tuple[str, Callable[[], list[ReportSection]]], ...] = (
+        ("learning rate and batch", lambda: _build_bowl_sections(fits)),
+        ("their laws", lambda: _build_optimum_sections(fits, answer)),
+        ("loss law", lambda: _build_loss_law_sections(fits, answer, targets)),
+        ("compute-optimal sizes", lambda: _build_frontier_sections(fits, answer)),
+        ("loss curves", lambda: _build_curve_sections(curves or read_table_curves(runs))),
+        ("rungs", lambda: _build_rung_sections(runs[runs["role"] == "proxy"])),
+        ("targets", lambda: _build_target_sections(targets, predicted)),
+    )
+    for what, build in parts:
+        advance(f"drawing: {what}")
+        sections += build()
+    sections += [
         ReportSection("Rows that laws do not use", tables=[tables.tabulate_exclusions(runs)]),
         ReportSection("Best runs", tables=[tables.tabulate_best_runs(runs, fits.used)]),
     ]
-    plain = recommendation.to_dict() if recommendation else {}
+    plain = answer.to_dict() if answer else {}
+    mixed = find_mixed_conditions(fits.table)
+    doubts = [*([] if mixed is None else [str(mixed)]), *(fits.table.loss.doubts if fits.table.loss else ())]
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE_TEMPLATE)
     return page.render(
         study=study,
         counted=summarize_exclusions(runs),
-        recommendation=recommendation,
-        predicted=predicted,
-        trustworthy=recommendation.trustworthy if recommendation else True,
-        flags=sorted(recommendation.flags, key=lambda f: not f.serious) if recommendation else (),
+        recommendation=answer,
+        target=tables.describe_target(answer) if answer else "",
+        rows=tables.list_answer_rows(answer, mup=fits.mup) if answer else (),
+        trustworthy=answer.trustworthy if answer else True,
+        flags=sort_flags(answer.flags) if answer else (),
+        caveats=choose_caveats(answer.flags) if answer else (),
+        doubts=() if answer else doubts,
         # Notes of older versions have no next run.
         next_run=tables.describe_next_run(plain.get("next_run")),
         provenance=tables.describe_values(plain.get("provenance")),
-        mup=fits.mup,
         warm_start=warm_start,
-        targets=targets,
         sections=[s for s in sections if s.panels or s.caption or any(s.tables)],
     )
 
@@ -218,8 +249,7 @@ def _build_bowl_sections(fits: ReportFits) -> list[ReportSection]:
     names = {"lr": "learning rate" + (" (base width)" if fits.mup else ""), "batch_tokens": "batch, tokens per step"}
     sections = []
     for column, setting, other in (("lr", "learning rate", "batch"), ("batch_tokens", "batch", "learning rate")):
-        # If the column does not vary, the status of the law says that its optimum is assumed.
-        if hp.used[column].nunique() < 2:
+        if fits.table.states[column] != "varied":
             continue
         panels = []
         for N, D, floor in (groups[i] for i in picked):
@@ -229,9 +259,11 @@ def _build_bowl_sections(fits: ReportFits) -> list[ReportSection]:
             panels.append(draw_panel(draw, label, **SMALL_PANEL))
         caption = (
             f"Coloured points: runs whose {other} is within a factor of 1.6 of the fitted best; grey: other runs. "
-            f"Curve: the fitted bowl at the best {other}. Line and shaded area: the best {setting} by the law, with "
-            "its 80 % interval."
+            f"Curve: the fitted bowl at the best {other}. "
         )
+        if fits.table.states["batch_tokens" if column == "lr" else "lr"] != "varied":
+            caption = f"Points: runs. Curve: the fitted bowl at the {other} of these runs. "
+        caption += f"Line and shaded area: the best {setting} by the law, with its 80 % interval."
         if len(picked) < len(groups):
             caption += f" {len(picked)} of {len(groups)} groups are shown."
         sections.append(ReportSection(f"Loss against {names[column]}", panels, caption if panels else "", small=True))
@@ -244,7 +276,10 @@ def _build_optimum_sections(fits: ReportFits, recommendation: Recommendation | N
         return []
     laws = [get_published_law(name) for name in list_published_laws()]
     panels = []
-    for i, column in enumerate(("lr", "batch_tokens")):
+    varied = [name for name in SETTING_NAMES if fits.table.states[name] == "varied"]
+    for i, column in enumerate(SETTING_NAMES):
+        if column not in varied:
+            continue
         beside = [(law.name, partial(_evaluate_published, law, i)) for law in laws]
         if fits.mup and column == "lr":
             beside = []
@@ -257,9 +292,10 @@ def _build_optimum_sections(fits: ReportFits, recommendation: Recommendation | N
         "fitted to all runs, so it need not pass through them. Grey: published laws at the largest size, where they "
         "are not known to be outside the range they were measured in."
     )
-    published = tables.tabulate_published(laws, hp, *_get_point_of_interest(fits, recommendation), fits.mup)
+    N, D = _get_point_of_interest(fits, recommendation)
+    published = tables.tabulate_published(laws, hp, N, D, fits.mup) if len(varied) == 2 else None
     title = "Best learning rate and batch against tokens"
-    return [ReportSection(title, panels, caption, [tables.tabulate_hp_law(hp), published])]
+    return [ReportSection(title, panels, caption, [tables.tabulate_hp_law(hp, varied), published])]
 
 
 def _evaluate_published(law: PublishedLaw, i: int, N: float, D: Array) -> Array | None:
@@ -274,11 +310,11 @@ def _evaluate_published(law: PublishedLaw, i: int, N: float, D: Array) -> Array 
 def _build_loss_law_sections(
     fits: ReportFits, recommendation: Recommendation | None, targets: Sequence[TargetCurve]
 ) -> list[ReportSection]:
-    floors, has_groups = fits.floors, isinstance(fits.hp, HPFit)
+    floors, has_groups = fits.floors, fits.table.points is fits.table.groups
     law = None if isinstance(fits.law, str) else fits.law
     draw = partial(
         figures.draw_compute,
-        used=fits.used,
+        used=_move_to_groups(fits.table.used),
         left_out=fits.left_out,
         floors=floors,
         law=law,
@@ -287,11 +323,12 @@ def _build_loss_law_sections(
     )
     panels = [draw_panel(draw, "loss against compute")]
     caption = "Points: runs" + ("; pale: runs that laws do not use." if len(fits.left_out) else ".")
-    caption += " Diamonds: the fitted minimum of each (N, D) group." if has_groups else ""
+    lowest = "the fitted minimum" if has_groups else "the lowest loss"
+    caption += f" Diamonds: {lowest} of each (N, D) group."
     if law is None:
         return [ReportSection("Loss against compute", panels, f"{caption} No loss law: {fits.law}.")]
     N, D = _get_point_of_interest(fits, recommendation)
-    draw = partial(figures.draw_two_forms, law=law, floors=floors, N=N, D=D)
+    draw = partial(figures.draw_two_forms, law=law, floors=fits.points, N=N, D=D)
     panels.append(draw_panel(draw, "the two averaged forms of the loss law"))
     one = "the minimum of a new group" if has_groups else "a new run"
     caption += (
@@ -303,7 +340,7 @@ def _build_loss_law_sections(
     sections = [ReportSection("Loss against compute", panels, caption, [tables.tabulate_loss_law(law, N, D)])]
     panels = []
     for column in ("N", "D"):
-        draw = partial(figures.draw_residuals, law=law, floors=floors, column=column)
+        draw = partial(figures.draw_residuals, law=law, floors=fits.points, column=column)
         panels.append(draw_panel(draw, f"residuals of the loss law against {column}", height=2.6))
     caption = "ln(loss / prediction) of each " + (
         "group's minimum, with the standard deviation of that minimum" if has_groups else "run"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from scaling.advice.answer import Recommendation, format_tokens
 from scaling.common.quantities import format_count
 from scaling.curves.backtest import ForecastCheck
 from scaling.fitting.envelope import make_approaches_table
@@ -58,14 +59,40 @@ def _make_columns(*names: str, texts: Sequence[str] = ()) -> list[TableColumn]:
     return [TableColumn(name, name not in texts) for name in names]
 
 
-def tabulate_hp_law(hp: HPFit) -> ReportTable:
-    """Tabulate the coefficients and exponents of lr* and B*, with intervals."""
+def list_answer_rows(answer: Recommendation, *, mup: bool) -> list[tuple[str, str, str]]:
+    """Return the rows (name, value, interval or remark) of a recommendation.
+
+    Args:
+        answer: The recommendation.
+        mup: Whether learning rates are at base width.
+    """
+    settings = answer.list_setting_rows()
+    if mup:
+        settings[0] = (f"{settings[0][0]} (base width)", *settings[0][1:])
+    rows = [*settings, *answer.list_loss_rows(), *answer.list_optimum_rows()]
+    if answer.expected_regret is not None:
+        rows.append(("expected regret", f"{100 * answer.expected_regret:.2f} %", "of the loss; an upper bound"))
+    return rows
+
+
+def describe_target(answer: Recommendation) -> str:
+    """Return the size of the target in a sentence, and whether it has been trained."""
+    size = f"For N = {format_tokens(answer.N)}, D = {format_tokens(answer.D)}: {answer.C:.3g} FLOPs."
+    if answer.refit:
+        size += " The target has been trained; its own runs are not among those that the laws are fitted to."
+    return size
+
+
+def tabulate_hp_law(hp: HPFit, names: Collection[str] = ("lr", "batch_tokens")) -> ReportTable:
+    """Tabulate the coefficients and exponents of lr* and B*, with intervals, as far as each is named."""
     law, intervals = hp.law, hp.exponents(BAND_MASS)
     rows = []
     for name, coef, exponents in (
         ("lr*", law.lr_coef, {"lr_N": law.lr_N, "lr_D": law.lr_D}),
         ("B*, tokens", law.batch_coef, {"batch_N": law.batch_N, "batch_D": law.batch_D}),
     ):
+        if not any(key.startswith(name.split("_")[0]) for key in exponents for name in names):
+            continue
         cells = [f"{v:+.3f} ({intervals[key][0]:+.2f} to {intervals[key][1]:+.2f})" for key, v in exponents.items()]
         rows.append([name, f"{coef:.4g}", *cells])
     notes = [f"With {100 * BAND_MASS:.0f} % intervals of the exponents beyond the data.", f"Status: {hp.status}"]

@@ -16,6 +16,9 @@ td.n, th.n { text-align: right; white-space: nowrap; }
 td.long { min-width: 14rem; } td.some { min-width: 8rem; }
 .wide { overflow-x: auto; } .wide { margin: 0.6rem 0 0.3rem; } p.quiet { margin: 0.2rem 0; }
 .flag { border-left: 3px solid #9a6700; padding-left: 0.7rem; margin: 0.4rem 0; } .serious { border-color: #cf222e; }
+.verdict { font-size: 1.15rem; font-weight: 600; border-left: 4px solid #1a7f37; padding-left: 0.7rem; }
+.verdict.serious { border-color: #cf222e; } .answer td { min-width: 7rem; }
+summary { cursor: pointer; color: #57606a; font-size: 0.9rem; margin: 0.4rem 0; }
 figure { margin: 0 0 0.8rem; } figcaption { margin-top: 0.4rem; } svg { display: block; width: 100%; height: auto; }
 figcaption, .quiet { color: #57606a; font-size: 0.9rem; }
 .panels { display: grid; gap: 0.6rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
@@ -36,46 +39,36 @@ figcaption, .quiet { color: #57606a; font-size: 0.9rem; }
 {% for note in t.notes %}<p class="quiet">{{ note }}</p>
 {% endfor %}
 {% endmacro %}
-{% macro row(name, value, text) %}
-<tr><th>{{ name }}</th><td>{{ value }}</td><td>{{ text }}</td></tr>
-{% endmacro %}
-{% macro interval(mass, ends, form) %}
-{{ "{:.0f} %".format(100 * mass) }} interval: {{ form.format(ends[0]) }} to {{ form.format(ends[1]) }}
-{%- endmacro %}
 <h1>{{ study }}</h1>
 <p class="quiet">{{ counted | join("; ") }}. Losses in nats per token on held-out text.</p>
 {% if recommendation %}{% set r = recommendation %}
-<h2>Recommendation for N = {{ "{:,.0f}".format(r.N) }}, D = {{ "{:,.0f}".format(r.D) }}</h2>
-{% if not trustworthy %}
-<p class="flag serious"><strong>Not to be trusted</strong> until the serious warnings below are resolved.</p>
-{% endif %}
-<table class="num">
-{% for name, ends in (("N", r.N_interval), ("D", r.D_interval)) if ends %}
-{{ row("compute-optimal " ~ name, "{:,.0f}".format(r[name]), interval(r.mass, ends, "{:,.0f}")) }}
-{% endfor %}
-{{ row("learning rate" ~ (" (base width)" if mup else ""), "{:.4g}".format(r.lr),
-  interval(r.mass, r.lr_interval, "{:.4g}")) }}
-{{ row("batch, tokens per step",
-  "{:,.0f}".format(r.batch_tokens) ~ (" ({:,} sequences)".format(r.batch_seqs) if r.batch_seqs else ""),
-  interval(r.mass, r.batch_interval, "{:,.0f}")) }}
-{{ row("predicted loss of one run", "{:.4f}".format(r.loss), interval(r.mass, r.loss_interval, "{:.4f}")) }}
-{{ row("expected regret", "{:.2f} %".format(100 * r.expected_regret), "of the loss; an upper bound") }}
-{% for t in targets %}
-{% set held = predicted.loss_interval[0] <= t.final_loss <= predicted.loss_interval[1] %}
-{{ row("measured, " ~ t.name, "{:.4f}".format(t.final_loss),
-  ("inside" if held else "outside") ~ " the interval that was predicted") }}
+<p class="verdict{% if not trustworthy %} serious{% endif %}">{{ r.verdict }}</p>
+<table class="num answer">
+<tr><th></th><th>{{ "estimate" if trustworthy else "untrusted" }}</th>
+<th>{{ "{:.0f} %".format(100 * r.mass) }} interval</th></tr>
+{% for name, value, text in rows %}
+<tr><th>{{ name }}</th><td>{{ value }}</td><td>{{ text }}</td></tr>
 {% endfor %}
 </table>
+<p class="quiet">{{ target }}</p>
+{% for text in caveats %}
+<p class="flag{% if text.startswith("SERIOUS") %} serious{% endif %}">{{ text }}</p>
+{% endfor %}
+<details><summary>All {{ flags|length }} remarks in full</summary>
 {% for f in flags %}
 <p class="flag{% if f.serious %} serious{% endif %}">
 {% if f.serious %}<strong>Serious.</strong> {% endif %}{{ f.text }}</p>
 {% endfor %}
+</details>
 {% if next_run %}
 <h2>What to run next to narrow this most</h2>
 <table class="num">{% for k, v in next_run %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>
 {% endfor %}</table>
 {% endif %}
 {% endif %}
+{% for text in doubts %}
+<p class="flag">{{ text }}</p>
+{% endfor %}
 {% if warm_start %}
 <h2>Warm start against scratch</h2>
 <table>{% for k, v in warm_start.items() %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>

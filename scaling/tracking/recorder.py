@@ -11,7 +11,6 @@ came after the last batch, before which the file is flushed to disk.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -23,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from scaling.common.json_text import dump_json
 from scaling.common.measurement import Measurement
 from scaling.tracking.client import default_uri
 from scaling.tracking.experiment import read_git_commit
@@ -61,9 +61,9 @@ MAX_BUFFERED_BYTES = 4_000_000
 class Recorder:
     """Record one run of a study, whether MLflow answers or not.
 
-    The run and its study's run are found by name, or created. Only bad input raises, and only before the run. Leaving
-    the `with` block waits while MLflow takes records, and at most CLOSE_SECONDS for its next answer. If an error leaves
-    the block before `finish`, the run becomes FAILED, or KILLED if it was interrupted.
+    The run and its study's run are found by name, or created. Only a folder that cannot be written raises, and only
+    before the run. Leaving the `with` block waits while MLflow takes records, and at most CLOSE_SECONDS for its next
+    answer. If an error leaves the block before `finish`, the run becomes FAILED, or KILLED if it was interrupted.
 
     Attributes:
         uri: The store's tracking URI.
@@ -92,7 +92,6 @@ class Recorder:
             folder: Where the spool file goes; created if it does not exist.
 
         Raises:
-            ValueError: If MLflow rejects the name of a parameter, or a parameter is too long.
             OSError: If the folder cannot be written.
         """
         texts = serialize_params(params)
@@ -202,7 +201,7 @@ class Recorder:
             )
 
     def _write(self, record: SpoolHead | SpoolRecord, *, hurry: bool = False) -> None:
-        line = (json.dumps(record) + "\n").encode()
+        line = (dump_json(record) + "\n").encode()
         with self._wake:
             self._buffer.append(line)
             self._flush()

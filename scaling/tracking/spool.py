@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Required, TypedDict, cast
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO, Required, TypedDict, cast
 from filelock import FileLock
 
 from scaling.common.atomic import write_atomically
+from scaling.common.json_text import dump_json
 from scaling.common.redact import redact_passwords
 
 logger = logging.getLogger("muscale.scaling")
@@ -61,6 +63,9 @@ def parse_head(line: bytes) -> SpoolHead | None:
 def parse_record(line: bytes) -> SpoolRecord | None:
     """Return a line as a record, or None if it is not one, as a damaged disk (but no killed writer) leaves it."""
     value = _parse_object(line)
+    if value is not None and isinstance(metrics := value.get("metrics"), dict):
+        # JSON has no NaN: the loss of a run that diverged is null.
+        value["metrics"] = {name: math.nan if number is None else number for name, number in metrics.items()}
     return cast(SpoolRecord, value) if value is not None and _is_record(value) else None
 
 
@@ -103,7 +108,7 @@ def get_refused_path(path: Path) -> Path:
 def save_refused(path: Path, record: Mapping[str, Any]) -> None:
     """Append a record that MLflow cannot take to the file of refused lines of the spool file `path`."""
     with get_refused_path(path).open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(dump_json(record) + "\n")
 
 
 def read_batch(file: BinaryIO, size: int, path: Path) -> list[SpoolRecord]:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scaling.advice.answer import parse_next_run
 from scaling.advice.next_run import (
     SWEEP_FACTORS,
     compute_default_limit,
@@ -19,10 +20,10 @@ from scaling.advice.next_run import (
     simulate_run,
     simulate_sweep,
 )
-from scaling.advice.recommendation import parse_next_run
 from scaling.common.quantities import format_count, read_count
+from scaling.fitting.loss_evidence import fit_loss_evidence
 from scaling.fitting.loss_law import Fit
-from scaling.fitting.lr_batch_law import HPFit, fit_hp_law, fit_loss_floors
+from scaling.fitting.lr_batch_law import HPFit, fit_hp_law
 from scaling.laws.formulas import HPLaw
 from tests.test_scaling.test_lr_batch_law import FLOOR, LARGE, MUP, height, sweep
 
@@ -33,7 +34,8 @@ MASS = 0.9
 def fit_planted_runs(seed: int, law: HPLaw = MUP, **changes: object) -> tuple[HPFit, Fit, float, pd.DataFrame]:
     runs = sweep(law, **({"per": 15, "seed": seed, "parametrization": "mup"} | changes))  # type: ignore[arg-type]
     hp = fit_hp_law(runs)
-    return hp, *fit_loss_floors(hp), runs
+    evidence = fit_loss_evidence(runs, hp)
+    return hp, evidence.fit, evidence.run_noise, runs
 
 
 def train_runs(
@@ -69,8 +71,8 @@ def test_a_run_narrows_the_loss_as_promised_and_the_best_candidate_more_than_the
         rng = np.random.default_rng(seed)
         real = []
         for i in (int(np.argmin(claims)), int(np.argmax(claims))):
-            again, again_noise = fit_loss_floors(fit_with_new_runs(runs, hp, places[i], rng, False))
-            real.append(compute_loss_half_width(again, again_noise, *TARGET, MASS))
+            again = fit_loss_evidence(runs, fit_with_new_runs(runs, hp, places[i], rng, False))
+            real.append(compute_loss_half_width(again.fit, again.run_noise, *TARGET, MASS))
         return compute_loss_half_width(fit, noise, *TARGET, MASS), min(claims), *real
 
     halves = collect_over_seeds(measure)

@@ -15,8 +15,9 @@ import pytest
 from scaling.advice.flags import flag_optimum
 from scaling.advice.recommendation import Recommendation, recommend
 from scaling.common.quantities import format_count
+from scaling.fitting.loss_evidence import fit_loss_evidence
 from scaling.fitting.loss_law import FitError
-from scaling.fitting.lr_batch_law import fit_hp_law, fit_loss_floors
+from scaling.fitting.lr_batch_law import fit_hp_law
 from scaling.laws.formulas import HPLaw
 from scaling.runs.table import check_runs
 from tests.test_scaling.test_lr_batch_law import FLOOR, MUP, sweep
@@ -97,7 +98,7 @@ def test_excluded_rows_are_counted_and_not_fitted() -> None:
     answer = recommend(check_runs(pd.concat([RUNS, stopped, diverged], ignore_index=True)), N=8e5, D=5e6)
     assert (answer.lr, answer.loss) == (plain.lr, plain.loss)
     assert (answer.provenance["n_excluded"], answer.provenance["n_diverged"]) == (5, 2)
-    assert "(left out: 2 diverged, 5 excluded otherwise)" in " ".join(str(answer).split())
+    assert "(left out: 2 diverged, 5 excluded otherwise)" in " ".join(answer.explain().split())
 
 
 def test_provenance_names_the_runs() -> None:
@@ -129,6 +130,7 @@ def test_every_field_comes_back_from_json_and_older_notes_are_read() -> None:
     answer = recommend(RUNS, C=2e13, beside=["all"], next_run=True)
     plain = json.loads(json.dumps(answer.to_dict(), allow_nan=False))
     assert Recommendation.from_dict(plain) == answer
+    assert Recommendation.from_dict(plain).explain() == answer.explain()
     assert str(Recommendation.from_dict(plain)) == str(answer)
     for name in ("N_interval", "D_interval", "next_run", "beside", "run_ids"):
         del plain[name]
@@ -136,7 +138,7 @@ def test_every_field_comes_back_from_json_and_older_notes_are_read() -> None:
         del plain["provenance"][name]
     old = Recommendation.from_dict(plain | {"a_field_of_tomorrow": 1})
     assert (old.lr, old.next_run, old.beside, old.N_interval) == (answer.lr, None, (), None)
-    assert "Recommendation for" in str(old)
+    assert "Answer for N = " in str(old)
 
 
 def test_the_compute_optimal_size_has_an_interval_that_covers_the_planted_one() -> None:
@@ -161,7 +163,7 @@ def test_published_laws_are_shown_with_their_warnings() -> None:
     assert not any("outside" in w for w in step["warnings"])
     assert any("non-embedding" in w for w in step["warnings"])
     assert (horizon["lr"], horizon["batch_tokens"]) == (None, None)
-    assert "lr ~ D^-0.32 (trend only)" in str(inside)
+    assert "lr ~ D^-0.32 (trend only)" in inside.explain()
     outside = recommend(large.assign(N_convention="nonembedding"), N=4e9, D=3e10, beside=["step-law"]).beside[0]
     assert outside["warnings"] == ["outside the range it was measured in"]
     assert len(recommend(RUNS, N=8e5, D=5e6, beside=["all"]).beside) == 7
@@ -170,11 +172,11 @@ def test_published_laws_are_shown_with_their_warnings() -> None:
 
 
 def test_an_untrusted_answer_says_so_first_and_last_with_the_reason() -> None:
-    text = str(recommend(RUNS, N=40 * 4e5, D=40 * 1.8e6))
+    text = recommend(RUNS, N=40 * 4e5, D=40 * 1.8e6).explain()
     first, last = text.splitlines()[0], text.splitlines()[-1]
     assert first.startswith("NOT TO BE TRUSTED: The target's N is 40 times the largest in the data")
     assert last.startswith("NOT TO BE TRUSTED")
-    assert "best guess" not in text
+    assert "estimate" not in text
     assert "NOT TO BE" not in str(recommend(RUNS, N=8e5, D=5e6, space=WIDE))
 
 
@@ -250,7 +252,7 @@ def test_optima_outside_the_space_in_most_groups_are_serious() -> None:
     answer = recommend(RUNS, N=8e5, D=5e6, space={"lr": (1e-5, 1e-3)})
     assert codes(answer)["lr-unbracketed-high"] is True
     assert not answer.trustworthy
-    assert "search higher" in " ".join(str(answer).split())
+    assert "search higher" in " ".join(answer.explain().split())
 
 
 def test_too_few_scales_are_flagged() -> None:
@@ -270,10 +272,15 @@ def test_two_groups_give_an_answer_that_is_not_trusted() -> None:
     assert answer.loss_interval[0] < answer.loss < answer.loss_interval[1]
 
 
-def test_one_batch_size_is_not_trusted() -> None:
-    answer = recommend(RUNS.assign(batch_tokens=2048.0), N=8e5, D=5e6)
-    assert codes(answer)["batch_tokens-unidentified"] is True
-    assert "One batch" in str(answer)
+def test_one_batch_is_kept_and_the_best_learning_rate_is_that_at_this_batch() -> None:
+    fixed = sweep(HPLaw(MUP.lr_coef, 0.0, -0.25, 2048.0, 0.0, 0.0), per=15, seed=0, parametrization="mup")
+    answer = recommend(fixed.assign(batch_tokens=2048.0), N=8e5, D=5e6, space=WIDE)
+    assert (answer.batch_tokens, answer.batch_interval) == (2048.0, None)
+    assert answer.not_measured == {"batch_tokens": "the same in every run"}
+    assert answer.lr_interval is not None
+    assert answer.lr_interval[0] < float(MUP(8e5, 5e6)[0]) < answer.lr_interval[1]
+    assert answer.expected_regret is None
+    assert "Every run has the batch 2.05K tokens" in answer.explain()
 
 
 def test_the_count_of_parameters_is_named() -> None:
@@ -304,11 +311,11 @@ def test_more_noise_between_runs_widens_the_interval_of_one_run() -> None:
 
 def test_the_printed_table_shows_every_number_and_flag() -> None:
     answer = recommend(RUNS, N=40 * 4e5, D=5e6)
-    text = str(answer)
+    text = answer.explain()
     for shown in (f"{answer.lr:.4g}", f"{answer.batch_tokens:,.0f}", f"{answer.loss:.4f}", "90 % interval", "SERIOUS"):
         assert shown in text
     assert all(f.text in " ".join(text.split()) for f in answer.flags)
-    assert "No serious warnings" in str(dataclasses.replace(answer, flags=()))
+    assert "No serious warnings" in dataclasses.replace(answer, flags=()).explain()
 
 
 def test_a_learning_rate_that_moves_with_size_is_followed() -> None:
@@ -321,7 +328,7 @@ def test_another_compute_optimum_by_the_plain_law_is_noted_and_one_without_bound
     near, far = recommend(RUNS, C=2e13), recommend(RUNS, C=1e17)
     assert "optimum-forms" not in codes(near)
     assert codes(far)["optimum-forms"] is False
-    fit, _ = fit_loss_floors(fit_hp_law(RUNS))
+    fit = fit_loss_evidence(RUNS, fit_hp_law(RUNS)).fit
     plain = float(fit.law.optimum(1e17)[0])
     note = next(f.text for f in far.flags if f.code == "optimum-forms")
     assert f"at {format_count(plain)}, the averaged forms at {format_count(far.N)}" in note
@@ -329,3 +336,21 @@ def test_another_compute_optimum_by_the_plain_law_is_noted_and_one_without_bound
     assert f"{100 * worse:.2f} % lower" in note
     loose = dataclasses.replace(fit.optimum(2e13), bounded=False)
     assert [(f.code, f.serious) for f in flag_optimum(fit, 2e13, loose)] == [("optimum", True)]
+
+
+def test_sizes_may_be_given_as_text() -> None:
+    assert recommend(RUNS, N="800K", D="5M") == recommend(RUNS, N=8e5, D=5e6)
+    assert recommend(RUNS, C="2e13", at_most="5e12") == recommend(RUNS, C=2e13, at_most=5e12)
+    with pytest.raises(ValueError, match="N: needed a positive count such as 7B"):
+        recommend(RUNS, N="800 thousand?", D="5M")
+
+
+def test_a_measured_best_outside_the_laws_interval_is_noted() -> None:
+    """At the largest size the optimum has moved thirty times away from the trend of the smaller ones."""
+    large = RUNS["N"].eq(4e5) & RUNS["D"].eq(1.8e6)
+    assert not {c for c in codes(recommend(RUNS, N=8e5, D=5e6)) if c.startswith("measured")}
+    moved = RUNS.assign(lr=RUNS["lr"].where(~large, RUNS["lr"] * 30))
+    answer = recommend(moved, N=8e5, D=5e6)
+    assert codes(answer).get("measured-lr") is False
+    (flag,) = (f for f in answer.flags if f.code == "measured-lr")
+    assert "At N 400K, D 1.8M, the best measured learning rate is" in flag.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -294,8 +295,10 @@ def test_a_diverged_run_keeps_its_nan_and_a_logged_point_is_not_logged_again(uri
 
 
 def test_what_mlflow_refuses_is_set_aside_and_the_rest_arrives(
-    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Otherwise the name would be replaced by one that MLflow takes.
+    monkeypatch.setattr("scaling.tracking.log.make_usable_name", lambda name: name)
     with Recorder(uri, "refused", "run", role="target", params={}, folder=tmp_path) as run:
         run.add(Measurement(1000, 3.0))
         run.set_tag("no/good\x00name", "x")
@@ -310,11 +313,32 @@ def test_what_mlflow_refuses_is_set_aside_and_the_rest_arrives(
     assert read_records("refused", uri=uri, kind="run")[0].status == "FINISHED"
 
 
-def test_bad_input_is_refused_before_the_run(away: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="longer than MLflow's 6000"):
-        Recorder(away, "s", "run", role="target", params={"x": "y" * 7000}, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"no parameters of these names: \['l!r', 'a//b'\]"):
-        Recorder(away, "s", "run", role="target", params={"l!r": 1, "a//b": 2, "a/b. c:-_": 3}, folder=tmp_path)
+def test_long_values_and_odd_names_are_recorded_and_refuse_nothing(uri: str, tmp_path: Path) -> None:
+    command = "program " + " ".join(f"--option-{i} {i}" for i in range(600))
+    params = {"command": command, "l!r": 1, "a//b": 2, "a/b. c:-_": 3, "n" * 300: 4}
+    params |= {f"option {i}": i for i in range(250)}
+    with Recorder(uri, "long values", "run", role="target", params=params, folder=tmp_path) as run:
+        run.add(Measurement(1000, 3.0))
+        run.set_tag("note: " + "t" * 300, "v" * 9000)
+        run.log_figures({f"figure {i}!": float(i) for i in range(1500)})
+        run.finish()
+    assert leftovers(tmp_path) == []
+    [record] = read_records("long values", uri=uri, kind="run")
+    assert len(record.params) == len(params)
+    assert record.params["a/b. c:-_"] == "3"
+    assert record.params["option 249"] == "249"
+    [odd] = [value for name, value in record.params.items() if name.startswith("l_r_")]
+    assert odd == "1"
+    # The parameter is cut and names the whole, which is a file of the run.
+    digest = hashlib.sha256(command.encode()).hexdigest()
+    assert record.params["command"].startswith(command[:400])
+    assert f"{len(command):,} characters, sha256 {digest}" in record.params["command"]
+    whole = connect(uri).download_artifacts(record.run_id, "long_values/command.txt", str(tmp_path))
+    assert Path(whole).read_text() == command
+    assert sorted(v for k, v in record.metrics.items() if k.startswith("figure")) == [float(i) for i in range(1500)]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_run(away: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         Recorder(away, "s", "run", role="target", params={}, folder=tmp_path / "file")

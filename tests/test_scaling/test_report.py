@@ -7,13 +7,16 @@ import html
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner, Result
 
+from scaling.__main__ import app
 from scaling.advice.recommendation import Recommendation, recommend
 from scaling.common.quantities import format_count
 from scaling.curves.backtest import RunCurve, check_forecasts, read_study_curves, read_table_curves
@@ -22,6 +25,7 @@ from scaling.laws.published import get_published_law, list_published_laws
 from scaling.report import figures, tables
 from scaling.report.figures import TargetCurve
 from scaling.report.html import fit_everything, render_report
+from scaling.runs.io import load_runs, save_runs
 from scaling.runs.table import check_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -70,7 +74,7 @@ def test_the_page_shows_the_recommendation_and_whether_targets_met_it() -> None:
     page = render_report(
         "planted", runs, recommendation=answer, targets=[held, missed], warm_start={"speed-up in tokens": 1.24}
     )
-    assert page.index("inside the interval") < page.index("outside the interval")
+    assert page.index("inside the predicted interval") < page.index("outside the predicted interval")
     assert "63 of 72 rows are used by laws; 9 kept, but excluded: diverged" in page
     assert "1.24" in page
     assert all(f.text in html.unescape(page) for f in answer.flags)
@@ -122,7 +126,7 @@ def test_text_from_the_table_and_the_notes_is_escaped() -> None:
 def test_one_group_is_drawn_without_laws_it_cannot_have() -> None:
     runs = plant_runs((1e4,))
     page = render_report("one", runs[runs["D"] == 1e5])
-    assert "No loss law: a loss law needs at least 3 runs" in page
+    assert "No loss law: a loss law needs spread in N or D" in page
     assert "Compute-optimal size by three approaches" not in find_titles(page)
     assert len(find_svgs(page)) == 1 + 1 + 2 + 1
 
@@ -137,7 +141,7 @@ def test_a_table_of_sizes_tokens_and_losses_is_enough() -> None:
     runs = plant_runs()
     best = runs.loc[runs.groupby(["N", "D"])["loss"].idxmin(), ["N", "D", "loss"]]
     page = render_report("bare", check_runs(best))
-    assert "missing: lr, batch_tokens" in page
+    assert "No law of learning rate and batch: not in this table." in page
     assert "Forms of the loss law" in find_titles(page)
 
 
@@ -255,3 +259,58 @@ def test_every_size_has_its_own_colour_and_a_selection_keeps_both_ends() -> None
 @pytest.mark.parametrize(("value", "text"), [(12_345_678, "12.3M"), (1e9, "1B"), (512, "512"), (34_816, "34.8K")])
 def test_counts_are_short(value: float, text: str) -> None:
     assert format_count(value) == text
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_page_of_a_file_has_its_name_as_title_and_the_answer_on_top(tmp_path: Path) -> None:
+    path = tmp_path / "my sweep.csv"
+    save_runs(plant_runs(), path)
+    done = run("report", path, "--params", "600K", "--tokens", "3M")
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "my sweep.html").read_text()
+    assert re.findall("<h1>(.*?)</h1>", page) == ["my sweep.csv"]
+    assert "<title>my sweep.csv" in page
+    top = html.unescape(page.split("<h2>")[0])
+    answer = recommend(load_runs(path), N="600K", D="3M")
+    assert answer.verdict in top
+    for name in ("learning rate", "batch, tokens per step", "loss, nats per token", "compute-optimal N"):
+        assert name in top
+    assert f"{answer.loss:.4f}" in top
+    assert str(answer) in done.stdout
+    assert str(tmp_path / "my sweep.html") in done.stdout
+
+
+def test_a_report_of_a_plain_table_says_what_it_does_not_hold(tmp_path: Path) -> None:
+    runs = plant_runs((1e4, 4e4, 1.6e5, 6.4e5)).drop(columns=["lr", "batch_tokens"])
+    save_runs(runs.loc[runs.groupby(["N", "D"])["loss"].idxmin()], tmp_path / "runs.csv")
+    done = run("report", tmp_path / "runs.csv", "--flops", "1e13")
+    assert done.exit_code == 0, done.output
+    top = (tmp_path / "runs.html").read_text().split("<h2>")[0]
+    assert top.count("not in this table") == 2
+
+
+def test_each_value_of_a_column_gets_a_page(tmp_path: Path) -> None:
+    both = pd.concat([plant_runs(corpus="web text"), plant_runs(corpus="code")], ignore_index=True)
+    save_runs(both, tmp_path / "runs.csv")
+    done = run("report", tmp_path / "runs.csv", "--by", "corpus")
+    assert done.exit_code == 0, done.output
+    pages = {path.name: path.read_text() for path in tmp_path.glob("*.html")}
+    assert set(pages) == {"runs.corpus-code.html", "runs.corpus-web_text.html"}
+    assert "<h1>runs.csv, corpus = web text</h1>" in pages["runs.corpus-web_text.html"]
+    assert "63 of 72 rows are used by laws" in pages["runs.corpus-code.html"]
+    assert run("report", tmp_path / "runs.csv", "--out", tmp_path / "no" / "page.html").exit_code == 2
+
+
+def test_runs_of_nearly_equal_size_share_a_panel_and_a_colour() -> None:
+    """D in whole steps differs a little from batch to batch."""
+    runs = plant_runs()
+    jitter = np.random.default_rng(0).uniform(-2e-4, 2e-4, len(runs))
+    page = render_report("steps", check_runs(runs.assign(D=runs["D"] * (1 + jitter))))
+    assert len(find_svgs(page)) == len(find_svgs(render_report("exact", runs)))
+    assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)

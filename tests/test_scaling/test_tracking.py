@@ -100,8 +100,18 @@ def test_notes_are_replaced_not_added(uri: str, tmp_path: Path) -> None:
     for value in ({"lr": 0.1}, {"lr": 0.2, "deep": {"list": [1, 2.5]}}):
         write_note(client, parent, "best", value)
         assert read_note(client, parent, "best") == value
-    with pytest.raises(ValueError, match="8000"):
-        write_note(client, parent, "best", {"x": "y" * 9000})
+
+
+def test_a_note_that_is_longer_than_a_tag_comes_back_whole(uri: str, tmp_path: Path) -> None:
+    client = connect(uri)
+    parent = log_two_configurations(uri, "long-notes", tmp_path)
+    for length in (9000, 700_000, 20_000, 10):
+        write_note(client, parent, "best", {"x": "y" * length, "lr": 0.1})
+        assert read_note(client, parent, "best") == {"x": "y" * length, "lr": 0.1}
+    write_note(client, parent, "best", {"x": "y" * 9000})
+    client.set_tag(parent, "muscale.best.part1", "edited")
+    with pytest.raises(ValueError, match="note best in MLflow is not whole"):
+        read_note(client, parent, "best")
 
 
 def test_an_unknown_study_is_refused_with_the_nearest_name(uri: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from contextlib import closing
@@ -14,6 +13,7 @@ import typer
 from proxies.cli import grow, launch
 from proxies.cli.shared import Study, configure_proxy, parse_numbers, read_family, report_interrupt
 from scaling.common.cli import DryRun, Json, make_app, refusing, say
+from scaling.common.json_text import dump_json
 from scaling.common.signals import exit_code_of, interrupt_on_sigterm
 
 logger = logging.getLogger("muscale.proxies")
@@ -77,7 +77,7 @@ def check(
         draw_check(result, plot)
     if certificate is not None:
         write_certificate(certificate, config, result)
-    typer.echo(json.dumps(result.json) if as_json else result.text)
+    typer.echo(dump_json(result.json) if as_json else result.text)
     raise typer.Exit(0 if result.passed else 1)
 
 
@@ -89,7 +89,7 @@ def transfer(
         str | None,
         typer.Option(help="sizes, such as 32,64,128; default: the study's widths, or 1, 2 and 4 times its depth"),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="tokens of every run, cooldown included")] = 204_800,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens of every run, cooldown included")] = 204_800,
     seeds: Annotated[int, typer.Option(min=1, help="random seeds")] = 2,
     control: Annotated[
         bool, typer.Option(help="also train standard parametrization (over depth: no depth rule)")
@@ -106,6 +106,7 @@ def transfer(
 
     Example: proxies transfer studies/quickstart.toml --sizes 32,64,128 --dry-run
     """
+    from proxies.config.steps import plan_steps
     from proxies.diagnostics.lr_transfer import estimate_cost, make_arms
     from proxies.diagnostics.lr_transfer import transfer as measure_transfer
 
@@ -116,6 +117,8 @@ def transfer(
         chosen = parse_numbers("--sizes", sizes) or (
             list(family.widths) if over == "width" else [layers, 2 * layers, 4 * layers]
         )
+        # Before anything is measured, each run must be long enough for its schedule.
+        plan_steps(config, tokens)
         flops, seconds = estimate_cost(make_arms(config, over, chosen, control=control), tokens, seeds)
         runs = toml.parent / toml.stem / "transfer" / "runs.jsonl"
         cost = (
@@ -148,7 +151,7 @@ def transfer(
             raise typer.Exit(exit_code_of(stop)) from stop
     if plot is not None:
         draw_transfer(report, plot)
-    typer.echo(json.dumps(report.json) if as_json else report.text)
+    typer.echo(dump_json(report.json) if as_json else report.text)
     raise typer.Exit(0 if report.passed else 1)
 
 
@@ -165,7 +168,7 @@ def train(
         Path | None, typer.Option(help="where the state of an interrupted run goes; continued from if it exists")
     ] = None,
     peak_flops: Annotated[
-        float | None, typer.Option(min=1, help="peak FLOP/s of the device, for MFU; known for H100 and A100")
+        float | None, typer.Option(min=1, max=1e30, help="peak FLOP/s of the device, for MFU; known for H100 and A100")
     ] = None,
 ) -> None:
     """Train one proxy of a study's family outside the search, and print one line of JSON per measurement.
@@ -193,7 +196,7 @@ def train(
     try:
         with interrupt_on_sigterm(), closing(points):
             for last in usage.watch(points):
-                typer.echo(json.dumps(asdict(last)))
+                typer.echo(dump_json(asdict(last)))
     except KeyboardInterrupt as stop:
         raise report_interrupt(stop, keep) from stop
     logger.info(str(usage))
@@ -207,7 +210,9 @@ def autolrs(
     width: Annotated[int, typer.Option(help="d_model")],
     tokens: Annotated[int, typer.Option(help="training tokens, without those that the search adds")],
     stages: Annotated[int, typer.Option(min=1, help="stages with one rate each, before the cooldown")] = 2,
-    overhead: Annotated[float, typer.Option(min=0, help="at most this many tokens of search per training token")] = 0.3,
+    overhead: Annotated[
+        float, typer.Option(min=0, max=1000, help="at most this many tokens of search per training token")
+    ] = 0.3,
     set_: Annotated[list[str] | None, typer.Option("--set", help="change any setting, such as lr=0.01")] = None,
     save: Annotated[Path | None, typer.Option(help="where the checkpoint goes")] = None,
     keep: Annotated[
@@ -233,7 +238,7 @@ def autolrs(
     try:
         with interrupt_on_sigterm(), closing(points):
             for last in points:
-                typer.echo(json.dumps(asdict(last)))
+                typer.echo(dump_json(asdict(last)))
     except KeyboardInterrupt as stop:
         raise report_interrupt(stop, keep) from stop
     if last is not None and last.diverged:
@@ -245,11 +250,13 @@ def recipe(
     study: Annotated[
         str, typer.Argument(metavar="STUDY.toml | NAME | PLAN.json", help="a study's family, or the target of a plan")
     ],
-    width: Annotated[int | None, typer.Option(help="d_model to carry the values to")] = None,
-    layers: Annotated[int | None, typer.Option(help="n_layers to carry them to (CompleteP)")] = None,
-    batch: Annotated[int | None, typer.Option(help="sequences per step to carry them to")] = None,
-    tuned_tokens: Annotated[int | None, typer.Option(help="tokens of the runs that the values were tuned with")] = None,
-    tokens: Annotated[int | None, typer.Option(help="tokens to carry them to")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="d_model to carry the values to")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="n_layers to carry them to (CompleteP)")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="sequences per step to carry them to")] = None,
+    tuned_tokens: Annotated[
+        int | None, typer.Option(min=1, help="tokens of the runs that the values were tuned with")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="tokens to carry them to")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="change any tuned setting, such as lr=0.01")] = None,
     form: Annotated[
         Literal["table", "json", "torchtitan", "megatron"], typer.Option("--for", help="output format")

@@ -37,7 +37,9 @@ def grow(
     shrink: Annotated[
         float, typer.Option(min=0, max=1, help="factor on the proxy's matrices (shrink-pad-perturb)")
     ] = 0.4,
-    noise: Annotated[float | None, typer.Option(min=0, help="amount of noise; default: the method's own")] = None,
+    noise: Annotated[
+        float | None, typer.Option(min=0, max=1000, help="amount of noise; default: the method's own")
+    ] = None,
     which: Annotated[
         Literal["annealed", "trunk"] | None,
         typer.Option(help="weights after or before the cooldown; default: annealed, with --moments trunk"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import tomllib
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from proxies.cli.shared import parse_numbers, read_family, report_interrupt
+from proxies.cli.shared import parse_numbers, read_family, report_interrupt, validate_family
 from scaling.common.cli import refusing, say
+from scaling.common.json_text import dump_json
 from scaling.common.signals import interrupt_on_sigterm
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def answer_question(study: str, options: GrowthPlanOptions, checkpoint: Path | N
     except RuntimeError as error:
         say(f"error: {error}")
         raise typer.Exit(1) from error
-    typer.echo(json.dumps(answer) if options.as_json else format_answer(question, answer))
+    typer.echo(dump_json(answer) if options.as_json else format_answer(question, answer))
 
 
 def read_question(study: str, options: GrowthPlanOptions) -> Question:
@@ -109,11 +109,10 @@ def read_question(study: str, options: GrowthPlanOptions) -> Question:
         ValueError: With all mistakes.
     """
     from proxies.growth.question import QuestionOptions, make_question
-    from proxies.trainers.proxy_family import ProxyFamily
 
     family, toml = read_family(study)
-    family = ProxyFamily.model_validate(
-        apply_study_results(family, toml, options.uri).model_dump() | parse_settings(options.settings)
+    family = validate_family(
+        apply_study_results(family, toml, options.uri).model_dump() | parse_settings(options.settings), "--set: "
     )
     methods = options.methods.split(",") if options.methods else None
     if methods is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from scaling.common.cli import DryRun, Json, Uri, refusing, say
+from scaling.common.json_text import dump_json
 from scaling.common.signals import exit_code_of, interrupt_on_sigterm
 from scaling.common.studies import find_study_file
 
@@ -105,7 +105,7 @@ def launch(
         say(f"error: {error}")
         raise typer.Exit(1) from error
     if as_json:
-        typer.echo(json.dumps(outcome))
+        typer.echo(dump_json(outcome))
         return
     for name, value in outcome.items():
         typer.echo(f"{name}: {value}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,7 @@ from proxies.config.study_file import read_toml
 from scaling.common.cli import say
 from scaling.common.signals import exit_code_of
 from scaling.common.studies import find_study_file
+from scaling.common.validation import explain_errors, format_given, list_mistakes
 
 if TYPE_CHECKING:
     from proxies.config.proxy import ProxyConfig
@@ -31,16 +34,40 @@ def read_family(study: str) -> tuple[ProxyFamily, Path]:
     Raises:
         ValueError: If there is no such file, or its table is not a family of proxies.
     """
-    from pydantic import ValidationError
-
-    from proxies.trainers.proxy_family import ProxyFamily
 
     path = find_study_file(study)
     table = read_toml(path).get("trainer", {})
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: needed a table [trainer], got trainer = {format_given(table)}")
+    use, settings = table.get("use", "proxies:ProxyFamily"), {k: v for k, v in table.items() if k != "use"}
+    if use == "proxies:CommandFamily":
+        raise ValueError(
+            f"{path}: needed a study of proxies, which this command trains itself, got one whose runs a command trains "
+            '(use = "proxies:CommandFamily"): `hpo launch` and `proxies launch` run that command'
+        )
+    other = "" if use == "proxies:ProxyFamily" else f" (use = {use!r}; needed a study of proxies:ProxyFamily)"
+    return validate_family(settings, f"{path}, [trainer]{other}: "), path
+
+
+def validate_family(settings: Mapping[str, Any], where: str = "") -> ProxyFamily:
+    """Return a family of proxies with these settings.
+
+    Args:
+        settings: The settings by name.
+        where: Where they come from, for the message.
+
+    Raises:
+        ValueError: If some are wrong. The message names all of them.
+    """
+    from pydantic import ValidationError
+
+    from proxies.trainers.proxy_family import OTHER_NAMES, ProxyFamily
+
     try:
-        return ProxyFamily.model_validate({k: v for k, v in table.items() if k != "use"}), path
+        return ProxyFamily.model_validate(settings)
     except ValidationError as error:
-        raise ValueError(f"{path}, table [trainer]: {error}; `hpo validate {path}` shows more") from error
+        problems = explain_errors(error, ProxyFamily, noun="setting", synonyms=OTHER_NAMES)
+        raise ValueError(where + list_mistakes(problems)) from error
 
 
 def report_interrupt(stop: KeyboardInterrupt, keep: Path | None) -> typer.Exit:
@@ -56,13 +83,74 @@ def report_interrupt(stop: KeyboardInterrupt, keep: Path | None) -> typer.Exit:
 
 
 def configure_proxy(family: ProxyFamily, width: int, changes: list[str]) -> ProxyConfig:
-    """Return the family's proxy of this width, with `name=value` settings in place of its own."""
-    from proxies.config.proxy import ProxyConfig
+    """Return the family's proxy of this width, with `name=value` settings in place of its own.
 
-    if wrong := [s for s in changes if "=" not in s]:
-        raise ValueError(f"needed --set name=value, got {', '.join(wrong)}")
-    settings: dict[str, Any] = dict(s.split("=", 1) for s in changes)
-    return ProxyConfig.model_validate(family.model_dump(exclude={"widths"}) | {"d_model": width} | settings)
+    Args:
+        family: The family.
+        width: d_model.
+        changes: Settings as text, such as "lr=0.01"; a table is written as in TOML.
+
+    Raises:
+        ValueError: If there is no such setting, or some cannot have their values. The message names all of them.
+    """
+    from pydantic import ValidationError
+
+    from proxies.config.proxy import ProxyConfig
+    from proxies.trainers.proxy_family import OTHER_NAMES
+
+    settings, problems = parse_changes(changes)
+    if "d_model" in settings:
+        del settings["d_model"]
+        problems.append("d_model: the command sets the width itself: leave it out of --set")
+    wanted = family.model_dump(exclude={"widths"}) | {"d_model": width} | settings
+
+    def validate(values: Mapping[str, Any]) -> tuple[ProxyConfig | None, set[Any]]:
+        try:
+            return ProxyConfig.model_validate(values), set()
+        except ValidationError as error:
+            problems.extend(
+                problem
+                for problem in explain_errors(error, ProxyConfig, noun="setting", synonyms=OTHER_NAMES)
+                if problem not in problems
+            )
+            return None, {item["loc"][0] for item in error.errors() if item["loc"]}
+
+    config, wrong = validate(wanted)
+    if wrong:
+        # The checks of several settings together begin only when each setting by itself is right.
+        validate({name: value for name, value in wanted.items() if name not in wrong})
+    if problems or config is None:
+        raise ValueError(list_mistakes(problems))
+    return config
+
+
+def parse_changes(changes: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Parse the values of --set.
+
+    Args:
+        changes: Texts of the form name=value. A value in braces is a table of TOML; any other is kept as text, which
+            the setting itself turns into a number.
+
+    Returns:
+        The settings by name, and what is wrong with the texts, one sentence each.
+    """
+    settings: dict[str, Any] = {}
+    problems = []
+    for text in changes:
+        name, sign, value = (part.strip() for part in text.partition("="))
+        if not sign or not name:
+            problems.append(f"--set: needed --set name=value, got {text!r}")
+        elif name in settings:
+            problems.append(f"{name}: set twice, to {settings[name]!r} and to {value!r}: leave one out")
+        else:
+            settings[name] = value
+            if value.startswith("{"):
+                try:
+                    settings[name] = tomllib.loads(f"value = {value}")["value"]
+                except tomllib.TOMLDecodeError as error:
+                    del settings[name]
+                    problems.append(f"{name}: needed a table such as {{a = 1, b = 2}}, got {value!r} ({error})")
+    return settings, problems
 
 
 def parse_numbers(option: str, text: str | None) -> list[int] | None:

@@ -31,7 +31,9 @@ def check_weights(weights: Mapping[str, float], names: Iterable[str]) -> list[st
         if name not in known:
             hint = did_you_mean(name, known) or f"sources: {', '.join(known) or 'only one, without a name'}"
             problems.append(f"{name}: unknown source; {hint}")
-        elif not (math.isfinite(weight) and weight >= 0):
+        elif not math.isfinite(weight):
+            problems.append(f"{name}: needed a finite number as its weight, got {weight}")
+        elif weight < 0:
             problems.append(f"{name}: needed a weight >= 0, got {weight}")
     if weights:
         problems += [

@@ -1,4 +1,4 @@
-"""Sources of text: a file, a folder, the standard library, or a data set, read in pieces.
+"""Sources of text that is read in pieces: a file, a folder, or the standard library.
 
 A source is read piece by piece, always in the same order, so it need not fit in memory. What is held out depends only
 on paths and positions: whole files of a folder, blocks of a text file, rows of a data set.
@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
-from proxies.data.token_files import get_cache_folder, remember
+from proxies.data.token_files import remember
 
 Split = Literal["train", "val"]
 
@@ -30,9 +30,6 @@ VAL_DIVISOR = 16
 EXACT_SIZE_LIMIT = 1 << 27
 # A larger file is read in pieces of this many bytes.
 PIECE_BYTES = 1 << 20
-DATASET_SUFFIXES = (".parquet", ".jsonl")
-# Files in the folder of a data set that was saved to disk.
-SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
@@ -110,33 +107,6 @@ def import_optional(package: str, purpose: str) -> Any:
         raise ValueError(
             f"needed the package {package} for {purpose}, which is not installed: pip install 'muscale[data]'"
         ) from error
-
-
-def is_dataset(spec: str) -> bool:
-    """Return whether a corpus is a data set of rows, which the package datasets reads."""
-    path = Path(spec).expanduser()
-    is_saved = any((path / name).is_file() for name in SAVED_DATASET_FILES)
-    return spec.startswith("hf:") or path.suffix in DATASET_SUFFIXES or is_saved
-
-
-def open_source(spec: str) -> Source:
-    """Return the text that a corpus setting names.
-
-    Args:
-        spec: "stdlib", a data set, or the path of a text file or folder.
-
-    Returns:
-        The source. Its text is not read yet.
-
-    Raises:
-        ValueError: If a data set cannot be opened.
-    """
-    if is_dataset(spec):
-        return _open_dataset_source(spec)
-    if spec == "stdlib":
-        return _open_folder("stdlib", Path(sysconfig.get_path("stdlib")), python_only=True)
-    path = Path(spec)
-    return _open_folder(path.name, path, python_only=False) if path.is_dir() else _open_text_file(path)
 
 
 def compute_digest(source: Source) -> str:
@@ -236,27 +206,14 @@ def is_utf8(content: bytes | mmap.mmap) -> bool:
     return True
 
 
-def check_dataset(spec: str) -> list[str]:
-    """List what is wrong with a data set on this machine. Remote data sets are not looked up.
+def open_folder(name: str, root: Path, *, python_only: bool) -> Source:
+    """Return the text of a folder, split by file.
 
-    Returns:
-        One message per problem; empty if none is found.
+    Args:
+        name: Name for messages and records.
+        root: The folder.
+        python_only: Read only .py files, without installed packages.
     """
-    try:
-        name, _, _, _ = _parse_dataset_spec(spec)
-        path = Path(name).expanduser()
-        if not path.exists():
-            if path.suffix in DATASET_SUFFIXES or path.is_absolute():
-                return [f"needed an existing file or folder, got {name!r}: no such path"]
-            import_optional("datasets", f"corpus {spec!r}")
-            return []
-        _open_dataset(spec)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
-def _open_folder(name: str, root: Path, *, python_only: bool) -> Source:
     names = list_files(root, python_only=python_only)
 
     def pieces() -> Iterator[Piece]:
@@ -271,7 +228,8 @@ def _open_folder(name: str, root: Path, *, python_only: bool) -> Source:
     return Source(name, paths, sum(path.stat().st_size for path in paths), None, pieces)
 
 
-def _open_text_file(path: Path) -> Source:
+def open_text_file(path: Path) -> Source:
+    """Return the text of a file, split by blocks. Reading it raises ValueError if it is not UTF-8."""
     size = path.stat().st_size
 
     def pieces() -> Iterator[Piece]:
@@ -307,70 +265,3 @@ def _find_bounds(content: bytes | mmap.mmap, step: int) -> Iterator[tuple[int, i
             end += 1
         yield begin, end
         begin = end
-
-
-def _parse_dataset_spec(spec: str) -> tuple[str, str, str, str]:
-    """Return name, configuration, split and column of hf:NAME[:CONFIG][:SPLIT][:COLUMN]."""
-    parts = spec.removeprefix("hf:").split(":")
-    if not parts[0] or len(parts) > 4:
-        raise ValueError(
-            f"needed 'hf:NAME[:CONFIG][:SPLIT][:COLUMN]', got {spec!r}: leave a part empty for its default"
-        )
-    name, config, split, column = parts + [""] * (4 - len(parts))
-    return name, config, split or "train", column or "text"
-
-
-def _open_dataset(spec: str) -> tuple[Any, str]:
-    """Return a data set (of the package datasets) and the name of its text column.
-
-    Raises:
-        ValueError: If the data set cannot be opened or has no such column of text.
-    """
-    name, config, split, column = _parse_dataset_spec(spec)
-    datasets = import_optional("datasets", f"corpus {spec!r}")
-    datasets.disable_progress_bars()
-    path = Path(name).expanduser()
-    try:
-        if path.suffix in DATASET_SUFFIXES and path.is_file():
-            builder = "parquet" if path.suffix == ".parquet" else "json"
-            data = datasets.load_dataset(
-                builder, data_files=str(path), split="train", cache_dir=str(get_cache_folder() / "datasets")
-            )
-        elif path.is_dir() and any((path / saved).is_file() for saved in SAVED_DATASET_FILES):
-            data = datasets.load_from_disk(str(path))
-            if isinstance(data, datasets.DatasetDict):
-                if split not in data:
-                    raise ValueError(f"needed a split {split!r}, got {', '.join(data)}")
-                data = data[split]
-        else:
-            data = datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"cannot open data set {name!r}, split {split!r}: {error}") from error
-    if column not in data.column_names:
-        raise ValueError(
-            f"needed a column {column!r} of text in {name!r}, got {', '.join(data.column_names)}: "
-            f"name it, hf:{name}:::COLUMN"
-        )
-    dtype = getattr(data.features[column], "dtype", None)
-    if dtype not in ("string", "large_string"):
-        raise ValueError(f"needed text in column {column!r} of {name!r}, got {dtype}: name another, hf:{name}:::COLUMN")
-    return data, column
-
-
-def _open_dataset_source(spec: str) -> Source:
-    name, _, _, _ = _parse_dataset_spec(spec)
-    data, column = _open_dataset(spec)
-    path = Path(name).expanduser()
-    arrow_files = tuple(Path(file["filename"]) for file in data.cache_files)
-    paths = (path,) if path.is_file() else arrow_files
-
-    def pieces() -> Iterator[Piece]:
-        for i, row in enumerate(data.select_columns([column])):
-            if row[column]:
-                # Rows are separated as lines are.
-                text = (row[column] + "\n").encode("utf-8")
-                yield Piece(str(i), len(text), "val" if is_held_out_block(i) else "train", text)
-
-    size = sum(p.stat().st_size for p in paths)
-    files = tuple(CorpusFile(p.name, p.stat().st_size, "both") for p in paths)
-    return Source(path.stem if path.exists() else name, paths, size, files, pieces)

@@ -1,7 +1,4 @@
-"""Tokens on disk: .bin files made elsewhere, and the cache of text tokenized here.
-
-A .bin file holds plain little-endian uint16, or uint32 if its name ends in .u32.bin or .uint32.bin. The header of
-llm.c, 256 int32 that begin with magic, version and number of tokens, is recognized and determines the width.
+"""The cache of text that was tokenized here, and of what was found out about large files.
 
 The cache is a folder: $MUSCALE_CACHE, or else muscale in $XDG_CACHE_HOME, or else ~/.cache/muscale. Everything in it
 can be made again.
@@ -24,18 +21,12 @@ from numpy.typing import NDArray
 
 from scaling.common.atomic import replacing, write_atomically
 
-# One-dimensional; uint8, uint16 or uint32.
+# One-dimensional whole numbers.
 Tokens = NDArray[Any]
 Value = TypeVar("Value")
 
 # Version of the cache. Another version is never read.
 VERSION = 1
-UINT32_SUFFIXES = (".u32.bin", ".uint32.bin")
-# Magic number to version and numpy type (llm.c: tokens of GPT-2 and of Llama 3).
-HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
-HEADER_BYTES = 1024
-# Tokens read in each of the places that a check samples.
-SCAN_TOKENS = 1 << 20
 # Files of fewer bytes are read again instead, which takes less than 0.1 s.
 REMEMBER_ABOVE = 1 << 26
 # A file changed less than this ago may change again within the clock's tick.
@@ -63,72 +54,6 @@ class FileStamp(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     inode: int
-
-
-def read_bin_layout(path: Path) -> tuple[str, int, int]:
-    """Return how the tokens of a .bin file are stored.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The numpy type, the offset of the first token in bytes, and the number of tokens.
-
-    Raises:
-        ValueError: If the size of the file does not fit its header or its token width.
-    """
-    size = path.stat().st_size
-    header = [int(value) for value in np.fromfile(path, "<i4", count=3)]
-    if len(header) == 3 and header[0] in HEADERS and header[1] == HEADERS[header[0]][0]:
-        dtype, count = HEADERS[header[0]][1], header[2]
-        if size != HEADER_BYTES + count * np.dtype(dtype).itemsize:
-            raise ValueError(
-                f"needed the {count:,} tokens that the header of {path} promises, got {size:,} bytes: copy it again"
-            )
-        return dtype, HEADER_BYTES, count
-    dtype = "<u4" if path.name.endswith(UINT32_SUFFIXES) else "<u2"
-    width = np.dtype(dtype).itemsize
-    if size % width:
-        expected = {2: "uint16 tokens, two bytes each", 4: "uint32 tokens, four bytes each"}[width]
-        raise ValueError(
-            f"needed {expected}, got {size:,} bytes in {path}: write it as numpy uint16, or as uint32 named .u32.bin"
-        )
-    return dtype, 0, size // width
-
-
-def open_bin(path: Path) -> Tokens:
-    """Return the tokens of a .bin file, memory-mapped.
-
-    Raises:
-        ValueError: If the file is empty, or its size does not fit its header or its token width.
-    """
-    dtype, offset, count = read_bin_layout(path)
-    if not count:
-        raise ValueError(f"needed tokens, got an empty file {path}")
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
-
-
-def check_tokens(tokens: Tokens, vocab: int, path: str, *, whole: bool) -> list[str]:
-    """List the reasons why an array cannot hold tokens below `vocab`.
-
-    Args:
-        tokens: The array.
-        vocab: Size of the vocabulary.
-        path: Where the tokens come from, for the messages.
-        whole: Check all tokens, instead of three samples.
-
-    Returns:
-        One message per problem; empty if none is found.
-    """
-    n = len(tokens)
-    starts = range(0, n, SCAN_TOKENS) if whole else sorted({0, n // 2, max(n - SCAN_TOKENS, 0)})
-    highest = max(int(tokens[start : start + SCAN_TOKENS].max()) for start in starts)
-    if highest >= vocab:
-        return [f"needed tokens below vocab = {vocab}, got {highest} in {path}: raise vocab"]
-    sample = tokens[:SCAN_TOKENS]
-    if tokens.dtype.itemsize == 2 and n > 64 and sample[::2].any() and not sample[1::2].any():
-        return [f"needed uint16 tokens, got every second one 0 in {path}: it looks like uint32, name it .u32.bin"]
-    return []
 
 
 def get_cache_folder() -> Path:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from proxies.config.study_file import read_toml
 from proxies.growth.trainer import GrowthFamily, StartMethod
-from proxies.trainers.proxy_family import ProxyFamily, Target
+from proxies.trainers.proxy_family import ProxyFamily, read_target
 from scaling.laws.compute import Fidelity
 
 # Reduction factor of the searches' ladders.
@@ -224,7 +224,7 @@ def make_question(toml: Path, family: ProxyFamily, options: QuestionOptions | No
     """
     chosen = options or QuestionOptions()
     table = read_toml(toml)
-    target = Target.model_validate(table["target"]) if "target" in table else None
+    target = read_target(table["target"]) if "target" in table else None
     real = chosen.real
     if real is None:
         if target is None:
@@ -353,8 +353,10 @@ def apply_found_settings(
         recommendation: The recommendation, whose learning rate and batch size take precedence, if there is one.
     """
     settings = dict(best or {})
-    if recommendation:
-        batch = max(1, round(recommendation["batch_tokens"] / family.seq_len))
-        settings |= {"lr": recommendation["lr"], "batch_seqs": batch}
+    # A study that varied neither has a recommendation without them.
+    if recommendation and recommendation["batch_tokens"] is not None:
+        settings["batch_seqs"] = max(1, round(recommendation["batch_tokens"] / family.seq_len))
+    if recommendation and recommendation["lr"] is not None:
+        settings["lr"] = recommendation["lr"]
     member = family.member(max(family.widths), settings).model_dump(exclude={"d_model"})
     return ProxyFamily.model_validate(family.model_dump() | member)

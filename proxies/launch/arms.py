@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -31,6 +30,7 @@ from proxies.launch.monitor import (
 from proxies.launch.plan import Arm, LaunchPlan, write_plan
 from proxies.trainers.command import run_command
 from scaling.common.atomic import write_atomically
+from scaling.common.json_text import dump_json
 from scaling.common.measurement import Measurement
 from scaling.common.redact import redact_passwords
 from scaling.tracking.client import connect, describe_outage
@@ -87,7 +87,7 @@ class ArmResult:
 
     def write(self, folder: Path, arm: Arm) -> None:
         """Write the result of an arm as a whole."""
-        write_atomically(self.get_path(folder, arm), json.dumps(asdict(self)) + "\n")
+        write_atomically(self.get_path(folder, arm), dump_json(asdict(self)) + "\n")
 
 
 class TrackingUnavailable(RuntimeError):
@@ -364,7 +364,13 @@ def send_and_score(plan: LaunchPlan, folder: Path, arms: Sequence[Arm], *, uri: 
     write_note(client, parent, "warm_start", outcome)
     write_note(client, parent, "targets", {arm: run.info.run_id for arm, run in runs.items()})
     because = plan.because
-    predicted = {"loss": because["loss"], "loss_interval": because["loss_interval"], "mass": because["mass"]}
+    predicted = {
+        "N": because["N"],
+        "D": because["D"],
+        "loss": because["loss"],
+        "loss_interval": because["loss_interval"],
+        "mass": because["mass"],
+    }
     write_note(client, parent, "predicted", predicted)
     return outcome
 

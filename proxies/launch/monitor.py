@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 from proxies.launch.plan import Arm, LaunchPlan
+from scaling.common.json_text import dump_json
 from scaling.common.measurement import Measurement
 from scaling.curves.loss_curve import find_tokens_to_reach
 from scaling.curves.planned import LossBand
@@ -35,7 +38,8 @@ class Excursion:
     """
 
     tokens: int
-    loss: float
+    # JSON has no NaN: a file holds null for the loss of a run that diverged.
+    loss: Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
     low: float
     high: float
     share: float
@@ -43,7 +47,7 @@ class Excursion:
     @property
     def tag(self) -> str:
         """The value of the MLflow tag `EXCURSION_TAG`."""
-        return json.dumps(asdict(self))
+        return dump_json(asdict(self))
 
 
 @dataclass

@@ -26,6 +26,7 @@ from proxies.launch.notes import GrowthAdvice, RecommendationNote
 from proxies.trainers.command import format_shell_command, resolve_command
 from scaling.common.atomic import write_atomically
 from scaling.common.redact import find_secrets
+from scaling.common.validation import explain_errors
 from scaling.curves.planned import LossBand
 
 Arm = Literal["warm", "scratch"]
@@ -229,9 +230,7 @@ def read_plan(path: Path) -> LaunchPlan:
             f"{path} is not JSON: {error}: make the plan again with `proxies launch STUDY --dry-run`"
         ) from error
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(str(part) for part in e['loc'])}: {_format_error(e)}".removeprefix(": ") for e in error.errors()
-        ]
+        problems = explain_errors(error, LaunchPlan)
         raise ValueError(f"{path} is not a plan that can be launched:\n  " + "\n  ".join(problems)) from error
     except OverflowError as error:
         raise ValueError(f"{path} is not a plan that can be launched: a number in it is too large ({error})") from error
@@ -247,14 +246,6 @@ def write_plan(plan: LaunchPlan, path: Path) -> None:
     """Write a plan as JSON, creating its folder; a concurrent reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, plan.model_dump_json(indent=2) + "\n")
-
-
-def _format_error(error: Any) -> str:
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    shows_input = error["type"] not in ("missing", "extra_forbidden")
-    got = f", got {json.dumps(error['input'], default=repr)[:80]}" if shows_input else ""
-    return f"{error['msg'][0].lower()}{error['msg'][1:]}{got}"
 
 
 def _wrap(line: str) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from pydantic import ValidationError
+
 from proxies.config.proxy import ProxyConfig
 from proxies.config.schedules import SCHEDULES
 from proxies.config.study_file import read_toml
@@ -14,8 +16,9 @@ from proxies.growth.answer import GrowthAnswer
 from proxies.launch.notes import GrowthAdvice, RecommendationNote
 from proxies.launch.plan import LaunchPlan, WarmStart, compute_peak_rates
 from proxies.trainers.command_family import SEQUENCES, CommandFamily
-from proxies.trainers.proxy_family import ProxyFamily, Target
+from proxies.trainers.proxy_family import ProxyFamily, Target, read_target
 from proxies.training.throughput import measure_speed
+from scaling.common.validation import explain_errors, list_mistakes
 from scaling.curves.planned import LossBand
 
 if TYPE_CHECKING:
@@ -48,6 +51,8 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
     if "target" not in table:
         raise ValueError(f"{toml} has no [target]: add d_model and tokens of the run that the study is for")
     family = _read_trainer(table.get("trainer", {}), toml)
+    if isinstance(family, ProxyFamily):
+        read_target(table["target"])
     size = family.target(**table["target"])
     client = connect(uri)
     parent = find_study_run(client, study)
@@ -68,6 +73,11 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
             f"{toml}, [target]: needed a target at least as large as the largest proxy, N {largest:,.0f}, "
             f"got N {size.N:,.0f}"
         )
+    if lacking := [name for name in ("lr", "batch_tokens") if note[name] is None]:
+        reasons = ", ".join(f"{name}: {note['not_measured'][name]}" for name in lacking)
+        problems.append(
+            f"the recommendation has no {' and no '.join(lacking)} ({reasons}): make a study that varies it in [space]"
+        )
     if outdated := describe_staleness(note, runs, study):
         problems.append(outdated)
     if problems:
@@ -77,7 +87,7 @@ def make_plan(toml: Path, *, uri: str | None = None) -> LaunchPlan:
     best = read_note(client, parent, "best") or {}
     if isinstance(family, CommandFamily):
         return _plan_command(family, table["target"], study, int(size.D), because, best)
-    target = Target.model_validate(table["target"])
+    target = read_target(table["target"])
     settings = best | {"lr": because["lr"], "batch_seqs": max(1, round(because["batch_tokens"] / family.seq_len))}
     config = family.target_config(target, settings)
     curve, reason = predict_curve(client, runs, config, target.tokens)
@@ -101,13 +111,15 @@ def _read_trainer(table: Mapping[str, Any], toml: Path) -> ProxyFamily | Command
     """Return the study's trainer; ValueError if it is not one whose target can be launched."""
     settings = {k: v for k, v in table.items() if k != "use"}
     use = table.get("use", "proxies:ProxyFamily")
-    if use == "proxies:CommandFamily":
-        return CommandFamily(**settings)
-    if use != "proxies:ProxyFamily":
+    if use not in ("proxies:CommandFamily", "proxies:ProxyFamily"):
         raise ValueError(
             f"{toml}, trainer.use: needed proxies:ProxyFamily or proxies:CommandFamily to launch a target, got {use!r}"
         )
-    return ProxyFamily.model_validate(settings)
+    family = CommandFamily if use == "proxies:CommandFamily" else ProxyFamily
+    try:
+        return family(**settings)
+    except ValidationError as error:
+        raise ValueError(f"{toml}, [trainer]: {list_mistakes(explain_errors(error, family))}") from error
 
 
 def _plan_command(
@@ -180,7 +192,8 @@ def predict_curve(
         The curve with its band and an empty string, or None and the reason why there is no curve.
     """
     from scaling.curves.planned import fit_laws_without_each_size, predict_trunk, read_study_trunks
-    from scaling.fitting.lr_batch_law import fit_hp_law, fit_loss_floors
+    from scaling.fitting.loss_evidence import fit_loss_evidence
+    from scaling.fitting.lr_batch_law import fit_hp_law
     from scaling.runs.table import usable
 
     if SCHEDULES[config.schedule].has_horizon:
@@ -191,8 +204,9 @@ def predict_curve(
     settings = {"lr": config.lr, "batch_tokens": float(config.batch_tokens)}
     # ValueError: no law can be fitted to so few runs, or no curve can be predicted from them.
     try:
-        hp = fit_hp_law(usable(runs))
-        fit, _ = fit_loss_floors(hp)
+        used = usable(runs)
+        hp = fit_hp_law(used)
+        fit = fit_loss_evidence(used, hp).fit
         trunks = read_study_trunks(client, runs, **settings)
         without = fit_laws_without_each_size(hp.floors)
         return predict_trunk(trunks, fit, N=float(config.counts.N), D=float(tokens), without=without, **settings), ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from proxies.config.proxy import ProxyConfig
 from proxies.model.mup import ParameterRule, compute_rules, get_role
 from proxies.model.recipe import compute_timescale
+from scaling.common.json_text import dump_json
 
 # The last part of the name of every parameter.
 LEAVES = (
@@ -150,7 +150,7 @@ def format_json(config: ProxyConfig, tokens: int | None = None) -> str:
         payload["without_multipliers"] = {leaf: asdict(rule) for leaf, rule in absorb_multipliers(config).items()}
     if tokens is not None:
         payload |= {"tokens": tokens, "decay_timescale": compute_timescale(config, tokens)}
-    return json.dumps(payload, indent=2)
+    return dump_json(payload, indent=2)
 
 
 def format_table(config: ProxyConfig, tokens: int | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ SEQUENCES = ("batch_seqs", "batch_size", "batch")
 class CommandTable(BaseModel):
     """The `[trainer]` table of `use = "proxies:CommandFamily"`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     command: str = Field(
         description="a program and its arguments, with {names} of settings, sizes, {tokens}, {seed}, ..."
     )
@@ -35,7 +36,7 @@ class CommandTable(BaseModel):
     fixed: dict[str, Value] = Field(default_factory=dict, description="settings of the command that are not searched")
     seq_len: PositiveInt | None = Field(None, description="tokens per sequence, for a batch in sequences")
     parametrization: Literal["mup", "standard"] = Field("standard", description="how lr depends on the width")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**62)
     cwd: Path = Field(Path(), description="the folder in which the command is run")
     environment: dict[str, str] = Field(
         default_factory=dict, description="environment variables that are added to those of hpo"
@@ -168,8 +169,8 @@ class CommandFamily:
             raise ValueError(f"needed {', '.join(needed)}, as the sizes of [trainer] have; {got}")
         for name in ("N", "tokens"):
             value = table[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"{name}: needed a positive number, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: needed a finite positive number, got {value!r}")
         return Fidelity(float(table["N"]), float(table["tokens"]))
 
     def values(self, params: Mapping[str, Any], fidelity: Fidelity, *, repeat: int = 0) -> dict[str, Any]:

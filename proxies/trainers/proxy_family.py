@@ -17,6 +17,7 @@ from proxies.config.schedules import SCHEDULES, find_unused_settings
 from proxies.training.throughput import measure_speed
 from scaling.common.measurement import Measurement
 from scaling.common.suggest import find_similar
+from scaling.common.validation import explain_errors, list_mistakes
 from scaling.laws.compute import Fidelity
 
 # Settings that may be searched: numbers that do not change the shape. Widths are the study's sizes, tokens its
@@ -70,13 +71,22 @@ OTHER_NAMES = {
 class Target(BaseModel):
     """The `[target]` table: a size of the same family, its training tokens, and how to grow its start from a proxy."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     d_model: PositiveInt
     n_layers: PositiveInt | None = Field(None, description="default: the family's")
     tokens: PositiveInt
     method: GrowthMethod = "shrink-pad-perturb"
     shrink: float = Field(0.4, ge=0, le=1)
     noise: float | None = Field(None, ge=0, description="default: the method's own")
+
+
+def read_target(table: Any) -> Target:
+    """Return a [target] table; ValueError with all mistakes in it."""
+    try:
+        return Target.model_validate(table)
+    except ValidationError as error:
+        problems = explain_errors(error, Target, synonyms=OTHER_NAMES)
+        raise ValueError("[target]: " + list_mistakes(problems)) from error
 
 
 class ProxyFamily(ProxySettings):
@@ -110,8 +120,7 @@ class ProxyFamily(ProxySettings):
         if broken:
             raise ValueError(
                 f"d_model must be a multiple of d_head * q_per_kv = {group} (whole heads, whole groups), as must "
-                "base_width; "
-                f"got {', '.join(map(str, broken))}"
+                f"base_width; got {', '.join(map(str, broken))}"
             )
         if len(set(widths)) < len(widths):
             raise ValueError(f"they must differ, got {list(widths)}")
@@ -233,7 +242,9 @@ class ProxyFamily(ProxySettings):
                 try:
                     ProxyConfig.model_validate(self.member(width).model_dump() | changed)
                 except ValidationError as error:
-                    problems += [f"space.{name}: {e['msg']}, got {end!r}" for e in error.errors()]
+                    # The space's own name says where, instead of that of the setting.
+                    sentences = [sentence.removeprefix(f"{name}: ") for sentence in explain_errors(error, ProxyConfig)]
+                    problems += [f"space.{name}: {sentence}" for sentence in sentences]
         return problems
 
     def _find_unverified(self, space: Mapping[str, Any]) -> list[str]:

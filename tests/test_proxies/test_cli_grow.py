@@ -213,7 +213,7 @@ def test_the_time_to_stack_is_reported_with_doubt_outside_the_fit(trained: Path,
     ("options", "message"),
     [
         (["--width", "8"], "at least as wide"),
-        (["--width", "20"], "d_model must be a multiple of d_head"),
+        (["--width", "20"], "d_model: must be a multiple of d_head"),
         (["--width", "24", "--method", "duplicate"], "shrink-pad-perturb or pad"),
         (["--width", "32", "--method", "stack"], "grows depth alone"),
         (["--width", "8", "--layers", "3"], "n_layers must be a multiple of 2, got 3"),

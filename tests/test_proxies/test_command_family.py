@@ -274,7 +274,7 @@ def test_a_target_needs_what_the_command_uses() -> None:
         family.target(N=9000)
     with pytest.raises(ValueError, match="depth too many"):
         family.target(N=9000, width=64, tokens=10_000, depth=3)
-    with pytest.raises(ValueError, match="tokens: needed a positive number, got -1"):
+    with pytest.raises(ValueError, match="tokens: needed a finite positive number, got -1"):
         family.target(N=9000, width=64, tokens=-1)
     table = {"N": 9000, "width": 64, "tokens": 10_000}
     values = family.target_values(table, lr=0.02, batch_tokens=700.0, others={"lr": 9.0, "batch": 1})

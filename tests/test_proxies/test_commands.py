@@ -39,7 +39,7 @@ def test_a_recipe_for_more_tokens_has_a_lower_learning_rate() -> None:
         (["--batch", "5000"], "where 1 - beta reaches 1"),
         (["--set", "lr"], "needed --set name=value"),
         (["--set", "lr=-1"], "greater than 0"),
-        (["--width", "65"], "d_model must be a multiple"),
+        (["--width", "65"], "d_model: must be a multiple"),
         (["--for", "torchtitan", "--set", "optimizer=lion"], "got 'lion'"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from proxies.data import token_files as on_disk
+from proxies.data import token_formats
 from proxies.data.corpora import check_corpus, load_cached, load_corpus
 from proxies.data.sources import BLOCK_BYTES, measure_sizes
 from proxies.data.token_files import remember
@@ -127,14 +128,24 @@ def test_the_width_of_tokens_is_known_by_name_or_header(tmp_path: Path) -> None:
     write_with_header(tmp_path / "llama.bin", 20240801, 7, tokens.astype("<u4"))
     write_with_header(tmp_path / "gpt.bin", 20240520, 1, small.astype("<u2"))
     small.astype("<u2").tofile(tmp_path / "plain.bin")
-    for name, expected in (
-        ("wide.u32.bin", tokens),
-        ("wide.uint32.bin", tokens),
-        ("llama.bin", tokens),
-        ("gpt.bin", small),
-        ("plain.bin", small),
+    small.astype("<u2").tofile(tmp_path / "plain.u16.bin")
+    small.astype(">u2").tofile(tmp_path / "swapped.u16be.bin")
+    tokens.astype("<i8").tofile(tmp_path / "wider.i64.bin")
+    np.save(tmp_path / "array.npy", tokens)
+    np.save(tmp_path / "rows.npy", small.astype(">i4").reshape(50, 100))
+    for name, expected, vocab in (
+        ("wide.u32.bin", tokens, 100_000),
+        ("wide.uint32.bin", tokens, 100_000),
+        ("wider.i64.bin", tokens, 100_000),
+        ("array.npy", tokens, 100_000),
+        ("rows.npy", small, 50_000),
+        ("llama.bin", tokens, 100_000),
+        ("gpt.bin", small, 100_000),
+        ("swapped.u16be.bin", small, 50_000),
+        ("plain.u16.bin", small, 100_000),
+        ("plain.bin", small, 50_000),
     ):
-        corpus = load_corpus(str(tmp_path / name), vocab=100_000)
+        corpus = load_corpus(str(tmp_path / name), vocab=vocab)
         np.testing.assert_array_equal(np.concatenate([corpus.train, corpus.val]), expected)
         x, y = Windows(corpus.train, 16, 0).batch(0, 4)
         assert x.dtype == y.dtype == torch.int64
@@ -163,7 +174,7 @@ def test_token_files_that_disagree_with_themselves_are_refused(tmp_path: Path) -
     (tmp_path / "empty.bin").touch()
     for name, message in (
         ("cut.bin", "the header of .* promises"),
-        ("wide.bin", "looks like uint32, name it .u32.bin"),
+        ("wide.bin", r"look like uint32 .*: name it wide\.u32\.bin"),
         ("odd.u32.bin", "uint32 tokens, four bytes each"),
         ("empty.bin", "got nothing"),
     ):
@@ -172,7 +183,7 @@ def test_token_files_that_disagree_with_themselves_are_refused(tmp_path: Path) -
 
 
 def test_a_token_that_no_sample_sees_is_still_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_disk, "SCAN_TOKENS", 10)
+    monkeypatch.setattr(token_formats, "SCAN_TOKENS", 10)
     tokens = np.ones(1000, "<u2")
     tokens[300] = 500
     tokens.tofile(tmp_path / "x.bin")
@@ -229,7 +240,7 @@ def test_a_remembered_digest_is_the_computed_one_and_belongs_to_one_vocabulary(
         load_cached.cache_clear()
         assert load_corpus(str(path), vocab=5000).sha256 == first.sha256
     load_cached.cache_clear()
-    monkeypatch.setattr(on_disk, "SCAN_TOKENS", 10)
+    monkeypatch.setattr(token_formats, "SCAN_TOKENS", 10)
     # The remembered check was for another vocabulary.
     with pytest.raises(ValueError, match="below vocab = 4990"):
         load_corpus(str(path), vocab=4990)

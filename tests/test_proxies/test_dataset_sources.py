@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 
 from proxies.data.corpora import check_corpus, load_cached, load_corpus
@@ -106,3 +108,66 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
     for corpus in (spec, "hf:somebody/something"):
         assert "needed the package datasets" in check_corpus(corpus)[0]
         assert "pip install 'muscale[data]'" in check_corpus(corpus)[0]
+
+
+def write_rows(path: Path, rows: list[str], column: str = "text") -> None:
+    """Write JSON lines, compressed as the name says."""
+    path.parent.mkdir(exist_ok=True)
+    content = "".join(json.dumps({"id": i, column: row}) + "\n" for i, row in enumerate(rows)).encode()
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    if path.suffix == ".zst":
+        content = pyarrow.compress(content, codec="zstd", asbytes=True)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".parquet"])
+def test_a_folder_of_rows_is_read_file_by_file(ending: str, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    for i, part in enumerate((ROWS[:150], ROWS[150:])):
+        name = f"shard_{i:05d}{ending}"
+        if ending == ".parquet":
+            folder.mkdir(exist_ok=True)
+            datasets.Dataset.from_dict({"text": part}).to_parquet(folder / name)
+        else:
+            write_rows(folder / name, part)
+    (folder / "README.md").write_text("rows")
+    assert check_corpus(str(folder), seq_len=32) == []
+    corpus = load_corpus(str(folder))
+    expected = "".join(row + "\n" for i, row in enumerate(ROWS) if not is_held_out_block(i))
+    assert corpus.train.tobytes().decode() == expected
+    assert [file.path for file in corpus.files] == [f"shard_0000{i}{ending}" for i in range(2)]
+    # One file alone is read, too.
+    assert load_corpus(str(folder / f"shard_00000{ending}")).train.tobytes().decode() in expected
+
+
+def test_files_of_rows_whose_names_say_what_they_are_for_are_split_so(tmp_path: Path) -> None:
+    for i, part in enumerate((ROWS[:150], ROWS[150:300])):
+        write_rows(tmp_path / "rows" / f"train-{i:05d}-of-00002.jsonl", part)
+    write_rows(tmp_path / "rows" / "validation-00000-of-00001.jsonl", ROWS[300:])
+    corpus = load_corpus(str(tmp_path / "rows"))
+    assert corpus.train.tobytes().decode() == "".join(row + "\n" for row in ROWS[:300])
+    assert corpus.val.tobytes().decode() == "".join(row + "\n" for row in ROWS[300:])
+    assert [file.split for file in corpus.files] == ["train", "train", "val"]
+
+
+def test_a_folder_of_rows_with_another_column_says_how_to_name_it(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows" / "a.jsonl", ROWS, "content")
+    [problem] = check_corpus(str(tmp_path / "rows"))
+    remedy = f"hf:{tmp_path / 'rows'}:::content"
+    assert problem.endswith(f"name it, {remedy}")
+    assert load_corpus(remedy).train.tobytes().startswith(ROWS[0].encode())
+
+
+def test_rows_of_two_formats_or_among_text_are_not_read_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rows(tmp_path / "rows" / "a.jsonl", ROWS)
+    datasets.Dataset.from_dict({"text": ROWS * 3}).to_parquet(tmp_path / "rows" / "b.parquet")
+    assert "needed rows of one format, got .jsonl and .parquet" in check_corpus(str(tmp_path / "rows"))[0]
+    write_rows(tmp_path / "mixed" / "a.jsonl", ROWS)
+    for i in range(40):
+        (tmp_path / "mixed" / f"{i}.txt").write_text("word " * 200)
+    with caplog.at_level("WARNING", logger="muscale"):
+        load_corpus(str(tmp_path / "mixed"))
+    assert "its files of rows are read as plain text" in caplog.text

@@ -165,7 +165,7 @@ def test_without_mlflow_it_trains_and_a_later_start_only_sends_and_scores(plan: 
     assert runs["loss"].tolist() == pytest.approx([loss], abs=1e-4)
     assert len(read_curve(connect(uri), runs.at[0, "run_id"])[0]) >= 4
     note = read_note(connect(uri), find_study_run(connect(uri), "s"), "predicted")
-    assert note == {"loss": 1.0, "loss_interval": [0.01, 5.0], "mass": 0.9}
+    assert note == {"N": plan.N, "D": 4096, "loss": 1.0, "loss_interval": [0.01, 5.0], "mass": 0.9}
 
 
 def test_a_command_trains_the_target_with_the_plans_values(lay_out: LayOut, tmp_path: Path) -> None:

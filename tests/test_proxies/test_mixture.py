@@ -159,7 +159,7 @@ def test_all_mistakes_in_weights_are_named_at_once(three: dict[str, str]) -> Non
     for part in (
         "pyton: unknown source; did you mean python?",
         "docs: needed a weight >= 0, got -1",
-        "web: needed a weight >= 0, got nan",
+        "web: needed a finite number as its weight, got nan",
         "python: needed a weight, got none",
         "weight above 0",
     ):

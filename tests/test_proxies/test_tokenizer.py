@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +17,8 @@ import tokenizers
 
 from proxies.config.proxy import ProxyConfig
 from proxies.data import tokenizer as tokenizer_module
-from proxies.data.corpora import check_corpus, load_cached, load_corpora, load_corpus
+from proxies.data.corpora import check_corpus, load_cached, load_corpora, load_corpus, open_source
 from proxies.data.mixture import describe_data
-from proxies.data.sources import open_source
 from proxies.data.token_files import TokenMetadata, cache_tokens, get_cache_folder
 from proxies.data.tokenizer import train_bpe
 from proxies.trainers.proxy_family import ProxyFamily
@@ -101,7 +101,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
 
 def test_training_gives_the_same_file_in_another_process_with_other_threads(book: Path) -> None:
     code = (
-        "from proxies.data.sources import open_source; from proxies.data.tokenizer import train_bpe; "
+        "from proxies.data.corpora import open_source; from proxies.data.tokenizer import train_bpe; "
         f"print(train_bpe([open_source({str(book)!r})], 400))"
     )
     expected = train_bpe([open_source(str(book))], 400)
@@ -288,3 +288,104 @@ def test_the_error_for_an_unusable_cache_folder_names_the_setting(book: Path, mo
     monkeypatch.setenv("MUSCALE_CACHE", str(book / "inside"))
     with pytest.raises(ValueError, match="set MUSCALE_CACHE"):
         load_corpus(str(book), vocab=300, tokenizer="bpe")
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    path = tmp_path / "page.txt"
+    path.write_text(prose(3000), encoding="utf-8")
+    return path
+
+
+def save_changed(page: Path, folder: Path, change: Callable[[tokenizers.Tokenizer], None]) -> str:
+    """Save a tokenizer of the page with a change, and return its path."""
+    tokenizer = train_tokenizer(300, page)
+    change(tokenizer)
+    tokenizer.save(str(folder / "changed.json"))
+    return str(folder / "changed.json")
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding", "dropout"])
+def test_settings_that_change_the_number_of_tokens_are_switched_off(
+    setting: str, page: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = save_changed(page, tmp_path, lambda _: None)
+    expected = np.array(load_corpus(str(page), vocab=300, tokenizer=plain).train)
+    load_cached.cache_clear()
+
+    def change(tokenizer: tokenizers.Tokenizer) -> None:
+        if setting == "truncation":
+            tokenizer.enable_truncation(16)
+        elif setting == "padding":
+            tokenizer.enable_padding(length=512)
+        else:
+            tokenizer.model.dropout = 0.5
+
+    changed = save_changed(page, tmp_path, change)
+    with caplog.at_level("INFO", logger="muscale"):
+        corpus = load_corpus(str(page), vocab=300, tokenizer=changed)
+    np.testing.assert_array_equal(corpus.train, expected)
+    assert f"{setting}" in caplog.text
+    assert "is switched off" in caplog.text
+
+
+def test_a_tokenizer_that_loses_text_is_refused_with_what_it_loses(page: Path, tmp_path: Path) -> None:
+    def remove_letters(tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex("[a-z]"), "")
+
+    path = save_changed(page, tmp_path, remove_letters)
+    [problem] = check_corpus(str(page), vocab=300, tokenizer=path)
+    assert "needed a tokenizer that keeps the text" in problem
+    assert "remove the normalizer" in problem
+    unknown = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "fox": 1}, unk_token="[UNK]"))
+    unknown.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    unknown.save(str(tmp_path / "unknown.json"))
+    with pytest.raises(ValueError, match=r"no token for 9\d % of the characters"):
+        load_corpus(str(page), vocab=300, tokenizer=str(tmp_path / "unknown.json"))
+
+
+def test_a_small_loss_and_dropped_white_space_are_reported(
+    page: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change(tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.normalizer = tokenizers.normalizers.Replace("🙂", "")
+        split = tokenizers.pre_tokenizers.Split(" ", "removed")
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, tokenizer.pre_tokenizer])
+
+    path = save_changed(page, tmp_path, change)
+    with caplog.at_level("WARNING", logger="muscale"):
+        load_corpus(str(page), vocab=300, tokenizer=path)
+    assert "% of the characters, such as 🙂" in caplog.text
+    assert "drops white space" in caplog.text
+
+
+def test_a_lowering_tokenizer_is_accepted(page: Path, tmp_path: Path) -> None:
+    def change(tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+
+    assert check_corpus(str(page), vocab=300, tokenizer=save_changed(page, tmp_path, change)) == []
+
+
+def test_an_implausible_number_of_bytes_per_token_is_explained(page: Path, tmp_path: Path) -> None:
+    def repeat(tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.normalizer = tokenizers.normalizers.Replace("x", "東京" * 100)
+
+    [problem] = check_corpus(str(page), vocab=300, tokenizer=save_changed(page, tmp_path, repeat))
+    assert "needed 0.5 to 20 bytes of text per token, got 0." in problem
+    assert "tokens are added to the text" in problem
+
+
+def test_what_is_not_a_tokenizer_file_says_how_to_get_one(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    path = save_changed(page, tmp_path / "folder", lambda _: None)
+    Path(path).rename(tmp_path / "folder" / "tokenizer.json")
+    (tmp_path / "folder" / "tokenizer_config.json").write_text('{"model_max_length": 512}')
+    (tmp_path / "sp.model").write_bytes(b"\x0a\xff")
+    for name, message in (
+        ("gpt2", "Tokenizer.from_pretrained('gpt2').save('tokenizer.json')"),
+        (str(tmp_path / "folder"), f"name {tmp_path / 'folder' / 'tokenizer.json'}"),
+        (str(tmp_path / "folder" / "tokenizer_config.json"), f"name {tmp_path / 'folder' / 'tokenizer.json'}"),
+        (str(tmp_path / "sp.model"), "save_pretrained(FOLDER) writes one"),
+        (str(tmp_path / "missing.json"), "no such file"),
+    ):
+        assert message in check_corpus(str(page), vocab=300, tokenizer=name)[0]

@@ -6,6 +6,7 @@ message names the file. Anything else that it raises is a bug.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import random
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 Reader = Callable[[bytes, Path], None]
 
@@ -133,6 +134,20 @@ ROWS = [
     }
     for i in range(12)
 ]
+FOREIGN_TEXTS = (
+    b"sep=;\nN;D;loss\n1.000.000;2e7;3,1\n2.000.000;2e7;2,95\n",
+    b"| N | D | loss |\n|---|:-:|---|\n| 1M | 20M | **3.1** |\n| 2M | 20M | 2.95 |\n",
+    "Runs of March\nN\tD\tloss\n(M)\t(M)\tnats\n1\t20\t3.1\n# next\n2\t20\t2.95\n".encode("utf-16"),
+)
+ORIENTATIONS: tuple[Literal["columns", "index", "split", "table"], ...] = ("columns", "index", "split", "table")
+LOGS = (
+    b"number of parameters: 1.00M\ntokens per iteration will be: 4,096\nstep 5: train loss 3.1, val loss 3.2\n",
+    b"number of parameters: 1000000\ntotal batch size: 4096\ns:5 trl:3.1 lr:0.1\ns:5 tel:3.2\ns:9 tel:3.0\n",
+)
+CHART = (
+    b'"Step","a - val/loss","a - val/loss__MIN","a - val/loss__MAX","a - N","a - batch_tokens"\n'
+    b'"5","3.1","3.1","3.1","1e6","4096"\n"9","3.0","3.0","3.0","1e6","4096"\n'
+)
 WANDB = {"N": "params", "D": "tokens:millions", "loss": "val_loss", "batch_tokens": "bs:sequences", "seq_len": "seq"}
 
 
@@ -171,6 +186,11 @@ def make_runs(folder: Path) -> list[Kind]:
         Kind("json", (json.dumps(exported).encode(),), reader(".json", WANDB)),
         Kind("jsonl", ("\n".join(json.dumps(row) for row in ROWS).encode(),), reader(".jsonl", None)),
         Kind("parquet", (parquet.getvalue(),), reader(".parquet", None)),
+        Kind("text", FOREIGN_TEXTS, reader(".txt", None)),
+        Kind("shapes of json", tuple(table.to_json(orient=o).encode() for o in ORIENTATIONS), reader(".json", None)),
+        Kind("log", LOGS, reader(".log", {"N": "n_params", "D": "step:steps", "loss": "val_loss"})),
+        Kind("chart", (CHART,), reader(".csv", {"N": "N", "D": "Step:steps", "loss": "val/loss"})),
+        Kind("compressed", (gzip.compress(table.to_csv(index=False).encode(), mtime=0),), reader(".csv.gz", None)),
         Kind("mapping", (mapping,), lambda data, here: ignore(read_mapping(write_input(data, here / "x.toml")))),
     ]
 

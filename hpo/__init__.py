@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hpo.search.view import Job as Job
     from hpo.study.config import StudyConfig as StudyConfig
     from hpo.study.config import load_study as load_study
+    from hpo.study.selection import select_trials as select_trials
 
 # Public name -> module. Names are imported when they are first used, so that `import hpo` is fast.
 _HOME = {
@@ -21,6 +22,7 @@ _HOME = {
     "Search": "hpo.search.search",
     "StudyConfig": "hpo.study.config",
     "load_study": "hpo.study.config",
+    "select_trials": "hpo.study.selection",
 }
 __all__ = sorted(_HOME)
 

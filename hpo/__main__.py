@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaling.common.cli import DryRun, Json, Uri, make_app, refusing
+from scaling.common.cli import DryRun, Json, Uri, make_app, refusing, say
+from scaling.common.json_text import dump_json
 from scaling.common.signals import ignore_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from hpo.launch.estimate import Estimate
     from hpo.search.search import Search
     from hpo.study.config import StudyConfig
     from hpo.study.files import StudyFiles
     from hpo.study.trainer import Trainer
-    from scaling.laws.compute import Fidelity
 
 app = make_app(__doc__)
 logger = logging.getLogger("muscale.hpo")
@@ -98,7 +95,7 @@ def launch(
         return
     with refusing():
         search = create_study(files, config, trainer, uri=tracking_uri, storage=storage)
-    finish(supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray), files.name)
+    finish(supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray), search, files)
 
 
 @app.command()
@@ -111,19 +108,22 @@ def resume(
     dry_run: DryRun = False,
     tracking_uri: Uri = None,
 ) -> None:
-    """Continue a study that was stopped, at the same budget: nothing is lost, and nothing runs twice.
+    """Continue a study that was stopped, with a larger `budget` or more `iterations` if its file has them by now.
 
     Example: hpo resume quickstart
     """
-    continue_study(study, None, count, storage, choose_cluster(executor, address), dry_run, tracking_uri)
+    continue_study(study, None, None, count, storage, choose_cluster(executor, address), dry_run, tracking_uri)
 
 
 @app.command()
 def extend(
     study: Study,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", help="the new longest run: the old one times a power of eta")
-    ],
+        int | None, typer.Option("--max-tokens", help="the new longest run: the old one times a power of eta")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", min=1, help="how often Hyperband is run then, with new settings")
+    ] = None,
     count: Count = None,
     storage: Storage = None,
     executor: Executor = "local",
@@ -131,11 +131,14 @@ def extend(
     dry_run: DryRun = False,
     tracking_uri: Uri = None,
 ) -> None:
-    """Raise a study's longest run and pay only the difference.
+    """Raise a study's longest run or its iterations, and pay only the difference.
 
     Example: hpo extend quickstart --max-tokens 1105920
     """
-    continue_study(study, max_tokens, count, storage, choose_cluster(executor, address), dry_run, tracking_uri)
+    if max_tokens is None and iterations is None:
+        raise typer.BadParameter("needed --max-tokens, a longer run, or --iterations, more settings; got neither")
+    cluster = choose_cluster(executor, address)
+    continue_study(study, max_tokens, iterations, count, storage, cluster, dry_run, tracking_uri)
 
 
 @app.command()
@@ -151,6 +154,7 @@ def worker(
     Example: hpo worker quickstart --storage postgresql://me@server/studies
     """
     from hpo.confirm.runs import run_confirmation_worker
+    from hpo.storage.presence import announce_presence
     from hpo.study.files import StudyFiles
     from hpo.worker.loop import run_worker
     from scaling.common.studies import find_study_file
@@ -158,7 +162,8 @@ def worker(
     with refusing():
         files = StudyFiles(find_study_file(study))
         if confirm:
-            code = run_confirmation_worker(files, uri=tracking_uri)
+            with announce_presence(files.folder, "worker"):
+                code = run_confirmation_worker(files, uri=tracking_uri)
         else:
             code = run_worker(files, uri=tracking_uri, storage=storage)
     # One more signal while Python shuts down is no error to show.
@@ -174,18 +179,24 @@ def status(study: Study, storage: Storage = None, as_json: Json = False) -> None
     """
     from dataclasses import asdict
 
+    from hpo.launch.outcome import explain_lack_of_answer
     from hpo.launch.progress import format_spending
 
     search, files = open_existing(study, storage)
     progress, is_finished = search.progress, search.finished
     if as_json:
-        typer.echo(json.dumps(asdict(progress) | {"finished": is_finished}))
+        typer.echo(dump_json(asdict(progress) | {"finished": is_finished}))
         return
     typer.echo(f"study {files.name}: " + ("finished" if is_finished else f"unfinished, `hpo resume {study}` continues"))
     planned = f" of {progress.planned}" if progress.planned else ""
-    typer.echo(f"  {progress.done}{planned} evaluations done, {progress.running} running, {progress.diverged} diverged")
+    diverged = f"{progress.diverged} diverged" + (f" ({progress.failed} failed)" if progress.failed else "")
+    typer.echo(f"  {progress.done}{planned} evaluations done, {progress.running} running, {diverged}")
     typer.echo(f"  {progress.configurations} configurations")
     typer.echo(format_spending(progress))
+    if ending := search.explain_end():
+        typer.echo(f"  {ending}")
+    if reason := explain_lack_of_answer(search, files):
+        typer.echo(reason)
 
 
 @app.command()
@@ -198,24 +209,30 @@ def best(study: Study, storage: Storage = None, as_json: Json = False) -> None:
     Example: hpo best quickstart --json
     """
     from hpo.confirm.runs import read_confirmation
-    from hpo.confirm.verdict import describe_confirmation, describe_lead, format_fidelity, is_current
+    from hpo.confirm.verdict import (
+        describe_answer,
+        describe_confirmation,
+        describe_correlations,
+        describe_lead,
+        is_current,
+    )
+    from hpo.study.answer import choose_answer
 
     search, files = open_existing(study, storage)
+    refuse_without_answer(search, files)
     with refusing():
-        answer = search.best()
+        answer = choose_answer(search)
     if as_json:
-        typer.echo(json.dumps(answer))
+        typer.echo(dump_json(answer.params))
         return
     with refusing():
         confirmation = read_confirmation(files)
-    typer.echo(f"best settings for the target, {format_fidelity(search.target)}:")
-    width = max(map(len, answer))
-    for name, value in answer.items():
-        typer.echo(f"  {name:<{width}} = " + (f"{value:.4g}" if isinstance(value, float) else str(value)))
-    typer.echo(describe_lead(search, answer, files.name))
-    show_correlations(search.usefulness())
+    typer.echo(describe_answer(search, answer, files.name))
+    typer.echo(describe_lead(search, answer.params, files.name))
+    if correlations := search.usefulness():
+        typer.echo(describe_correlations(correlations))
     if confirmation is not None:
-        if is_current(confirmation, search, answer):
+        if is_current(confirmation, search, answer.params):
             typer.echo(f"confirmed {describe_confirmation(confirmation)}")
         else:
             typer.echo(
@@ -244,7 +261,14 @@ def confirm(
     """
     from dataclasses import asdict
 
-    from hpo.confirm.runs import conclude, estimate_confirmation, locate_confirmation, make_plan, supervise
+    from hpo.confirm.runs import (
+        check_repeatable,
+        conclude,
+        estimate_confirmation,
+        locate_confirmation,
+        make_plan,
+        supervise,
+    )
     from hpo.confirm.verdict import describe_confirmation, format_fidelity
     from hpo.launch.estimate import format_work
     from hpo.study import lifecycle
@@ -255,7 +279,9 @@ def confirm(
     with refusing():
         files = StudyFiles(find_study_file(study))
         config, trainer = load_study(files.toml)
+        check_repeatable(trainer, files)
         search = lifecycle.open_existing(files, config, trainer, storage=storage)
+        refuse_without_answer(search, files)
         show_example(config, trainer)
         paths = locate_confirmation(files)
         plan = make_plan(search, paths, seeds, against)
@@ -276,7 +302,7 @@ def confirm(
             raise typer.Exit(code)
     with refusing():
         confirmation = conclude(files, plan, uri=tracking_uri)
-    typer.echo(json.dumps(asdict(confirmation)) if as_json else describe_confirmation(confirmation))
+    typer.echo(dump_json(asdict(confirmation)) if as_json else describe_confirmation(confirmation))
 
 
 @app.command()
@@ -287,16 +313,17 @@ def forget(
     tracking_uri: Uri = None,
 ) -> None:
     """Delete what a study created, so that it can be launched from scratch: its folder with all checkpoints, its runs
-    in MLflow, and itself in the database that --storage names.
+    in MLflow, and itself in the database that --storage names. Refused while a launcher or a worker of it is alive.
 
     Example: hpo forget quickstart --yes
     """
     from hpo.study.files import StudyFiles
-    from hpo.study.lifecycle import delete_study
+    from hpo.study.lifecycle import delete_study, refuse_running
     from scaling.common.studies import find_study_file
 
     with refusing():
         files = StudyFiles(find_study_file(study))
+        refuse_running(files, storage)
     if not yes:
         typer.confirm(f"remove {files.folder} and the runs of study {files.name!r} in MLflow?", abort=True)
     with refusing():
@@ -320,47 +347,43 @@ def choose_cluster(executor: str, address: str) -> str | None:
 def continue_study(
     study: str,
     max_tokens: int | None,
+    iterations: int | None,
     count: int | None,
     storage: str | None,
     ray: str | None,
     dry_run: bool,
     tracking_uri: str | None,
 ) -> None:
-    """Run what is left of a study, after raising its longest run to `max_tokens` unless that is None."""
-    from hpo.launch.estimate import estimate_cost
+    """Run what is left of a study, after raising its longest run and its iterations unless they are None."""
+    from hpo.launch.continuation import advise_raise, raise_study
     from hpo.launch.launcher import send_pending_records, supervise
-    from hpo.storage.retry import retry_storage
+    from hpo.storage.presence import announce_presence
     from hpo.study import lifecycle
     from hpo.study.config import load_study
     from hpo.study.files import StudyFiles
-    from hpo.study.mlflow_run import record_ending, record_target, update_study_run
+    from hpo.study.mlflow_run import record_ending, update_study_run
     from scaling.common.studies import find_study_file
 
     with refusing():
         files = StudyFiles(find_study_file(study))
         config, trainer = load_study(files.toml)
-        config = config.with_workers(count)
-        search = lifecycle.open_existing(files, config, trainer, storage=storage)
-        show_example(config, trainer)
-        if max_tokens is not None:
-            problems = trainer.problems(config.distributions, (config.search.tokens.min, max_tokens))
-            if problems:
-                raise ValueError("; ".join(problems))
-        cost = retry_storage(lambda: estimate_cost(search, config, trainer, max_tokens=max_tokens))
-        if not dry_run:
-            update_study_run(files.name, tracking_uri, record_target(config, trainer))
-            if max_tokens is not None:
-                search.extend(max_tokens)
-    if cost.evaluations or dry_run:
-        show_cost(files, cost)
-    if dry_run:
-        return
-    if not cost.evaluations:
-        send_pending_records(files, tracking_uri)
-        update_study_run(files.name, tracking_uri, record_ending(search))
-        logger.info(f"nothing left to run; `hpo extend {files.name} --max-tokens ...` raises its budget")
-        return
-    finish(supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray), files.name)
+    with announce_presence(files.folder, "launcher"):
+        with refusing():
+            config = config.with_workers(count)
+            search = lifecycle.open_existing(files, config, trainer, storage=storage)
+            show_example(config, trainer)
+            raises = (max_tokens, iterations)
+            cost = raise_study(files, config, trainer, search, *raises, uri=tracking_uri, dry_run=dry_run)
+        if cost.evaluations or dry_run:
+            show_cost(files, cost)
+        if cost.evaluations and not dry_run:
+            code = supervise(files, search, config.workers, cost, uri=tracking_uri, storage=storage, ray=ray)
+            finish(code, search, files)
+        elif not dry_run:
+            send_pending_records(files, tracking_uri)
+            update_study_run(files.name, tracking_uri, record_ending(search))
+            refuse_without_answer(search, files)
+            logger.info(advise_raise(files, search))
 
 
 def open_existing(study: str, storage: str | None) -> tuple[Search, StudyFiles]:
@@ -378,7 +401,12 @@ def open_existing(study: str, storage: str | None) -> tuple[Search, StudyFiles]:
 
 
 def show_example(config: StudyConfig, trainer: Trainer) -> None:
-    """Log the command that a trainer which is another program would run for the smallest run with middling settings."""
+    """Log the command that a trainer which is another program would run for the smallest run with middling settings.
+
+    Before that, warn of ranges that end below what the study file says.
+    """
+    for sentence in config.unused_ends:
+        logger.warning(f"  {sentence}")
     example: Any = getattr(trainer, "example", None)
     if example is not None:
         from scaling.laws.compute import Fidelity
@@ -395,24 +423,22 @@ def show_cost(files: StudyFiles, cost: Estimate) -> None:
     logger.info(f"  {format_work(cost)}")
 
 
-def show_correlations(correlations: Mapping[Fidelity, float]) -> None:
-    """Print how well the losses of each rung predict those of the target; nothing without a model."""
-    if not correlations:
-        return
-    n_width = max(len(f"{at.N:,.0f}") for at in correlations)
-    d_width = max(len(f"{at.D:,.0f}") for at in correlations)
-    typer.echo("correlation of losses with the target's, by the model:")
-    typer.echo(f"  {'N':>{n_width}}  {'D':>{d_width}}")
-    for at, correlation in correlations.items():
-        remark = "" if correlation > 0.5 else "  weak" if correlation > 0.1 else "  misleading"
-        typer.echo(f"  {at.N:>{n_width},.0f}  {at.D:>{d_width},.0f}  {correlation:.2f}{remark}")
-
-
-def finish(code: int, name: str) -> None:
+def finish(code: int, search: Search, files: StudyFiles) -> None:
     """End the command with an exit code, and suggest what to do next if it is 0."""
     if code == 0:
-        logger.info(f"done; next: `scaling fit {name}`, `scaling recommend {name} --target`")
+        refuse_without_answer(search, files)
+        logger.info(f"done; next: `scaling fit {files.name}`, `scaling recommend {files.name} --target`")
     raise typer.Exit(code)
+
+
+def refuse_without_answer(search: Search, files: StudyFiles) -> None:
+    """End the command with exit code 3, and report what to change, if a search has finished without a single loss."""
+    from hpo.launch.outcome import explain_lack_of_answer
+    from hpo.storage.retry import retry_storage
+
+    if reason := retry_storage(lambda: explain_lack_of_answer(search, files)):
+        say(f"error: {reason}")
+        raise typer.Exit(3)
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from hpo.launch.progress import format_params
 from hpo.samplers.unit_cube import Cube
 from hpo.storage.trial_attributes import read_config
+from hpo.study.answer import find_largest_run
 from hpo.study.mlflow_run import list_outcomes
-from scaling.laws.compute import Fidelity
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -44,11 +44,6 @@ class Contender(BaseModel):
         return f"{name} ({format_params(self.params)})"
 
 
-def find_largest_run(search: Search) -> Fidelity:
-    """Return the fidelity of the largest proxy at its largest token count."""
-    return Fidelity(search.sizes[-1], search.ladder.levels[-1])
-
-
 def choose_contenders(search: Search, best: dict[str, Any], against: int | None = None) -> tuple[Contender, Contender]:
     """Return the search's answer, and the best other settings at the highest fidelity (largest N, then D).
 
@@ -57,7 +52,7 @@ def choose_contenders(search: Search, best: dict[str, Any], against: int | None 
 
     Args:
         search: The search.
-        best: Its answer, as `search.best()` returns it.
+        best: The settings of its answer, see `hpo.study.answer`.
         against: The number of a configuration to compare with, instead of the best other one.
 
     Returns:

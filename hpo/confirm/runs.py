@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError
 
-from hpo.confirm.contenders import Contender, choose_contenders, find_largest_run
+from hpo.confirm.contenders import Contender, choose_contenders
 from hpo.confirm.verdict import Confirmation, compare_losses
 from hpo.launch.estimate import OVERHEAD_SECONDS, Estimate
 from hpo.launch.launcher import send_pending_records, start_workers, watch_workers
 from hpo.launch.progress import format_duration
+from hpo.study.answer import choose_answer, find_largest_run
 from hpo.study.config import StudyConfig, load_study
 from hpo.study.files import StudyFiles
 from hpo.study.lifecycle import check_same_settings
@@ -36,6 +37,7 @@ from hpo.worker.job import CheckpointPaths, train_once
 from hpo.worker.results import read_result, write_result
 from hpo.worker.signals import StopSignals
 from scaling.common.atomic import write_atomically
+from scaling.common.json_text import dump_json
 from scaling.laws.compute import Fidelity
 from scaling.tracking.client import connect, default_uri
 from scaling.tracking.experiment import find_study_run
@@ -130,6 +132,20 @@ def locate_confirmation(files: StudyFiles) -> ConfirmationFiles:
     return ConfirmationFiles(files.folder / "confirm")
 
 
+def check_repeatable(trainer: Trainer, files: StudyFiles) -> None:
+    """Check that a trainer can train the same settings with other random seeds.
+
+    Raises:
+        ValueError: If it cannot, before anything is started.
+    """
+    if not getattr(trainer, "repeatable", True):
+        raise ValueError(
+            f"study {files.name!r} cannot be confirmed: that needs fresh random seeds, and its trainer takes none (a "
+            "command needs {seed} for that). A launched study cannot change: put {seed} into the command in a copy of "
+            f"{files.toml} under a new name, launch that, and confirm it"
+        )
+
+
 def read_plan(paths: ConfirmationFiles) -> ConfirmationPlan:
     """Return the stored plan of a confirmation.
 
@@ -169,7 +185,7 @@ def make_plan(search: Search, paths: ConfirmationFiles, seeds: int, against: int
         current = (target, done, largest.N, int(largest.D), against)
         if (old.target, old.evaluations, old.N, old.D, old.against) == current:
             return old.model_copy(update={"seeds": seeds})
-    answer, rival = choose_contenders(search, search.best(), against)
+    answer, rival = choose_contenders(search, choose_answer(search).params, against)
     return ConfirmationPlan(
         N=largest.N,
         D=int(largest.D),
@@ -366,7 +382,7 @@ def conclude(files: StudyFiles, plan: ConfirmationPlan, *, uri: str | None) -> C
     )
     confirmation = compare_losses(plan.answer, plan.rival, plan.fidelity, losses, rival_losses)
     value = asdict(confirmation)
-    write_atomically(paths.answer, json.dumps(value, indent=1) + "\n")
+    write_atomically(paths.answer, dump_json(value, indent=1) + "\n")
     client = connect(uri)
     for side in ("answer", "rival"):
         # Each loss is a run of its own in MLflow, where a note must be short.

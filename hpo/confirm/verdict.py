@@ -11,11 +11,11 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hpo.confirm.contenders import SAME_SETTINGS_DISTANCE, Contender, choose_contenders, find_largest_run
+from hpo.confirm.contenders import SAME_SETTINGS_DISTANCE, Contender, choose_contenders
 from hpo.confirm.statistics import (
     Interval,
     Lead,
@@ -24,16 +24,15 @@ from hpo.confirm.statistics import (
     estimate_lead_from_seeds,
 )
 from hpo.launch.progress import format_params
+from hpo.samplers.protocols import ComparingSampler
 from hpo.samplers.unit_cube import Cube
 from hpo.storage.trial_attributes import read_config
+from hpo.study.answer import SearchAnswer, find_largest_run
 from hpo.study.mlflow_run import list_outcomes
 from scaling.common.arrays import Array
 from scaling.laws.compute import Fidelity
 
 if TYPE_CHECKING:
-    import optuna
-    from optuna.distributions import BaseDistribution
-
     from hpo.search.search import Search
 
 # Width of the output in the terminal.
@@ -42,19 +41,37 @@ LINE_LENGTH = 80
 Held = Literal["yes", "no", "undecided"]
 
 
-@runtime_checkable
-class ComparingSampler(Protocol):
-    """A sampler with a model that can predict how far apart two settings are."""
+def describe_answer(search: Search, answer: SearchAnswer, study: str) -> str:
+    """Return the answer of a search, and what it is: measured, or extrapolated to the target by the model.
 
-    def difference(
-        self,
-        study: optuna.Study,
-        space: dict[str, BaseDistribution],
-        a: dict[str, Any],
-        b: dict[str, Any],
-        target: Fidelity,
-    ) -> tuple[float, float] | None:
-        """Return mean and standard deviation of b's loss minus a's at a fidelity; None while there is no model."""
+    Args:
+        search: The search.
+        answer: Its answer.
+        study: The study's name, for the command that the text suggests.
+
+    Returns:
+        A few lines for the terminal.
+    """
+    if answer.is_measured:
+        lines = [f"best measured settings, at the largest run ({format_fidelity(find_largest_run(search))}):"]
+    else:
+        lines = [f"best settings for the target, {format_fidelity(search.target)}:"]
+    width = max(map(len, answer.params))
+    for name, value in answer.params.items():
+        lines.append(f"  {name:<{width}} = " + (f"{value:.4g}" if isinstance(value, float) else str(value)))
+    if answer.is_measured:
+        text = (
+            f"For the target the model has {format_params(answer.extrapolated)}, but gives these a probability of "
+            f"{answer.probability:.2f} of being better at the largest run, so they are not the answer."
+        )
+        lines += textwrap.wrap(text, LINE_LENGTH)
+    elif answer.is_beyond:
+        lines.append("Extrapolated from the largest run by the search's model.")
+    # A law needs the learning rate as a searched parameter.
+    if answer.is_beyond and "lr" in search.space:
+        verb = "Use" if answer.is_measured else "Compare with"
+        lines.append(f"{verb} `scaling recommend {study} --target`, which extrapolates by a law.")
+    return "\n".join(lines)
 
 
 def describe_lead(search: Search, best: dict[str, Any], study: str) -> str:
@@ -62,7 +79,7 @@ def describe_lead(search: Search, best: dict[str, Any], study: str) -> str:
 
     Args:
         search: The search.
-        best: Its answer, as `search.best()` returns it.
+        best: The settings of its answer, see `hpo.study.answer`.
         study: The study's name, for the command that the text suggests.
 
     Returns:
@@ -140,6 +157,17 @@ def format_probability(lead: Lead) -> str:
 def format_fidelity(fidelity: Fidelity) -> str:
     """Return N and D in one phrase: `N 4,944, D 24,576`."""
     return f"N {fidelity.N:,.0f}, D {fidelity.D:,.0f}"
+
+
+def describe_correlations(correlations: Mapping[Fidelity, float]) -> str:
+    """Return how well the losses of each rung predict those of the target, as a table for the terminal."""
+    n_width = max(len(f"{at.N:,.0f}") for at in correlations)
+    d_width = max(len(f"{at.D:,.0f}") for at in correlations)
+    lines = ["correlation of losses with the target's, by the model:", f"  {'N':>{n_width}}  {'D':>{d_width}}"]
+    for at, correlation in correlations.items():
+        remark = "" if correlation > 0.5 else "  weak" if correlation > 0.1 else "  misleading"
+        lines.append(f"  {at.N:>{n_width},.0f}  {at.D:>{d_width},.0f}  {correlation:.2f}{remark}")
+    return "\n".join(lines)
 
 
 def read_top_rung_losses(search: Search) -> dict[int, list[float]]:
@@ -284,7 +312,7 @@ def is_current(confirmation: Confirmation, search: Search, best: dict[str, Any])
     Args:
         confirmation: A stored confirmation.
         search: The search.
-        best: Its answer, as `search.best()` returns it.
+        best: The settings of its answer, see `hpo.study.answer`.
     """
     cube = Cube(search.space)
     distance = float(np.abs(cube.to_unit(confirmation.answer.params) - cube.to_unit(best)).max())

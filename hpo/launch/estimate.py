@@ -43,7 +43,14 @@ class Estimate:
     counted: bool = True
 
 
-def estimate_cost(search: Search, study: StudyConfig, trainer: Trainer, *, max_tokens: int | None = None) -> Estimate:
+def estimate_cost(
+    search: Search,
+    study: StudyConfig,
+    trainer: Trainer,
+    *,
+    max_tokens: int | None = None,
+    iterations: int | None = None,
+) -> Estimate:
     """Estimate what is left of a search, with the time from a few measured steps at each proxy size.
 
     Args:
@@ -51,14 +58,15 @@ def estimate_cost(search: Search, study: StudyConfig, trainer: Trainer, *, max_t
         study: The study, which gives the number of workers and the settings to measure at.
         trainer: The study's trainer, which measures.
         max_tokens: Estimate what would be left if the longest run were raised to this many tokens.
+        iterations: Estimate what would be left if Hyperband were run this often.
 
     Returns:
         The estimate.
 
     Raises:
-        ValueError: If the search has no end, or cannot be raised to `max_tokens`.
+        ValueError: If the search has no end, or cannot be raised like that.
     """
-    plan = search.plan(max_tokens)
+    plan = search.plan(max_tokens, iterations=iterations)
     sizes = [Fidelity(n, 1e6) for n in search.sizes]
     speeds = {}
     if plan.increments:

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.launch.estimate import Estimate
 from hpo.launch.progress import ProgressLog, format_spending
+from hpo.storage.presence import StudyRemoved, announce_presence, check_not_removed, explain_removal
 from hpo.storage.retry import get_storage_errors, retry_storage
 from hpo.study.files import StudyFiles
 from hpo.study.mlflow_run import record_figures, set_status, update_study_run
@@ -56,7 +58,24 @@ def supervise(
     Returns:
         The exit code: 0 if the study is finished, 130 if a signal stopped it, 1 if the workers ended before.
     """
-    uri = connect(uri).tracking_uri
+    with announce_presence(files.folder, "launcher"):
+        try:
+            return _supervise(files, search, workers, cost, connect(uri).tracking_uri, storage, ray)
+        except (StudyRemoved, ValueError) as error:
+            # MLflow lacks a study that was removed.
+            logger.error(f"{explain_removal(files.folder) or error}; the launcher ends")
+            return 1
+
+
+def _supervise(
+    files: StudyFiles,
+    search: Search,
+    workers: Workers,
+    cost: Estimate,
+    uri: str,
+    storage: str | None,
+    ray: str | None,
+) -> int:
     update_study_run(files.name, uri, set_status("RUNNING"))
     show, exit_codes = retry_storage(lambda: ProgressLog(search, cost, workers.count)).show, ""
     if ray is not None:
@@ -67,8 +86,9 @@ def supervise(
         retry_storage(show)
     else:
         processes = start_workers(files, workers, uri, workers.count, storage=storage)
-        was_stopped = watch_workers(processes, show)
+        was_stopped = watch_workers(processes, show, partial(check_not_removed, files.folder))
         exit_codes = f" (exit codes {', '.join(str(p.returncode) for p in processes)})"
+    check_not_removed(files.folder)
     send_pending_records(files, uri)
     figures = retry_storage(lambda: record_figures(search))
     is_finished = retry_storage(lambda: search.finished)
@@ -76,6 +96,8 @@ def supervise(
     update_study_run(files.name, uri, figures, set_status(status))
     logger.info(format_spending(retry_storage(lambda: search.progress)))
     if is_finished:
+        if reason := retry_storage(search.explain_end):
+            logger.warning(f"  {reason}")
         return 0
     if was_stopped:
         logger.info(f"stopped; nothing is lost: `hpo resume {files.name}` continues")
@@ -147,12 +169,15 @@ def list_visible_gpus() -> list[str]:
     return sorted((p.name.removeprefix("nvidia") for p in Path("/dev").glob("nvidia[0-9]*")), key=int)
 
 
-def watch_workers(processes: Sequence[subprocess.Popen[bytes]], show: Callable[[], None]) -> bool:
+def watch_workers(
+    processes: Sequence[subprocess.Popen[bytes]], show: Callable[[], None], check: Callable[[], None] | None = None
+) -> bool:
     """Show progress until all workers have ended, and once more then. A signal stops them.
 
     Args:
         processes: The workers.
         show: Logs what has finished since its last call.
+        check: Is called if the storage does not answer at the end, and raises if it is pointless to wait for it.
 
     Returns:
         Whether a signal stopped them.
@@ -169,7 +194,7 @@ def watch_workers(processes: Sequence[subprocess.Popen[bytes]], show: Callable[[
         was_stopped = True
         ignore_signals()
         stop_workers(processes)
-    retry_storage(show)
+    retry_storage(show, check=check)
     return was_stopped
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.launch.estimate import OVERHEAD_SECONDS, Estimate
 from hpo.search.view import Progress
-from hpo.storage.trial_attributes import count_trained_tokens, read_stopped
+from hpo.storage.trial_attributes import count_trained_tokens, read_crashes, read_stopped
 from hpo.study.mlflow_run import list_outcomes
 
 if TYPE_CHECKING:
@@ -79,9 +79,11 @@ class ProgressLog:
             settings += f"  at {stopped.tokens:,} tokens, forecast {stopped.mean:.4f} +- {stopped.sd:.4f}"
         elif trial.value is not None:
             loss = f"{trial.value:.4f}"
+        elif read_crashes(trial):
+            loss = "failed"
         count = f"{len(self._shown)}/{max(self._total, len(self._shown))}" if self._cost.counted else len(self._shown)
-        left = self._format_time_left()
-        logger.info(self._format_row(count, f"{size:,.0f}", f"{tokens:,}", loss, f"{best:.4f}", left, settings))
+        lowest, left = f"{best:.4f}" if math.isfinite(best) else "-", self._format_time_left()
+        logger.info(self._format_row(count, f"{size:,.0f}", f"{tokens:,}", loss, lowest, left, settings))
         speed = trained / seconds if seconds else math.nan
         logger.debug(f"  trial {trial.number}: {trained:,} tokens in {seconds:.1f} s, {speed:,.0f} tokens/s")
 

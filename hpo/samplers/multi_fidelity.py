@@ -4,12 +4,16 @@ The fidelity of a trial is given by its user attributes "tokens" (int) and "N" (
 run at the target, so that the sampler works in any study. Trials are used by their state:
 
 - COMPLETE trials have a loss.
-- FAIL trials with the user attribute "diverged" True, and trials that violate a constraint (Optuna's
-  `trial.set_constraint`), are outcomes as bad as the worst loss so far.
+- FAIL trials with the user attribute "diverged" True are outcomes as bad as the worst loss so far. So are trials of a
+  search that violate a constraint (Optuna's `trial.set_constraint`).
 - PRUNED trials with the attribute "stopped" (`hpo.worker.early_stopping`) count with their forecast loss, and are
   neither continued nor recommended.
 - RUNNING trials are treated as pending observations.
-- All others are ignored, including other PRUNED trials, because a pruned value has no fidelity.
+- In a plain study, other FAIL trials, trials that return infinity or violate a constraint, and trials that were pruned
+  before they reported a finite value show where runs fail (`hpo.surrogate.feasibility`).
+- In a plain study, other PRUNED trials have the loss that they reported last. Its fidelity is the share of the steps
+  that were run, of the most steps that any trial of the study reported.
+- All others are ignored. A search asks for such a run again.
 
 Proposals are pure functions of the trials and the seed, in whichever process they are made.
 """
@@ -53,7 +57,8 @@ class MultiFidelitySampler(BaseSampler):
 
     `hpo.Search` calls `propose` and `best`. In a plain Optuna study, the parameters that all finished trials share with
     equal distributions are modelled jointly. Others (conditional parameters, changing ranges, those of the first trial)
-    are drawn at random, each independently.
+    are drawn at random, each independently. Trials that fail teach the sampler which settings to leave, and pruned ones
+    what they reported last.
 
     Args:
         seed: Seed of all draws; drawn at random by default.
@@ -99,7 +104,9 @@ class MultiFidelitySampler(BaseSampler):
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the parameters that all finished trials share, except those with a single value."""
         get_direction(study)
-        space = intersection_search_space(study.get_trials(deepcopy=False))
+        trials = study.get_trials(deepcopy=False)
+        # A pruned trial may have ended before it had all parameters, so these count only without complete ones.
+        space = intersection_search_space(trials) or intersection_search_space(trials, include_pruned=True)
         return {name: distribution for name, distribution in space.items() if not distribution.single()}
 
     def sample_relative(
@@ -349,7 +356,12 @@ class MultiFidelitySampler(BaseSampler):
         available = _price_slots(observed, slots, coordinates[len(observed.levels) :], cost, continues, limit)
         with limit_to_one_thread():
             point, slot = suggest(
-                model, cube, observed.points, available, seed=[self._seed, number, len(observed.levels)]
+                model,
+                cube,
+                observed.points,
+                available,
+                seed=[self._seed, number, len(observed.levels)],
+                feasibility=self._models.fit_feasibility(cube, observed),
             )
         return cube.to_params(point), slot
 
@@ -394,7 +406,7 @@ def _price_slots(
         top=int(np.argmax(costs)) if costs.max() >= unit * (1 - 1e-9) else None,
         size=np.array([sizes[f.N] for f in slots]),
         points=observed.points,
-        run_slots=np.array([slot_of.get(f, -1) for f in observed.levels]),
+        run_slots=np.array([slot_of.get(f, -1) for f in observed.started_at]),
         is_stuck=~np.append(observed.finite, np.zeros(len(observed.levels) - len(observed.loss), dtype=bool)),
         continues=continues,
         limit=limit / unit,

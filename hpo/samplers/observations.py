@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import optuna
@@ -12,7 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.samplers.unit_cube import Cube
-from hpo.storage.trial_attributes import is_infeasible, read_stopped
+from hpo.storage.trial_attributes import is_infeasible, is_search_trial, read_stopped
 from scaling.common.arrays import Array
 from scaling.laws.compute import Fidelity
 
@@ -28,6 +30,9 @@ class Observations:
         stopped: Which runs were stopped early, [n].
         resumed_tokens: Tokens that a run did not train itself, [n + q].
         n_configurations: Number of distinct configurations ever started, failed ones included.
+        started_at: Fidelities that the runs were started for, n + q of them. They are the levels, except of runs that
+            a pruner ended.
+        failed: Cube points of the trials of a plain study that ended without a loss, [f, p].
     """
 
     points: Array
@@ -36,6 +41,8 @@ class Observations:
     stopped: NDArray[np.bool_]
     resumed_tokens: Array
     n_configurations: int
+    started_at: list[Fidelity]
+    failed: Array
 
     @property
     def finite(self) -> NDArray[np.bool_]:
@@ -62,33 +69,88 @@ def read_observations(study: optuna.Study, cube: Cube, target: Fidelity, asking:
         ValueError: If the study has more than one objective.
     """
     sign = -1.0 if get_direction(study) == StudyDirection.MAXIMIZE else 1.0
-    done: list[tuple[FrozenTrial, float]] = []
-    pending: list[tuple[FrozenTrial, float]] = []
+    trials = study.get_trials(deepcopy=False)
+    last_steps = _find_last_steps(trials, target)
+    done: list[_Run] = []
+    pending: list[_Run] = []
+    failed: list[Array] = []
     configurations = set()
-    for trial in study.get_trials(deepcopy=False):
+    for trial in trials:
         if trial.number == asking or trial.state == TrialState.WAITING:
             continue
         configurations.add(trial.user_attrs.get("config", trial.number))
         if not cube.contains(trial):
+            if _has_failed(trial) and cube.contains_known(trial):
+                failed.append(cube.complete_to_unit(trial.params, trial.number))
             continue
-        if trial.state == TrialState.COMPLETE and trial.value is not None:
+        level = get_fidelity(trial, target)
+        if _has_failed(trial):
+            failed.append(cube.to_unit(trial.params))
+        elif trial.state == TrialState.COMPLETE and trial.value is not None:
             is_unusable = not math.isfinite(trial.value) or is_infeasible(trial)
-            done.append((trial, math.nan if is_unusable else sign * trial.value))
+            done.append(_Run(trial, level, math.nan if is_unusable else sign * trial.value))
         elif (stopped := read_stopped(trial)) is not None:
-            done.append((trial, sign * stopped.mean))
+            done.append(_Run(trial, level, sign * stopped.mean))
         elif trial.state == TrialState.FAIL and trial.user_attrs.get("diverged") is True:
-            done.append((trial, math.nan))
+            done.append(_Run(trial, level, math.nan))
+        elif trial.state == TrialState.PRUNED and not is_search_trial(trial):
+            step, value = _read_last_report(trial)
+            share = (step + 1) / (last_steps[level] + 1)
+            done.append(_Run(trial, Fidelity(level.N, level.D * share), sign * value))
         elif trial.state == TrialState.RUNNING:
-            pending.append((trial, math.nan))
-    trials = [trial for trial, _ in done + pending]
+            pending.append(_Run(trial, level, math.nan))
+    runs = done + pending
     return Observations(
-        np.array([cube.to_unit(t.params) for t in trials], float).reshape(-1, len(cube.space)),
-        [get_fidelity(t, target) for t in trials],
-        np.array([loss for _, loss in done], float),
-        np.array([read_stopped(trial) is not None for trial, _ in done], bool),
-        np.array([float(t.user_attrs.get("resumed_tokens") or 0) for t in trials], float),
+        np.array([cube.to_unit(run.trial.params) for run in runs], float).reshape(-1, len(cube.space)),
+        [run.level for run in runs],
+        np.array([run.loss for run in done], float),
+        np.array([read_stopped(run.trial) is not None for run in done], bool),
+        np.array([float(run.trial.user_attrs.get("resumed_tokens") or 0) for run in runs], float),
         len(configurations),
+        [get_fidelity(run.trial, target) for run in runs],
+        np.array(failed, float).reshape(-1, len(cube.space)),
     )
+
+
+class _Run(NamedTuple):
+    """A trial with the fidelity and the loss that the model uses."""
+
+    trial: FrozenTrial
+    level: Fidelity
+    loss: float
+
+
+def _has_failed(trial: FrozenTrial) -> bool:
+    """Return whether a trial of a plain study ended without a loss that can be used.
+
+    It raised an exception, returned NaN or infinity, violates a constraint, or was pruned before it had reported a
+    value. A search asks for a run without a result again, so such a trial of a search shows nothing about its settings.
+    """
+    if is_search_trial(trial):
+        return False
+    if trial.state == TrialState.FAIL:
+        return trial.user_attrs.get("diverged") is not True
+    if trial.state == TrialState.COMPLETE:
+        return trial.value is not None and (not math.isfinite(trial.value) or is_infeasible(trial))
+    if trial.state == TrialState.PRUNED:
+        return read_stopped(trial) is None and not math.isfinite(_read_last_report(trial)[1])
+    return False
+
+
+def _read_last_report(trial: FrozenTrial) -> tuple[int, float]:
+    """Return the last step that a trial reported, and its value there; NaN without a report."""
+    step = max(trial.intermediate_values, default=0)
+    return step, trial.intermediate_values.get(step, math.nan)
+
+
+def _find_last_steps(trials: Sequence[FrozenTrial], target: Fidelity) -> dict[Fidelity, int]:
+    """Return the last step that any trial reported, by the fidelity that the trials were started for."""
+    last_steps: dict[Fidelity, int] = {}
+    for trial in trials:
+        if trial.intermediate_values:
+            level = get_fidelity(trial, target)
+            last_steps[level] = max(last_steps.get(level, 0), *trial.intermediate_values)
+    return last_steps
 
 
 def get_direction(study: optuna.Study) -> StudyDirection:

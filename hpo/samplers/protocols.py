@@ -55,6 +55,21 @@ class Predictor(Protocol):
 
 
 @runtime_checkable
+class ComparingSampler(Protocol):
+    """A sampler with a model that can predict how far apart two settings are."""
+
+    def difference(
+        self,
+        study: optuna.Study,
+        space: dict[str, BaseDistribution],
+        a: dict[str, Any],
+        b: dict[str, Any],
+        target: Fidelity,
+    ) -> tuple[float, float] | None:
+        """Return mean and standard deviation of b's loss minus a's at a fidelity; None while there is no model."""
+
+
+@runtime_checkable
 class UsefulnessEstimator(Protocol):
     """A sampler with a model that estimates which fidelities are worth their cost."""
 

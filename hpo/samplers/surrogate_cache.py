@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from scaling.common.arrays import Array
 from scaling.laws.compute import Fidelity
 
 if TYPE_CHECKING:
+    from hpo.surrogate.feasibility import Feasibility
     from hpo.surrogate.fitting import Fitter
     from hpo.surrogate.gp import Surrogate
 
@@ -53,12 +54,22 @@ class SurrogateCache:
 
     def __init__(self, surrogate: str, belief: Belief, seed: int, n_startup: int | None) -> None:
         self._surrogate, self._belief, self._seed, self._n_startup = surrogate, belief, seed, n_startup
-        # The last surrogate and its recommendation.
-        self._last_recommendation: tuple[Surrogate, Array] | None = None
+        # The last surrogate and classifier, and their recommendation.
+        self._last_recommendation: tuple[Surrogate, Feasibility | None, Array] | None = None
         # The last surrogate and the data that it was fitted to.
         self._last_fit: tuple[tuple[bytes, ...], Surrogate] | None = None
         # The surrogate of the first runs, see `_count_warm_start_runs`.
         self._warm_start: tuple[tuple[bytes, ...], Surrogate] | None = None
+        # The last classifier of failures and the data that it was fitted to.
+        self._last_feasibility: tuple[tuple[bytes, ...], Feasibility] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle keeps: all but the fitted models, which GPyTorch cannot pickle.
+
+        They are functions of the trials, so a copy fits the same ones again.
+        """
+        fitted = ("_last_recommendation", "_last_fit", "_warm_start", "_last_feasibility")
+        return self.__dict__ | dict.fromkeys(fitted)
 
     def has_model(self, observed: Observations, cube: Cube) -> bool:
         """Return whether the start-up configurations are done and two losses are known."""
@@ -102,6 +113,19 @@ class SurrogateCache:
         self._last_fit = full_key, fit_runs(n, fitter).with_pending(features[n:], coordinates[n:])
         return self._last_fit[1]
 
+    def fit_feasibility(self, cube: Cube, observed: Observations) -> Feasibility | None:
+        """Return how likely a run at a cube point is to end with a loss; None if no trial has failed, or all have."""
+        succeeded = observed.points[: len(observed.loss)][observed.finite]
+        if not len(observed.failed) or not len(succeeded):
+            return None
+        from hpo.surrogate.feasibility import fit_feasibility
+
+        key = observed.failed.tobytes(), succeeded.tobytes()
+        if self._last_feasibility is None or self._last_feasibility[0] != key:
+            predict = fit_feasibility(cube.encode(succeeded), cube.encode(observed.failed))
+            self._last_feasibility = key, lambda points: predict(cube.encode(points))
+        return self._last_feasibility[1]
+
     def recommend(self, cube: Cube, observed: Observations, target: Fidelity) -> Array:
         """Return the recommended cube point [p]. At least one loss must be finite."""
         from hpo.surrogate.acquisition import recommend
@@ -114,10 +138,11 @@ class SurrogateCache:
                 min(rows, key=lambda i: (-observed.levels[i].N, -observed.levels[i].D, observed.loss[i]))
             ]
             return best
-        if self._last_recommendation is None or self._last_recommendation[0] is not model:
+        feasibility = self.fit_feasibility(cube, observed)
+        last = self._last_recommendation
+        if last is None or last[0] is not model or last[1] is not feasibility:
+            seed = [self._seed, len(observed.loss), 2]
             with limit_to_one_thread():
-                self._last_recommendation = (
-                    model,
-                    recommend(model, cube, observed.points, [self._seed, len(observed.loss), 2]),
-                )
-        return self._last_recommendation[1]
+                answer = recommend(model, cube, observed.points, seed, feasibility)
+            self._last_recommendation = last = model, feasibility, answer
+        return last[2]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,28 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 
 from scaling.common.arrays import Array
+
+
+def find_equal_choices(choices: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Return the pairs of choices that an Optuna study cannot tell apart, such as 0 and False, or 1 and 1.0.
+
+    It stores a choice as the index of the first one that is equal, so the later one would never be run.
+    """
+    pairs = []
+    for i, later in enumerate(choices):
+        for earlier in choices[:i]:
+            # NaN is no choice that a study can find again, either.
+            if earlier == later or (earlier != earlier and later != later):
+                pairs.append((earlier, later))
+                break
+    return pairs
+
+
+def describe_equal_choices(pairs: Sequence[tuple[Any, Any]]) -> str:
+    """Return what is wrong with equal choices and what to do, to be put after the name of their parameter."""
+    named = ", ".join(f"{earlier!r} and {later!r}" for earlier, later in pairs)
+    remedy = "" if all(isinstance(choice, str) for pair in pairs for choice in pair) else ", or write both as text"
+    return f"the choices {named} are equal, so the later one would never be run: remove one of them{remedy}"
 
 
 def _count_cells(distribution: BaseDistribution) -> int | None:
@@ -43,6 +67,35 @@ def check_distribution(
     if isinstance(distribution, CategoricalDistribution | IntDistribution | FloatDistribution):
         return distribution
     raise ValueError(f"{name}: needed a Float, Int or Categorical distribution, got {type(distribution).__name__}")
+
+
+def find_wrong_values(space: Mapping[str, BaseDistribution], params: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each parameter of a space whose value is outside its distribution. Others are ignored."""
+    problems = []
+    for name, value in params.items():
+        if name not in space:
+            continue
+        distribution = check_distribution(name, space[name])
+        if isinstance(distribution, CategoricalDistribution):
+            needed = None if value in distribution.choices else f"one of {', '.join(map(repr, distribution.choices))}"
+        else:
+            needed = _describe_range(distribution, value)
+        if needed is not None:
+            problems.append(f"{name}: needed {needed}, got {value!r}")
+    return problems
+
+
+def _describe_range(distribution: IntDistribution | FloatDistribution, value: Any) -> str | None:
+    """Return which numbers a distribution contains if the value is none of them, else None."""
+    low, step = distribution.low, distribution.step
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and low <= value <= distribution.high:
+        steps = (float(value) - low) / step if step else 0.0
+        if abs(steps - round(steps)) < 1e-8:
+            return None
+    kind = "a whole number" if isinstance(distribution, IntDistribution) else "a number"
+    grid = f" in steps of {step:g}" if step and step != 1 else ""
+    return f"{kind} from {low:g} to {distribution.high:g}{grid}"
 
 
 def _convert_to_unit(distribution: CategoricalDistribution | IntDistribution | FloatDistribution, value: Any) -> float:
@@ -122,18 +175,32 @@ class Cube:
             name: convert_from_unit(d, float(u)) for (name, d), u in zip(self.distributions.items(), point, strict=True)
         }
 
+    def complete_to_unit(self, params: dict[str, Any], seed: int) -> Array:
+        """Return the cube point [p] of settings that may lack parameters, which are drawn uniformly.
+
+        A trial that failed before it had all parameters fails whatever the others are, and different draws show that.
+        """
+        drawn = self.snap(np.random.default_rng(seed).random((1, len(self.distributions))))[0]
+        items = self.distributions.items()
+        known = [_convert_to_unit(d, params[name]) if name in params else drawn[j] for j, (name, d) in enumerate(items)]
+        return np.array(known, float)
+
     def contains(self, trial: FrozenTrial) -> bool:
         """Return whether the trial has a value inside the space for every parameter."""
-        for name, distribution in self.distributions.items():
-            if name not in trial.params:
-                return False
-            value = trial.params[name]
-            if isinstance(distribution, CategoricalDistribution):
-                if value not in distribution.choices:
-                    return False
-            elif isinstance(value, str | bool) or value is None or not distribution.low <= value <= distribution.high:
-                return False
-        return True
+        return self.distributions.keys() <= trial.params.keys() and self.contains_known(trial)
+
+    def contains_known(self, trial: FrozenTrial) -> bool:
+        """Return whether the trial has at least one parameter of the space, and only values inside the space."""
+        known = [name for name in self.distributions if name in trial.params]
+        return bool(known) and all(self._is_inside(name, trial.params[name]) for name in known)
+
+    def _is_inside(self, name: str, value: Any) -> bool:
+        """Return whether a value of a parameter is inside the space."""
+        distribution = self.distributions[name]
+        if isinstance(distribution, CategoricalDistribution):
+            return value in distribution.choices
+        is_number = value is not None and not isinstance(value, str | bool)
+        return is_number and bool(distribution.low <= value <= distribution.high)
 
     def snap(self, points: Array) -> Array:
         """Move each point [m, p] to the nearest one that stands for existing values."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import optuna
@@ -14,9 +15,10 @@ from optuna.trial import TrialState
 from hpo.samplers.drawing import draw_settings
 from hpo.samplers.protocols import FidelitySampler, Predictor
 from hpo.samplers.registry import resolve_sampler
-from hpo.search.hyperband import Bracket, FreeSlots, Promote, Scores, list_moves
+from hpo.search.distinct import RunIndex, RunState, SettingsGrid, find_checkpoint, find_config
+from hpo.search.hyperband import Bracket, FindRoom, FreeSlots, Promote, Scores, compute_rung_sizes, list_moves
 from hpo.search.ladder import Ladder
-from hpo.search.model_driven import NextTrial, choose_next, compute_spent_cost
+from hpo.search.model_driven import NextTrial, choose_next, compute_spent_cost, has_next_run
 from hpo.search.settings import SearchSettings
 from hpo.search.view import Plan, View, plan_remaining, plan_whole_runs
 from scaling.laws.compute import Fidelity
@@ -35,6 +37,7 @@ class Decider:
         sampler: The sampler.
         sampler_name: The sampler's name; None if it was given as an object.
         cost: Cost of one training from the beginning, in any unit.
+        grid: The settings of the search space, told apart.
     """
 
     settings: SearchSettings
@@ -42,6 +45,10 @@ class Decider:
     sampler: BaseSampler
     sampler_name: str | None
     cost: Callable[[Fidelity], float]
+    grid: SettingsGrid = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", SettingsGrid(self.settings.space))
 
     # What is left
 
@@ -57,9 +64,72 @@ class Decider:
 
     def is_finished(self, view: View) -> bool:
         """Return whether nothing is left to start or in progress."""
-        if self.settings.iterations is None:
-            return self.is_budget_spent(view) and not view.pending
-        return not view.pending and not self.list_moves(view)
+        if view.pending:
+            return False
+        if view.iterations is None:
+            return self.is_budget_spent(view) or self.is_exhausted(view)
+        return not self.list_moves(view)
+
+    def is_exhausted(self, view: View) -> bool:
+        """Return whether the space has no run that could be made now, because its settings have been run."""
+        if self.grid.count == math.inf:
+            return False
+        if not self.is_model_driven:
+            return not self.list_moves(view)
+        # A run that failed without a result is made again.
+        if any(not entry.losses for entry in view.entries):
+            return False
+        return not has_next_run(
+            RunIndex(view, self.grid),
+            self.settings.proxy_sizes,
+            lambda fidelity: self.compute_cost(view.ladder, fidelity),
+            self.compute_budget_left(view),
+            resumable=self.settings.resumable,
+        )
+
+    def explain_end(self, view: View) -> str | None:
+        """Return why a search is finished before its iterations or its budget are; None if it is not."""
+        if self.grid.count == math.inf or not self.is_finished(view) or not self._was_cut_short(view):
+            return None
+        done = len(view.finished)
+        runs = f"its {int(self.grid.count):,} settings allowed {done:,} runs, none twice"
+        text = f"the search space is exhausted: {runs}"
+        if view.iterations is not None:
+            iterations = "one iteration" if view.iterations == 1 else f"{view.iterations} iterations"
+            return f"{text}, fewer than the brackets of {iterations} have places for"
+        if self.settings.budget is None:
+            return text
+        left = max(self.compute_budget_left(view), 0.0) / self.settings.budget
+        levels = view.ladder.levels
+        index = RunIndex(view, self.grid)
+        has_more = any(
+            index.count_room(size, rung).free
+            for size in range(len(self.settings.proxy_sizes))
+            for rung in range(len(levels))
+        )
+        if has_more:
+            rest = f"{left:.0%} of the budget that is left"
+            return f"no run that is left can be paid: {runs}, and any other costs more than the {rest}"
+        return f"{text}; {left:.0%} of the budget is left"
+
+    def _was_cut_short(self, view: View) -> bool:
+        """Return whether a finished search would have gone on in a space with more settings."""
+        if view.iterations is None:
+            return not self.is_budget_spent(view)
+        members: dict[Bracket, int] = {}
+        for entry in view.entries:
+            members[entry.bracket] = members.get(entry.bracket, 0) + 1
+        top, eta = view.ladder.top, view.ladder.eta
+        return any(
+            members.get(Bracket(iteration, size, start), 0) < compute_rung_sizes(start, top, eta)[0]
+            for iteration in range(view.iterations)
+            for size in range(len(self.settings.proxy_sizes))
+            for start in range(top + 1)
+        )
+
+    def make_room(self, view: View) -> FindRoom | None:
+        """Return the function that counts the settings that could still be run; None if there is no limit to them."""
+        return None if self.grid.count == math.inf else RunIndex(view, self.grid).count_room
 
     def is_budget_spent(self, view: View) -> bool:
         """Return whether the budget that is left does not pay even the cheapest run."""
@@ -85,13 +155,14 @@ class Decider:
     def plan(self, view: View) -> Plan:
         """Return what is still to be run in a search that ends."""
         settings = self.settings
-        if settings.iterations is not None:
+        if view.iterations is not None:
             return plan_remaining(
                 view,
                 settings.proxy_sizes,
                 settings.effective_variant,
-                settings.iterations,
+                view.iterations,
                 resumable=settings.resumable,
+                room=self.make_room(view),
             )
         top = Fidelity(settings.proxy_sizes[-1], view.ladder.levels[-1])
         return plan_whole_runs(view, top, max(self.compute_budget_left(view), 0.0) / self.cost(top))
@@ -116,9 +187,10 @@ class Decider:
             view.ladder,
             variant=settings.effective_variant,
             sizes=len(settings.proxy_sizes),
-            iterations=settings.iterations,
+            iterations=view.iterations,
             asynchronous=settings.asynchronous,
             scores=scores,
+            room=self.make_room(view),
         )
 
     def make_scores(self, view: View) -> Scores | None:
@@ -139,9 +211,10 @@ class Decider:
         if not moves or not isinstance(moves[0], Promote):
             return None
         move = moves[0]
-        bracket = next(e.bracket for e in view.entries if e.config == move.config)
-        below = view.evaluations.get((move.config, move.rung - 1))
-        return NextTrial(view.trials[move.config].params, move.rung, bracket, move.config, below)
+        assert move.bracket is not None
+        runs = {rung: trial for (config, rung), trial in view.evaluations.items() if config == move.config}
+        below = find_checkpoint(runs, move.rung)
+        return NextTrial(view.trials[move.config].params, move.rung, move.bracket, move.config, below)
 
     def list_brackets(self, view: View, moves: Sequence[Promote | FreeSlots]) -> list[Bracket]:
         """Return the brackets with room for new configurations, the cheapest first.
@@ -153,7 +226,58 @@ class Decider:
         brackets = (move.bracket for move in moves if isinstance(move, FreeSlots))
         return sorted(brackets, key=lambda b: self.compute_cost(view.ladder, self._find_fidelity(view, b)))
 
-    def choose_configuration(self, view: View, brackets: Sequence[Bracket]) -> NextTrial:
+    def find_run(
+        self, view: View, bracket: Bracket, params: Mapping[str, Any], *, besides: int | None = None
+    ) -> tuple[RunState, NextTrial]:
+        """Return how settings can be run as a new configuration of a bracket.
+
+        Args:
+            view: The search.
+            bracket: The bracket.
+            params: The settings.
+            besides: Number of a trial that is left out, because it is the one that is to run them.
+
+        Returns:
+            Whether they can be run now, and the trial. If they have been run at this size before, it is the next one of
+            their configuration, and continues the longest checkpoint below.
+        """
+        index = RunIndex(view, self.grid, besides)
+        state = index.check(bracket.size, bracket.start, params)
+        return state, self._start_or_continue(index, bracket, params)
+
+    def _start_or_continue(self, index: RunIndex, bracket: Bracket, params: Mapping[str, Any]) -> NextTrial:
+        runs = index.find(bracket.size, params)
+        config = find_config(runs)
+        if config is None:
+            return NextTrial(dict(params), bracket.start, bracket)
+        # Settings that were rounded differently are the same.
+        known = next(iter(runs.values())).params
+        return NextTrial(known, bracket.start, bracket, config, find_checkpoint(runs, bracket.start))
+
+    def choose_instead(self, view: View, bracket: Bracket, wanted: Mapping[str, Any]) -> NextTrial | None:
+        """Return a new configuration of a bracket in place of settings that have been run; None if there is none."""
+        index, seed = RunIndex(view, self.grid), self._make_seed(len(view.trials))
+        if self.grid.count == math.inf:
+            drawn = draw_settings(self.settings.space, self.study, RandomSampler(seed=seed))
+            return self._start_or_continue(index, bracket, drawn)
+        sampler = self.sampler
+        rng = np.random.default_rng(seed)
+
+        def is_free(params: dict[str, Any]) -> bool:
+            return index.check(bracket.size, bracket.start, params) == "free"
+
+        def rank(several: Sequence[dict[str, Any]]) -> Sequence[float] | None:
+            if self.sampler_name in ("random", "qmc"):
+                return [float(x) for x in rng.random(len(several))]
+            if not isinstance(sampler, Predictor):
+                return None
+            losses = sampler.predict(self.study, self.settings.space, several, self.find_target(view.ladder))
+            return None if losses is None else [float(x) for x in losses]
+
+        params = index.choose(wanted, is_free, rng=rng, rank=rank)
+        return None if params is None else self._start_or_continue(index, bracket, params)
+
+    def choose_configuration(self, view: View, brackets: Sequence[Bracket]) -> NextTrial | None:
         """Return the next trial if nothing is promoted and no trial is enqueued.
 
         Args:
@@ -161,15 +285,22 @@ class Decider:
             brackets: What `list_brackets` returned, at least one.
 
         Returns:
-            The trial; without parameters if the sampler chooses them when it starts.
+            The trial; without parameters if the sampler chooses them when it starts. None if nothing can be run now.
         """
         if isinstance(self.sampler, FidelitySampler):
             return self._ask_model(view, self.sampler, brackets)
         random = self.make_random_sampler(len(view.trials))
-        params = {} if random is None else draw_settings(self.settings.space, self.study, random)
-        return NextTrial(params, brackets[0].start, brackets[0])
+        if random is None:
+            return NextTrial({}, brackets[0].start, brackets[0])
+        params = draw_settings(self.settings.space, self.study, random)
+        return self._make_distinct(view, brackets[0], params)
 
-    def _ask_model(self, view: View, sampler: FidelitySampler, brackets: Sequence[Bracket]) -> NextTrial:
+    def _make_distinct(self, view: View, bracket: Bracket, params: dict[str, Any]) -> NextTrial | None:
+        """Return the trial of settings as a new configuration of a bracket, or of others if these have been run."""
+        state, trial = self.find_run(view, bracket, params)
+        return trial if state == "free" else self.choose_instead(view, bracket, params)
+
+    def _ask_model(self, view: View, sampler: FidelitySampler, brackets: Sequence[Bracket]) -> NextTrial | None:
         def cost(fidelity: Fidelity) -> float:
             return self.compute_cost(view.ladder, fidelity)
 
@@ -185,10 +316,12 @@ class Decider:
                 target=target,
                 resumable=self.settings.resumable,
                 left=self.compute_budget_left(view),
+                index=RunIndex(view, self.grid),
+                seed=self._make_seed(len(view.trials)),
             )
         slots = [self._find_fidelity(view, bracket) for bracket in brackets]
         params, chosen = sampler.propose(self.study, self.settings.space, slots, cost, target)
-        return NextTrial(params, brackets[chosen].start, brackets[chosen])
+        return self._make_distinct(view, brackets[chosen], params)
 
     def _find_fidelity(self, view: View, bracket: Bracket) -> Fidelity:
         """Return the size and tokens at which the configurations of a bracket start."""

@@ -29,6 +29,9 @@ gain is small, because workers that wait for a rung start configurations of othe
 (discarding, 3 to 5 rungs, 8 to 32 workers, durations that differ tenfold) the top of the first bracket is decided 2 to
 8 % sooner, for 4 to 7 % more evaluations, and the whole search takes from 1 % less to 10 % more time.
 
+A space may have too few settings to fill a bracket (`Room`). The bracket is then closed: it is complete with the
+configurations that it has, and its rungs keep their places.
+
 Ranks may also come from scores, which predict the loss at the target, instead of the losses of the rung. Scores change
 as results come in, so they are only allowed in the efficient variant, in which a configuration keeps its place.
 """
@@ -37,7 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Literal, NamedTuple, get_args
 
@@ -47,6 +50,22 @@ Variant = Literal["discarding", "preserving", "efficient"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 # Numbers of configurations -> a score for each, lower is better; None if there is no model yet.
 Scores = Callable[[Sequence[int]], Sequence[float] | None]
+
+
+class Room(NamedTuple):
+    """How many settings could still be run at a size and rung.
+
+    Attributes:
+        free: Settings that can be run now.
+        busy: Settings that can be run when a shorter run of theirs has ended.
+    """
+
+    free: int
+    busy: int
+
+
+# (index of the size, rung) -> the room there, in a space with a limited number of settings.
+FindRoom = Callable[[int, int], Room]
 
 
 class Bracket(NamedTuple):
@@ -79,10 +98,11 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Promote:
-    """Run a known configuration at a rung. At its start rung this repeats a run that was lost."""
+    """Run a known configuration at a rung of a bracket. At its start rung this repeats a run that was lost."""
 
     config: int
     rung: int
+    bracket: Bracket | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -126,7 +146,9 @@ class _Rung:
     places: int
 
 
-def _climb(entries: Sequence[Entry], start: int, ladder: Ladder, variant: Variant) -> Iterator[_Rung]:
+def _climb(
+    entries: Sequence[Entry], start: int, ladder: Ladder, variant: Variant, is_closed: bool = False
+) -> Iterator[_Rung]:
     """Yield the rungs of one bracket from its first one up, decided or not."""
     sizes = compute_rung_sizes(start, ladder.top, ladder.eta)
     members, is_decided = list(entries[: sizes[0]]), True
@@ -142,7 +164,7 @@ def _climb(entries: Sequence[Entry], start: int, ladder: Ladder, variant: Varian
             if math.isfinite(loss)
         ]
         ranked = [done[order][1] for _, _, order in sorted(ranks)]
-        is_full = rung > start or len(members) == size
+        is_full = rung > start or len(members) == size or is_closed
         is_complete = is_decided and is_full and len(done) == len(pool)
         places = next_size if is_complete else min(next_size, len(done) // ladder.eta)
         yield _Rung(rung, is_decided, members, ranked, places)
@@ -150,7 +172,9 @@ def _climb(entries: Sequence[Entry], start: int, ladder: Ladder, variant: Varian
         members, is_decided = [e for e in pool if e.config in promoted], is_complete
 
 
-def replay(entries: Sequence[Entry], start: int, ladder: Ladder, variant: Variant) -> list[list[Entry]]:
+def replay(
+    entries: Sequence[Entry], start: int, ladder: Ladder, variant: Variant, is_closed: bool = False
+) -> list[list[Entry]]:
     """Return the members of the rungs start, start + 1, ... of one bracket, as far as they are decided.
 
     Where scores rank the configurations, the members of the last rung that is returned are those that the losses would
@@ -161,19 +185,23 @@ def replay(entries: Sequence[Entry], start: int, ladder: Ladder, variant: Varian
         start: The bracket's first rung, which is returned even while there is room in it.
         ladder: The budgets.
         variant: Which configurations compete.
+        is_closed: Whether the space has no more settings for the bracket.
 
     Returns:
         The members of each rung, in the order of `entries`.
     """
-    return [rung.members for rung in takewhile(lambda r: r.decided, _climb(entries, start, ladder, variant))]
+    rungs = _climb(entries, start, ladder, variant, is_closed)
+    return [rung.members for rung in takewhile(lambda r: r.decided, rungs)]
 
 
-def find_standing(entries: Iterable[Entry], ladder: Ladder, *, variant: Variant = "discarding") -> set[tuple[int, int]]:
+def find_standing(
+    entries: Iterable[Entry], ladder: Ladder, *, variant: Variant = "discarding", room: FindRoom | None = None
+) -> set[tuple[int, int]]:
     """Return the (configuration, rung) pairs that have a result and hold a place in a decided rung."""
     return {
         (entry.config, bracket.start + depth)
         for bracket, inside in _group_by_bracket(entries).items()
-        for depth, members in enumerate(replay(inside, bracket.start, ladder, variant))
+        for depth, members in enumerate(replay(inside, bracket.start, ladder, variant, _is_closed(room, bracket)))
         for entry in members
         if entry.losses.get(bracket.start + depth) is not None
     }
@@ -188,6 +216,7 @@ def list_moves(
     iterations: int | None = 1,
     asynchronous: bool = False,
     scores: Scores | None = None,
+    room: FindRoom | None = None,
 ) -> list[Promote | FreeSlots]:
     """Return everything that may be run next, the most useful first.
 
@@ -205,6 +234,7 @@ def list_moves(
         asynchronous: Also promote before a rung is decided.
         scores: Ranks the configurations instead of the losses of the rung. Called at most once, and only if some rung
             has fewer free places than candidates, for those candidates. The losses rank while it returns None.
+        room: How many settings could be started at a size and rung; None if there is no limit.
 
     Returns:
         The moves; empty if nothing can be run now.
@@ -223,10 +253,11 @@ def list_moves(
             for size in range(sizes):
                 bracket = Bracket(iteration, size, start)
                 inside = brackets.get(bracket, [])
-                if len(inside) < capacity:
-                    starts.append(FreeSlots(bracket, capacity - len(inside)))
+                free = capacity - len(inside) if room is None else min(capacity - len(inside), room(size, start).free)
+                if free > 0:
+                    starts.append(FreeSlots(bracket, free))
                 below: _Rung | None = None
-                for rung in _climb(inside, start, ladder, variant):
+                for rung in _climb(inside, start, ladder, variant, _is_closed(room, bracket)):
                     if not (rung.decided or asynchronous):
                         break
                     # At its start rung a configuration is due only if its run was lost.
@@ -238,7 +269,10 @@ def list_moves(
                     below = rung
         if promotions or starts:
             promotions = _rank_by_scores(sorted(promotions), scores)
-            return [*(Promote(c, -p.negative_rung) for p in promotions for c in p.rivals[: p.free]), *starts]
+            return [*(Promote(c, -p.negative_rung, p.bracket) for p in promotions for c in p.rivals[: p.free]), *starts]
+        if room is not None and all(bracket.iteration < iteration for bracket in brackets):
+            # Another iteration would find no settings either.
+            break
     return []
 
 
@@ -273,13 +307,20 @@ def _rank_by_scores(promotions: list[_Promotion], scores: Scores | None) -> list
 
 
 def count_remaining(
-    entries: Iterable[Entry], ladder: Ladder, *, variant: Variant = "discarding", sizes: int = 1, iterations: int = 1
+    entries: Iterable[Entry],
+    ladder: Ladder,
+    *,
+    variant: Variant = "discarding",
+    sizes: int = 1,
+    iterations: int = 1,
+    room: FindRoom | None = None,
 ) -> list[tuple[Bracket, int, int]]:
     """Count the evaluations that are still to be started, by bracket and rung.
 
     The count is exact for a search that was never raised and is not asynchronous, and for the efficient variant, as
     long as nothing more diverges. Otherwise the other variants may need more: earlier promotions are assumed to hold
-    their places, and each one that does not costs one more run.
+    their places, and each one that does not costs one more run. In a space with too few settings the count is an upper
+    bound.
 
     Args:
         entries: All configurations of the search, in the order in which they were started.
@@ -287,30 +328,40 @@ def count_remaining(
         variant: Which configurations compete for a place.
         sizes: Number of proxy sizes.
         iterations: How often Hyperband is run.
+        room: How many settings could be run at a size and rung; None if there is no limit.
 
     Returns:
         (bracket, rung, number of evaluations) for each rung with any.
     """
     brackets = _group_by_bracket(entries)
     remaining = []
+    # How many settings are left at (size, rung) for what has not been counted yet.
+    left: dict[tuple[int, int], int] = {}
     for iteration in range(iterations):
         for start in range(ladder.top + 1):
             for size in range(sizes):
                 bracket = Bracket(iteration, size, start)
                 inside = brackets.get(bracket, [])
                 capacities = compute_rung_sizes(start, ladder.top, ladder.eta)
-                decided = replay(inside, start, ladder, variant)
+                decided = replay(inside, start, ladder, variant, _is_closed(room, bracket))
                 survivors = 0
                 for depth, capacity in enumerate(capacities):
                     rung = start + depth
+                    most = sum(room(size, rung)) if room is not None else None
+                    if most is not None:
+                        most = left.setdefault((size, rung), most)
                     if depth < len(decided):
                         members = decided[depth]
-                        room = capacity - len(members) if depth == 0 else 0
-                        missing = sum(rung not in e.losses for e in members) + room
-                        survivors = sum(_may_be_promoted(e.losses.get(rung)) for e in members) + room
+                        free = capacity - len(members) if depth == 0 else 0
+                        free = free if most is None else min(free, most)
+                        missing = sum(rung not in e.losses for e in members) + free
+                        survivors = sum(_may_be_promoted(e.losses.get(rung)) for e in members) + free
                     else:
                         survivors = min(capacity, survivors)
                         missing = max(0, survivors - sum(rung in e.losses for e in inside))
+                    if most is not None:
+                        missing = min(missing, most)
+                        left[size, rung] = most - missing
                     if missing:
                         remaining.append((bracket, rung, missing))
     return remaining
@@ -321,6 +372,11 @@ def _group_by_bracket(entries: Iterable[Entry]) -> dict[Bracket, list[Entry]]:
     for entry in entries:
         brackets.setdefault(entry.bracket, []).append(entry)
     return brackets
+
+
+def _is_closed(room: FindRoom | None, bracket: Bracket) -> bool:
+    """Return whether the space has no settings that the bracket could still start with, now or later."""
+    return room is not None and not any(room(bracket.size, bracket.start))
 
 
 def _may_be_promoted(loss: float | None) -> bool:

@@ -9,19 +9,23 @@ rung is stored in the trial's attribute `goal`. Without it every ask would start
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial
 
-from hpo.samplers.protocols import FidelitySampler
+from hpo.samplers.drawing import draw_settings
+from hpo.samplers.protocols import FidelitySampler, Predictor
 from hpo.samplers.unit_cube import Cube
+from hpo.search.distinct import RunIndex, find_checkpoint, find_config
 from hpo.search.hyperband import Bracket
 from hpo.search.view import View
-from hpo.storage.trial_attributes import read_last_tokens, read_resumed_seeds, read_seeds
+from hpo.storage.trial_attributes import list_started_tokens, read_last_tokens, read_seeds
 from scaling.laws.compute import Fidelity
 
 
@@ -56,10 +60,10 @@ def compute_spent_cost(view: View, cost: Callable[[Fidelity], float]) -> float:
     """
     total = 0.0
     for trial in view.evaluations.values():
-        size, attributes = trial.user_attrs["N"], trial.user_attrs
+        size = trial.user_attrs["N"]
         total += read_seeds(trial) * cost(Fidelity(size, read_last_tokens(trial)))
-        if resumed_seeds := read_resumed_seeds(trial):
-            total -= resumed_seeds * cost(Fidelity(size, attributes["resumed_tokens"]))
+        for tokens in list_started_tokens(trial):
+            total -= cost(Fidelity(size, tokens))
     return total
 
 
@@ -74,8 +78,13 @@ def choose_next(
     target: Fidelity,
     resumable: bool,
     left: float,
-) -> NextTrial:
+    index: RunIndex,
+    seed: int,
+) -> NextTrial | None:
     """Return the trial that the sampler's model wants next.
+
+    A model may want a run again, which tells nothing new. Then the run with the lowest predicted loss at the target is
+    made instead, of those that can be made at that fidelity or, if there are none, at the one with the nearest cost.
 
     Args:
         view: The search.
@@ -87,6 +96,11 @@ def choose_next(
         target: Where the settings are to be good.
         resumable: Whether runs resume from checkpoints.
         left: What may still be spent, in the unit of `cost`: at least the cheapest evaluation.
+        index: The runs by their settings.
+        seed: Seed of draws in place of settings that have been run.
+
+    Returns:
+        The trial; None if the space has no run that can be made now.
     """
     levels = view.ladder.levels
     for entry in view.entries:
@@ -102,10 +116,15 @@ def choose_next(
     goals = [Bracket(0, size, rung) for size in range(len(sizes)) for rung in range(len(levels))]
     goals.sort(key=lambda goal: cost(Fidelity(sizes[goal.size], levels[goal.start])))
     slots = [Fidelity(sizes[goal.size], levels[goal.start]) for goal in goals]
+    if index.grid.count < math.inf and not has_next_run(index, sizes, cost, left, resumable=resumable):
+        return None
     params, chosen = sampler.propose(study, space, slots, cost, target, continues=resumable, limit=left)
     goal = goals[chosen]
+    next_runs = _NextRuns(index, sizes, cost, left, resumable)
     if not resumable:
-        return NextTrial(params, goal.start, goal)
+        if next_runs.find(goal, params) is not None:
+            return NextTrial(params, goal.start, goal)
+        return _choose_instead(next_runs, sampler, study, space, target, params, goal, goals, seed)
     # Settings that differ only by rounding in the unit cube are the same configuration.
     cube = Cube(space)
     bottom, point = Bracket(0, goal.size, 0), cube.to_unit(params)
@@ -118,7 +137,118 @@ def choose_next(
             continue
         if loss is not None and math.isfinite(loss) and rung < goal.start:
             return NextTrial(trial.params, rung + 1, bottom, entry.config, trial, goal.start)
-    return NextTrial(params, 0, bottom, goal=goal.start)
+    if not index.find(goal.size, params):
+        return NextTrial(params, 0, bottom, goal=goal.start)
+    return _choose_instead(next_runs, sampler, study, space, target, params, goal, goals, seed)
+
+
+@dataclass(frozen=True)
+class _NextRuns:
+    """Finds the next run of some settings on the way to a goal, if it can be made and paid.
+
+    Attributes:
+        index: The runs by their settings.
+        sizes: Parameters N of the proxies, in ascending order.
+        cost: Cost of an evaluation from the beginning.
+        left: What may still be spent.
+        resumable: Whether runs start at the lowest rung and climb to their goal.
+    """
+
+    index: RunIndex
+    sizes: Sequence[float]
+    cost: Callable[[Fidelity], float]
+    left: float
+    resumable: bool
+
+    def find(self, goal: Bracket, params: dict[str, Any]) -> NextTrial | None:
+        """Return the next run of settings on the way to the rung and size of a goal; None if there is none."""
+        runs, levels = self.index.find(goal.size, params), self.index.view.ladder.levels
+        bottom = Bracket(0, goal.size, 0) if self.resumable else goal
+        rung = goal.start
+        if self.resumable:
+            rung = max(runs, default=-1) + 1
+            if rung > goal.start:
+                return None
+        if self.index.check(goal.size, rung, params) != "free":
+            return None
+        below = find_checkpoint(runs, rung) if self.resumable else None
+        price = self.cost(Fidelity(self.sizes[goal.size], levels[rung]))
+        if below is None:
+            if price > self.left * (1 + 1e-9):
+                return None
+            return NextTrial(params, rung, bottom, goal=goal.start if self.resumable else None)
+        price -= self.cost(Fidelity(self.sizes[goal.size], below.user_attrs["tokens"]))
+        if price > self.left * (1 + 1e-9):
+            return None
+        return NextTrial(below.params, rung, bottom, find_config(runs), below, goal.start)
+
+    def list_known(self, size: int) -> Iterator[dict[str, Any]]:
+        """Yield the settings that have been run at a size."""
+        for (at, key), runs in self.index.runs.items():
+            if at == size and self.index.grid.is_listed(key):
+                yield next(iter(runs.values())).params
+
+
+def has_next_run(
+    index: RunIndex, sizes: Sequence[float], cost: Callable[[Fidelity], float], left: float, *, resumable: bool
+) -> bool:
+    """Return whether any run can be made now and paid, in a space with a limited number of settings.
+
+    Args:
+        index: The runs by their settings.
+        sizes: Parameters N of the proxies, in ascending order.
+        cost: Cost of an evaluation from the beginning.
+        left: What may still be spent.
+        resumable: Whether runs start at the lowest rung and climb to their goal.
+    """
+    next_runs = _NextRuns(index, sizes, cost, left, resumable)
+    levels = index.view.ladder.levels
+    for size, N in enumerate(sizes):
+        known = list(next_runs.list_known(size))
+        affordable = [rung for rung, tokens in enumerate(levels) if cost(Fidelity(N, tokens)) <= left * (1 + 1e-9)]
+        if len(known) < index.grid.count and affordable:
+            return True
+        goals = [Bracket(0, size, rung) for rung in ([len(levels) - 1] if resumable else affordable)]
+        if any(next_runs.find(goal, params) is not None for goal in goals for params in known):
+            return True
+    return False
+
+
+def _choose_instead(
+    next_runs: _NextRuns,
+    sampler: FidelitySampler,
+    study: optuna.Study,
+    space: dict[str, BaseDistribution],
+    target: Fidelity,
+    wanted: dict[str, Any],
+    goal: Bracket,
+    goals: Sequence[Bracket],
+    seed: int,
+) -> NextTrial | None:
+    """Return a run in place of one that exists, at the goal or the nearest one to it in cost; None if there is none."""
+    index, levels = next_runs.index, next_runs.index.view.ladder.levels
+    if index.grid.count == math.inf:
+        return next_runs.find(goal, draw_settings(space, study, RandomSampler(seed=seed)))
+
+    def predict(several: Sequence[dict[str, Any]]) -> Sequence[float] | None:
+        losses = sampler.predict(study, space, several, target) if isinstance(sampler, Predictor) else None
+        return None if losses is None else [float(x) for x in losses]
+
+    def measure_distance(other: Bracket) -> float:
+        mine, its = (next_runs.cost(Fidelity(next_runs.sizes[g.size], levels[g.start])) for g in (goal, other))
+        return abs(math.log(its / mine))
+
+    rng = np.random.default_rng(seed)
+    # Sorting is stable: of two goals at the same distance, the cheaper one comes first.
+    for other in sorted(goals, key=measure_distance):
+
+        def is_free(params: dict[str, Any], other: Bracket = other) -> bool:
+            return next_runs.find(other, params) is not None
+
+        instead = index.choose(wanted, is_free, rng=rng, rank=predict)
+        if instead is not None:
+            return next_runs.find(other, instead)
+    return None
 
 
 def _find_climb(

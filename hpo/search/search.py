@@ -19,7 +19,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
@@ -32,11 +31,18 @@ from hpo.samplers.unit_cube import Cube
 from hpo.search.decide import Decider
 from hpo.search.hyperband import Variant
 from hpo.search.ladder import Ladder
-from hpo.search.model_driven import NextTrial
-from hpo.search.settings import Promotion, SearchSettings, parse_tokens
-from hpo.search.stored import count_trials_before_raise, open_study, read_max_tokens, store_raise
+from hpo.search.settings import Promotion, SearchSettings, parse_losses, parse_point, parse_tokens
+from hpo.search.starter import TrialStarter
+from hpo.search.stored import (
+    count_trials_before_raise,
+    open_study,
+    read_max_tokens,
+    read_raises,
+    store_iterations,
+    store_raise,
+)
 from hpo.search.trial_writer import TrialWriter
-from hpo.search.view import Job, Plan, Progress, View, build_job, measure_progress, read_trials
+from hpo.search.view import Job, Plan, Progress, View, build_job, has_result, measure_progress, raise_view, read_trials
 from hpo.storage.connect import open_storage
 from hpo.storage.leases import LeaseMonitor, find_abandoned, identify_process
 from hpo.storage.trial_attributes import Stopped, has_outcome, read_config, read_loss
@@ -58,8 +64,9 @@ class Search:
             Optuna sampler, which is then responsible for its own seeds.
         scheduler: "incremental-hyperband".
         variant: Which configurations compete for a place after a raise, see `hpo.search.hyperband`.
-        iterations: How often Hyperband is run. Its brackets are then the plan, and the sampler fills them. None: no
-            end; a sampler with a model ("mfbo") then chooses settings, rungs and what to continue by itself.
+        iterations: How often Hyperband is run. Its brackets are then the plan, and the sampler fills them. A study may
+            be opened again with more of them. None: no end; a sampler with a model ("mfbo") then chooses settings,
+            rungs and what to continue by itself.
         budget: What a search without iterations may cost in total, in the unit of `cost`; None: no end. It is only a
             stopping rule, so a study may be opened again with another one.
         cost: Cost of one training from the beginning, in any unit. Default: FLOPs.
@@ -155,6 +162,9 @@ class Search:
             )
         # Numbers of the trials that this object has handed out.
         self._held: set[int] = set()
+        # Numbers of those that failed here while no run had had a result.
+        self._set_aside: set[int] = set()
+        self._has_logged_end = self._has_stored_iterations = False
         self._lease_monitor = LeaseMonitor(math.inf if lease is None else lease)
         name = name if name is not None else "search"
         opened, self._lock = open_storage(storage, lock, name)
@@ -162,7 +172,7 @@ class Search:
             self.study = open_study(opened, name, self._sampler, settings, redact_passwords(str(storage)))
         sampler_name = sampler if isinstance(sampler, str) else None
         self._decider = Decider(settings, self.study, self._sampler, sampler_name, self.cost)
-        self._writer = TrialWriter(
+        self._writer = writer = TrialWriter(
             self.study,
             opened,
             space=self.space,
@@ -172,6 +182,7 @@ class Search:
             resumable=resumable,
             make_sampler=self._decider.make_sampler,
         )
+        self._starter = TrialStarter(self._decider, writer, self._read)
 
     # What is known
 
@@ -181,39 +192,50 @@ class Search:
         return self.settings.ladder.raised(read_max_tokens(self.study))
 
     @property
+    def current_iterations(self) -> int | None:
+        """How often Hyperband is run, raises included; None for no end."""
+        return read_raises(self.study, self.settings.iterations)[1]
+
+    @property
     def target(self) -> Fidelity:
         """Where the settings are to be good."""
         return self._decider.find_target(self.ladder)
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to ask or in progress. Never true without iterations and without a budget."""
+        """Whether nothing is left to ask or in progress.
+
+        Without iterations and a budget, it is when all runs that a space without continuous parameters allows are made.
+        """
         return self._decider.is_finished(self._read())
+
+    def explain_end(self) -> str | None:
+        """Return why the search is finished before its iterations or its budget are; None if it is not."""
+        return self._decider.explain_end(self._read())
 
     @property
     def progress(self) -> Progress:
         """What was run, spent and saved so far, and what is planned."""
         view = self._read()
         plan = self._decider.plan(view) if self._decider.has_end else None
-        return measure_progress(view, plan, self.variant, raised_at=count_trials_before_raise(self.study))
+        raised_at, room = count_trials_before_raise(self.study), self._decider.make_room(view)
+        return measure_progress(view, plan, self.variant, raised_at, room)
 
-    def plan(self, max_tokens: int | None = None) -> Plan:
+    def plan(self, max_tokens: int | None = None, *, iterations: int | None = None) -> Plan:
         """Return what is still to be run. Writes nothing.
 
         Args:
             max_tokens: Plan as if `extend(max_tokens)` had been called.
+            iterations: Plan as if `extend(iterations=iterations)` had been called.
 
         Raises:
-            ValueError: If the search has no end, or its largest run cannot be raised to `max_tokens`.
+            ValueError: If the search has no end, or cannot be raised like that.
         """
         if not self._decider.has_end:
             raise ValueError(
                 "a search without end has no plan: give iterations, 1 for one Hyperband per size, or a budget"
             )
-        view = self._read()
-        if max_tokens is not None:
-            view = replace(view, ladder=view.ladder.raised(parse_tokens(max_tokens)))
-        return self._decider.plan(view)
+        return self._decider.plan(raise_view(self._read(), max_tokens, iterations))
 
     def best(self) -> dict[str, Any]:
         """Return the search's answer: the settings for the target.
@@ -224,7 +246,7 @@ class Search:
         Raises:
             ValueError: If no run has finished with a finite loss.
         """
-        done = [t for t in self._read().evaluations.values() if t.state.is_finished() and math.isfinite(read_loss(t))]
+        done = [t for t in self._read().finished if math.isfinite(read_loss(t))]
         if not done:
             raise ValueError("no run has finished with a finite loss: run some before asking for the best")
         if isinstance(self._sampler, FidelitySampler):
@@ -255,23 +277,35 @@ class Search:
         (enqueued ones first).
 
         Returns:
-            The job, or None if nothing can be run now. `finished` tells whether there will be more.
+            The job, or None if nothing can be run now. `finished` tells whether there will be more. No run is made
+            twice: settings that have been run at a size and rung are not run there again.
         """
         with self._lock:
             view = self._read()
             expired = self._lease_monitor.find_expired(view.trials)
-            for trial in find_abandoned(view.trials, self.worker, self._held, expired):
-                started = self._writer.start_trial(trial.number)
-                counted = view.evaluations[read_config(trial), int(trial.user_attrs["rung"])]
+            skipped = self._set_aside if self._set_aside and not has_result(view) else frozenset[int]()
+            abandoned = find_abandoned(view.trials, self.worker, self._held, expired)
+            for trial in (t for t in abandoned if t.number not in skipped):
+                was_complete, started = self.space.keys() <= trial.params.keys(), self._writer.start_trial(trial.number)
+                counted = view.evaluations.get((read_config(trial), int(trial.user_attrs["rung"])))
                 if counted is trial and not has_outcome(trial):
-                    return self._hand_out(started)
-                # It is a second run of the same evaluation, or its worker was killed while it wrote the outcome.
-                self._writer.close_abandoned(trial)
+                    # The parameters may have been chosen just now, as those of a run that exists.
+                    settled = started if was_complete else self._starter.settle(view, started)
+                    if settled is not None:
+                        return self._hand_out(settled)
+                else:
+                    # It is a second run of the same evaluation, or its worker was killed while it wrote the outcome.
+                    self._writer.close_abandoned(trial)
                 view = self._read()
-            if self._decider.is_budget_spent(view):
+            created = None if self._decider.is_budget_spent(view) else self._starter.start_next(view)
+            if created is None:
+                # Where workers hold leases, their launcher logs it.
+                if self.settings.lease is None and not self._has_logged_end:
+                    self._has_logged_end = self._starter.log_end(view)
                 return None
-            created = self._start_next(view)
-            return None if created is None else self._hand_out(created)
+            if not self._has_stored_iterations:
+                self._has_stored_iterations = store_iterations(self.study, view.iterations)
+            return self._hand_out(created)
 
     def tell(self, job: Job, loss: float | Sequence[float]) -> None:
         """Record the result of a job.
@@ -285,7 +319,7 @@ class Search:
             ValueError: If the job is unknown, or the number of losses is wrong. Nothing is changed then.
             LeaseLost: If the job was told already, or is another worker's by now. Nothing is changed then.
         """
-        losses = [float(x) for x in loss] if isinstance(loss, Sequence | np.ndarray) else [float(loss)]
+        losses = parse_losses(job.number, loss)
         self._writer.finish_trial(job, losses)
         self._held.discard(job.number)
 
@@ -308,7 +342,7 @@ class Search:
         Raises:
             ValueError: If the job is not running.
         """
-        self._writer.report_point(job, tokens, loss)
+        self._writer.report_point(job, *parse_point(job.number, tokens, loss))
 
     def stop(self, job: Job, stopped: Stopped) -> None:
         """Record that a job was stopped early. It ranks last, like one that diverged, and is not asked again.
@@ -327,13 +361,44 @@ class Search:
         self._writer.stop_trial(job, stopped)
         self._held.discard(job.number)
 
-    def crashed(self, job: Job, why: str, *, attempts: int = 2) -> bool:
-        """Record that a job's training crashed, and give the job back.
+    def record_start(self, job: Job, started_tokens: Sequence[int]) -> Job:
+        """Record where each seed of a job starts, if a checkpoint that it was to continue was lost.
+
+        Args:
+            job: The job.
+            started_tokens: Tokens of the checkpoint that each of its seeds continues; 0 for the beginning.
+
+        Returns:
+            The job, which starts there.
+        """
+        self._writer.record_start(job, started_tokens)
+        return replace(job, started_tokens=tuple(started_tokens))
+
+    @property
+    def has_result(self) -> bool:
+        """Whether any run has had a result of its own: a loss, divergence, or an early stop, and no crash."""
+        return has_result(self._read())
+
+    @property
+    def set_aside(self) -> frozenset[int]:
+        """Numbers of the trials that this object gave back for good, until another run has a result."""
+        return frozenset(self._set_aside)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether every run that is left failed in this process, and none has had a result."""
+        view = self._read()
+        pending = {trial.number for trial in view.pending}
+        return bool(pending) and pending <= self._set_aside and not has_result(view)
+
+    def crashed(self, job: Job, why: str, *, attempts: int | None = 2) -> bool:
+        """Record that a job's training crashed or failed, and give the job back.
 
         Args:
             job: The job.
             why: The reason, which is kept with the trial.
-            attempts: After this many crashes the job counts as diverged.
+            attempts: After this many crashes the job counts as diverged. None: never; as long as no run has had a
+                result, this object does not ask for the job again then.
 
         Returns:
             Whether it now counts as diverged.
@@ -341,7 +406,10 @@ class Search:
         Raises:
             LeaseLost: If the job is another worker's by now. Nothing is changed then.
         """
-        if self._writer.record_crash(job, why) < attempts:
+        count = self._writer.record_crash(job, why)
+        if attempts is None or count < attempts:
+            if attempts is None:
+                self._set_aside.add(job.number)
             self.release(job)
             return False
         self.tell(job, [math.nan] * job.seeds)
@@ -356,41 +424,26 @@ class Search:
         """Check that `extend(max_tokens)` is possible. The ValueError names the nearest values that are."""
         self.ladder.raised(parse_tokens(max_tokens))
 
-    def extend(self, max_tokens: int) -> None:
-        """Raise the largest run. `ask` then returns what is missing.
+    def extend(self, max_tokens: int | None = None, *, iterations: int | None = None) -> None:
+        """Raise the largest run, or the number of iterations, or both. `ask` then returns what is missing.
 
         Args:
-            max_tokens: The present largest run times a power of eta.
+            max_tokens: The present largest run times a power of eta; None: as it is.
+            iterations: How often Hyperband is run, at least as often as now; None: as it is.
 
         Raises:
             ValueError: If it is any other number. The message names the nearest values that work.
         """
         with self._lock:
-            self.check_extend(max_tokens)
-            if parse_tokens(max_tokens) != read_max_tokens(self.study):
-                store_raise(self.study, parse_tokens(max_tokens))
+            view = raise_view(self._read(), max_tokens, iterations)
+            if view.ladder.levels[-1] != read_max_tokens(self.study):
+                store_raise(self.study, view.ladder.levels[-1])
+            store_iterations(self.study, view.iterations)
 
     def _read(self) -> View:
-        return read_trials(self.study.get_trials(deepcopy=False), self.ladder, self.space)
-
-    def _start_next(self, view: View) -> FrozenTrial | None:
-        """Start the trial that is to run next; None if nothing can be run now."""
-        decider = self._decider
-        moves = [] if decider.is_model_driven else decider.list_moves(view, decider.make_scores(view))
-        promotion = decider.choose_promotion(view, moves)
-        if promotion is not None:
-            return self._create(view, promotion)
-        brackets = decider.list_brackets(view, moves)
-        if not brackets:
-            return None
-        enqueued = self._writer.take_enqueued(view, brackets[0])
-        if enqueued is not None:
-            return enqueued
-        return self._create(view, decider.choose_configuration(view, brackets))
-
-    def _create(self, view: View, chosen: NextTrial) -> FrozenTrial:
-        trial = self._writer.create_trial(view, chosen)
-        return self._writer.start_trial(trial.number, trial)
+        max_tokens, iterations = read_raises(self.study, self.settings.iterations)
+        ladder = self.settings.ladder.raised(max_tokens)
+        return read_trials(self.study.get_trials(deepcopy=False), ladder, self.space, iterations)
 
     def _hand_out(self, trial: FrozenTrial) -> Job:
         self._held.add(trial.number)

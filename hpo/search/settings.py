@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from optuna.distributions import BaseDistribution, distribution_to_json
+import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
+from hpo.samplers.unit_cube import describe_equal_choices, find_equal_choices
 from hpo.search.hyperband import VARIANTS, Variant
 from hpo.search.ladder import Ladder
 from scaling.common.suggest import did_you_mean
+from scaling.common.validation import SHOWN_CHARACTERS
 from scaling.laws.compute import Fidelity
 
 SCHEDULERS = ("incremental-hyperband",)
@@ -37,6 +40,7 @@ class StoredSettings(BaseModel):
         asynchronous: Whether promotions do not wait for their rung.
         seeds: Trainings with different random seeds, by rung.
         raises: For each raise, the new largest run and how many trials there were then. Absent before the first.
+        max_iterations: How often Hyperband is run after a raise. Absent before the first.
     """
 
     model_config = ConfigDict(strict=True)
@@ -54,6 +58,12 @@ class StoredSettings(BaseModel):
     asynchronous: bool = False
     seeds: list[PositiveInt] = Field(default_factory=lambda: [1])
     raises: list[list[int]] = Field(default_factory=list)
+    max_iterations: PositiveInt | None = None
+
+    @property
+    def current_iterations(self) -> int | None:
+        """How often Hyperband is run, raises included; None for no end."""
+        return self.max_iterations if self.max_iterations is not None else self.iterations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +125,19 @@ class SearchSettings:
         for name, distribution in self.space.items():
             if not isinstance(distribution, BaseDistribution):
                 raise ValueError(f"parameter {name!r} needs an Optuna distribution, got {distribution!r}")
+            if isinstance(distribution, FloatDistribution) and not math.isfinite(distribution.high - distribution.low):
+                raise ValueError(
+                    f"parameter {name!r} needs a finite range, got {distribution.low:g} to {distribution.high:g}"
+                )
             if distribution.single():
                 raise ValueError(
                     f"parameter {name!r} has a single value, {distribution}: there is nothing to search; "
                     "give it to the trainer as a setting instead"
                 )
+            if isinstance(distribution, CategoricalDistribution) and (
+                equal := find_equal_choices(distribution.choices)
+            ):
+                raise ValueError(f"parameter {name!r}: {describe_equal_choices(equal)}")
 
     def _resolve_sizes(self) -> tuple[float, ...]:
         sizes, target = self.sizes, self.target
@@ -172,7 +190,10 @@ class SearchSettings:
         )
 
     def check_same(self, study: str, stored: StoredSettings) -> None:
-        """Check that a study was made with these settings. The largest run may be the first one or the raised one.
+        """Check that a study was made with these settings.
+
+        The largest run may be the first one or the raised one. The iterations may be the first ones, or not fewer than
+        the present ones.
 
         Args:
             study: Name of the study, for the message.
@@ -182,10 +203,16 @@ class SearchSettings:
             ValueError: If any differ. The message lists all differences.
         """
         given, differences = self.to_stored(), []
-        for name in StoredSettings.model_fields.keys() - {"space", "tokens", "max_tokens", "raises"}:
+        separate = {"space", "tokens", "max_tokens", "raises", "iterations", "max_iterations"}
+        for name in StoredSettings.model_fields.keys() - separate:
             old, new = getattr(stored, name), getattr(given, name)
             if old != new:
                 differences.append(f"{name}: the study has {old}, got {new}")
+        first, current, iterations = stored.iterations, stored.current_iterations, given.iterations
+        is_raised = iterations is not None and current is not None and iterations >= current
+        if iterations != first and not is_raised:
+            raised = "" if current == first else f" raised to {current}"
+            differences.append(f"iterations: the study has {first}{raised}, got {iterations}; they can only be raised")
         (lowest, highest), (low, high) = stored.tokens, given.tokens
         if low != lowest or high not in (highest, stored.max_tokens):
             raised = "" if highest == stored.max_tokens else f" raised to {stored.max_tokens}"
@@ -232,6 +259,37 @@ def parse_tokens(tokens: float) -> int:
     if not math.isfinite(tokens) or tokens != int(tokens) or tokens <= 0:
         raise ValueError(f"tokens must be a positive whole number, got {tokens}")
     return int(tokens)
+
+
+def parse_losses(trial: int, loss: Any) -> list[float]:
+    """Return what a search was told about a trial as a list of numbers.
+
+    Args:
+        trial: The number of the trial, for the message.
+        loss: A number, or one for each seed. They may be infinite or NaN. Text is not read as a number.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    is_list = isinstance(loss, Iterable) and not isinstance(loss, str | bytes | Mapping | Set)
+    # Arrays and tensors without dimensions are iterable by their type, but cannot be iterated over.
+    values = list(loss) if is_list and getattr(loss, "ndim", None) != 0 else [loss]
+    try:
+        if any(isinstance(x, Sequence | bool | np.bool_) or getattr(x, "ndim", None) for x in values):
+            raise TypeError("text, a truth value, or a list within a list")
+        return [float(x) for x in values]
+    except (TypeError, ValueError, OverflowError) as error:
+        given = repr(loss)
+        shown = given if len(given) <= SHOWN_CHARACTERS else f"{given[:SHOWN_CHARACTERS]}..."
+        raise ValueError(f"trial {trial}: needed a number per seed, got {shown}") from error
+
+
+def parse_point(trial: int, tokens: Any, loss: Any) -> tuple[int, float]:
+    """Return a point of a loss curve as numbers; raise ValueError if it is not a number of tokens and a loss."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int | np.integer) or tokens < 0:
+        raise ValueError(f"trial {trial}: needed a whole number of tokens, got {tokens!r}")
+    (value,) = parse_losses(trial, [loss])
+    return int(tokens), value
 
 
 def check_choice(setting: str, value: str, known: Iterable[str]) -> None:

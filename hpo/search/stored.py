@@ -118,6 +118,27 @@ def count_trials_before_raise(study: optuna.Study) -> int:
     return int(raises[-1][1]) if raises else 0
 
 
+def read_raises(study: optuna.Study, iterations: int | None) -> tuple[int, int | None]:
+    """Return the tokens of the largest run and how often Hyperband is run, raises included.
+
+    Args:
+        study: The study.
+        iterations: How often Hyperband is run by the settings of this search, which may raise it; None for no end.
+    """
+    stored = study.user_attrs[SETTINGS_KEY]
+    if iterations is not None:
+        iterations = max(iterations, stored.get("max_iterations") or stored["iterations"] or 0)
+    return int(stored["max_tokens"]), iterations
+
+
+def store_iterations(study: optuna.Study, iterations: int | None) -> bool:
+    """Store a new number of iterations, unless the present one is as high. Returns True."""
+    stored = study.user_attrs[SETTINGS_KEY]
+    if iterations is not None and iterations > (stored.get("max_iterations") or stored["iterations"] or 0):
+        study.set_user_attr(SETTINGS_KEY, stored | {"max_iterations": iterations})
+    return True
+
+
 def store_raise(study: optuna.Study, max_tokens: int) -> None:
     """Store a new largest run, with the number of trials so far, whose results the raise reuses."""
     stored = study.user_attrs[SETTINGS_KEY]

@@ -1,7 +1,7 @@
 """Write the trials of a search: when they are created, taken over, reported on and finished.
 
-`hpo.search.view` reads them, and `hpo.storage.trial_attributes.TrialAttributes` describes their user attributes. Where
-runs may be stopped early, the intermediate values of a trial are the points of its loss curve.
+`hpo.search.view` reads them, and `hpo.storage.trial_attributes.TrialAttributes` describes their user attributes. The
+intermediate values of a trial are points of its loss curve, with the tokens as steps.
 
 A trial is created with its attributes in one write, so that a kill at any point leaves either nothing or a running
 trial of a dead worker. It may lack parameters then; the worker that starts it fills them in.
@@ -24,7 +24,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.samplers.drawing import complete_settings
-from hpo.search.hyperband import Bracket
+from hpo.samplers.unit_cube import find_wrong_values
 from hpo.search.model_driven import NextTrial
 from hpo.search.view import Job, View
 from hpo.storage.leases import LeaseLost
@@ -36,6 +36,7 @@ from hpo.storage.trial_attributes import (
     read_crashes,
     read_seeds,
 )
+from scaling.common.suggest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -96,22 +97,51 @@ class TrialWriter:
             return self.storage.get_trial(trial_id)
         return trial
 
-    def take_enqueued(self, view: View, bracket: Bracket) -> FrozenTrial | None:
-        """Start the first trial that was enqueued by hand, as a new configuration of a bracket.
-
-        A trial with values outside the search space is failed with a warning.
-
-        Returns:
-            The running trial, or None if none is enqueued.
-        """
+    def list_enqueued(self, view: View) -> Iterator[FrozenTrial]:
+        """Yield the trials that were enqueued by hand. One with values outside the space is failed with a warning."""
         for trial in view.trials:
             if trial.state == TrialState.WAITING and not is_search_trial(trial) and self._check_enqueued(trial):
-                attributes = self._describe(view, NextTrial({}, bracket.start, bracket)).to_stored()
-                trial_id = self._find_id(trial.number)
-                for name, value in (attributes | {"config": trial.number}).items():
-                    self.storage.set_trial_user_attr(trial_id, name, value)
-                return self.start_trial(trial.number)
-        return None
+                yield trial
+
+    def read_fixed(self, trial: FrozenTrial) -> dict[str, Any]:
+        """Return the parameters of an enqueued trial that a user has fixed, without those that are not searched."""
+        return {k: v for k, v in trial.system_attrs.get("fixed_params", {}).items() if k in self.space}
+
+    def take_enqueued(self, view: View, trial: FrozenTrial, chosen: NextTrial) -> FrozenTrial:
+        """Start a trial that was enqueued by hand.
+
+        Args:
+            view: The search.
+            trial: The trial.
+            chosen: What it is to be. Its parameters are not used: the trial has its own.
+
+        Returns:
+            The running trial.
+        """
+        attributes = self._describe(view, chosen).to_stored()
+        trial_id = self._find_id(trial.number)
+        config = trial.number if chosen.config is None else chosen.config
+        for name, value in (attributes | {"config": config}).items():
+            self.storage.set_trial_user_attr(trial_id, name, value)
+        return self.start_trial(trial.number)
+
+    def continue_run(self, trial: FrozenTrial, chosen: NextTrial) -> FrozenTrial:
+        """Make a running trial the next one of a configuration with the same settings."""
+        trial_id, resumed = self._find_id(trial.number), chosen.continues if self.resumable else None
+        self._write(
+            trial_id,
+            config=chosen.config,
+            continues=None if chosen.continues is None else chosen.continues.number,
+            resumed_tokens=0 if resumed is None else int(resumed.user_attrs["tokens"]),
+            resumed_seeds=0 if resumed is None else read_seeds(resumed),
+        )
+        return self.storage.get_trial(trial_id)
+
+    def close_repeated(self, trial: FrozenTrial, repeats: int) -> None:
+        """End a running trial that is not run, because it would be the same run as an earlier one."""
+        trial_id = self._find_id(trial.number)
+        self._write(trial_id, repeats=repeats)
+        self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
     def start_trial(self, number: int, trial: FrozenTrial | None = None) -> FrozenTrial:
         """Make a search's trial run on this worker, with all its parameters.
@@ -156,12 +186,17 @@ class TrialWriter:
         )
 
     def _check_enqueued(self, trial: FrozenTrial) -> bool:
-        """Return whether the values of an enqueued trial are in the search space; fail the trial if not."""
-        fixed = {k: v for k, v in trial.system_attrs.get("fixed_params", {}).items() if k in self.space}
-        try:
-            create_trial(value=0.0, params=fixed, distributions={k: self.space[k] for k in fixed})
-        except ValueError as error:
-            warnings.warn(f"the enqueued trial {trial.number} is not run: {error}", UserWarning, stacklevel=5)
+        """Return whether the settings of an enqueued trial are in the search space; fail the trial if not."""
+        fixed, searched = trial.system_attrs.get("fixed_params", {}), ", ".join(self.space)
+        mistakes = [
+            f"{name!r} is not searched, {did_you_mean(name, self.space, cutoff=0.0)} (searched: {searched})"
+            for name in fixed
+            if name not in self.space
+        ]
+        mistakes += find_wrong_values(self.space, fixed)
+        if mistakes:
+            reason = "; ".join(mistakes)
+            warnings.warn(f"the enqueued trial {trial.number} is not run: {reason}", UserWarning, stacklevel=5)
             self.storage.set_trial_state_values(self._find_id(trial.number), TrialState.RUNNING)
             self.study.tell(trial.number, state=TrialState.FAIL)
             return False
@@ -193,6 +228,10 @@ class TrialWriter:
         crashes = [*read_crashes(trial), reason]
         self._write(trial_id, crashes=crashes)
         return len(crashes)
+
+    def record_start(self, job: Job, started_tokens: Sequence[int]) -> None:
+        """Record where each seed of a job starts, which is not where it was to continue."""
+        self._write(self.find_running(job)[0], started_tokens=list(started_tokens))
 
     # End trials
 

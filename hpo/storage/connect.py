@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from contextlib import AbstractContextManager
 from functools import cache
@@ -18,6 +19,10 @@ from scaling.common.redact import redact_passwords
 
 # How long to wait for a gRPC proxy that does not answer.
 SERVER_SECONDS = 30
+# How often to open a fresh database in which another process makes the same tables, and the first pause in between.
+OPEN_ATTEMPTS, OPEN_PAUSE_SECONDS = 8, 0.1
+# What databases say of tables and rows that another process is making, in an OperationalError.
+RACE_WORDS = ("already exists", "database is locked", "no such table", "doesn't exist")
 
 
 def open_storage(
@@ -54,10 +59,13 @@ def open_storage(
     elif "://" in str(storage):
         # SQLite, in memory or in a file, gets a new connection each time; a server gets one for the whole process.
         is_sqlite = str(storage).startswith("sqlite")
-        database, opened = _open_database(str(storage)) if is_sqlite else _open_server(str(storage), os.getpid())
-        created, url = database, database.engine.url
-        if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
-            beside = f"{Path(str(url.database)).absolute()}.ask.lock"
+        if is_sqlite and (file := _find_sqlite_file(str(storage))) is not None:
+            beside = f"{file}.ask.lock"
+            # Only one process may make the tables of a new file.
+            with Flock(beside):
+                created, opened = _open_database(str(storage))
+        else:
+            created, opened = _open_database(str(storage)) if is_sqlite else _open_server(str(storage), os.getpid())
     else:
         raise ValueError(
             "storage must be a path that ends in .journal, a URL such as sqlite:///study.db, postgresql://... or "
@@ -93,11 +101,49 @@ def _open_proxy(url: str) -> BaseStorage:
     return proxy
 
 
+def _find_sqlite_file(url: str) -> Path | None:
+    """Return the file of an SQLite database, or None if it is in memory. ValueError if its folder does not exist."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        name = make_url(url).database
+    except ArgumentError as error:
+        raise ValueError(f"needed an address such as sqlite:///study.db, got {url!r}") from error
+    if name in (None, "", ":memory:") or "mode=memory" in url:
+        return None
+    file = Path(str(name).removeprefix("file:")).absolute()
+    if not file.parent.is_dir():
+        raise ValueError(f"{url}: there is no folder {file.parent}: make it, or correct the address")
+    return file
+
+
 def _open_database(url: str) -> tuple[RDBStorage, BaseStorage]:
     """Return a connection pool, and Optuna's cache in front of it, which all studies of a process should share.
 
+    The tables of a fresh database are made by one process. Optuna does not lock it meanwhile, so another one may find
+    half of them; it tries again.
+
     ValueError if the database cannot be reached or its driver is missing.
     """
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    for attempt in range(OPEN_ATTEMPTS):
+        try:
+            return _connect(url)
+        except ValueError as error:
+            cause = error.__cause__
+            is_race = isinstance(cause, IntegrityError | ProgrammingError) or (
+                isinstance(cause, OperationalError) and any(words in str(cause) for words in RACE_WORDS)
+            )
+            if not is_race or attempt == OPEN_ATTEMPTS - 1:
+                raise
+            time.sleep(OPEN_PAUSE_SECONDS * 2**attempt * (1 + os.getpid() % 16 / 16))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _connect(url: str) -> tuple[RDBStorage, BaseStorage]:
+    """Connect to a database once, and make the tables that it lacks."""
     from sqlalchemy.exc import DBAPIError
 
     try:

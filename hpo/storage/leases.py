@@ -128,8 +128,7 @@ def is_alive(worker: str) -> bool:
     if not worker:
         return False
     process_name = parse_process_name(worker)
-    # The bare host name stands in studies that are older than the namespace in names.
-    if process_name is None or process_name[0] not in (identify_host(), socket.gethostname()):
+    if process_name is None or not is_on_this_host(worker):
         return True
     _, pid, created = process_name
     try:
@@ -138,3 +137,10 @@ def is_alive(worker: str) -> bool:
         return bool(is_same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def is_on_this_host(worker: str) -> bool:
+    """Return whether a worker's name is that of a process of this host."""
+    process_name = parse_process_name(worker)
+    # The bare host name stands in studies that are older than the namespace in names.
+    return process_name is not None and process_name[0] in (identify_host(), socket.gethostname())

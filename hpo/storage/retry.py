@@ -26,12 +26,15 @@ class StopRequest(Protocol):
         """Whether this process was told to stop."""
 
 
-def retry_storage(operation: Callable[[], T], stop: StopRequest | None = None) -> T:
+def retry_storage(
+    operation: Callable[[], T], stop: StopRequest | None = None, check: Callable[[], None] | None = None
+) -> T:
     """Call a function again until the storage answers.
 
     Args:
         operation: What to call. It may be called several times.
         stop: Give up when this is requested.
+        check: Is called after each error, and raises if it is pointless to wait.
 
     Returns:
         What `operation` returns.
@@ -44,6 +47,8 @@ def retry_storage(operation: Callable[[], T], stop: StopRequest | None = None) -
         try:
             return operation()
         except get_storage_errors() as error:
+            if check is not None:
+                check()
             if (stop is not None and stop.requested) or time.monotonic() - started > PATIENCE_SECONDS:
                 raise
             logger.warning(f"the storage does not answer, trying again in {wait:g} s: {type(error).__name__}")

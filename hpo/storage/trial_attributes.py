@@ -61,7 +61,11 @@ class TrialAttributes(BaseModel):
             their mean.
         diverged: True if a loss was not finite. The trial then has no value and its state is FAIL.
         stopped: Where and why the run was stopped early. The trial then has no value and its state is PRUNED.
-        crashes: Why the training crashed, once for each time.
+        crashes: Why the training crashed or failed, once for each time.
+        repeats: Number of an earlier trial that is the same run. The trial is then not run: it has no value, and its
+            state is FAIL.
+        started_tokens: Where each seed started, in tokens, if a checkpoint was lost or damaged: 0 for the beginning.
+            It replaces `resumed_tokens` and `resumed_seeds` for what was trained.
     """
 
     model_config = ConfigDict(strict=True, validate_assignment=True)
@@ -82,6 +86,8 @@ class TrialAttributes(BaseModel):
     diverged: bool = False
     stopped: Stopped | None = None
     crashes: list[str] = Field(default_factory=list)
+    repeats: Index | None = None
+    started_tokens: list[Index] | None = None
 
     def to_stored(self) -> dict[str, Any]:
         """Return the attributes that the constructor was given, as JSON types in the order of the fields."""
@@ -137,9 +143,17 @@ def read_crashes(trial: FrozenTrial) -> list[str]:
     return list(trial.user_attrs.get("crashes", []))
 
 
+def list_started_tokens(trial: FrozenTrial) -> list[int]:
+    """Return where each seed of a trial started, in tokens; without those that started at the beginning."""
+    started = trial.user_attrs.get("started_tokens")
+    if started is not None:
+        return [int(tokens) for tokens in started if tokens]
+    return [int(trial.user_attrs.get("resumed_tokens") or 0)] * read_resumed_seeds(trial)
+
+
 def count_resumed_tokens(trial: FrozenTrial) -> int:
     """Return how many tokens of a trial come from checkpoints and were not trained again, summed over its seeds."""
-    return int(trial.user_attrs.get("resumed_tokens") or 0) * read_resumed_seeds(trial)
+    return sum(list_started_tokens(trial))
 
 
 def count_trained_tokens(trial: FrozenTrial) -> int:
@@ -155,7 +169,7 @@ def read_last_tokens(trial: FrozenTrial) -> int:
     stopped = read_stopped(trial)
     if stopped is None:
         return int(trial.user_attrs["tokens"])
-    return max(stopped.tokens, int(trial.user_attrs.get("resumed_tokens") or 0))
+    return max([stopped.tokens, *list_started_tokens(trial)])
 
 
 def read_stopped(trial: FrozenTrial) -> Stopped | None:

@@ -24,15 +24,14 @@ All mistakes are reported at once in a `StudyError`, each by field name.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, cast, get_args
+from typing import Any, Self, cast
 
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hpo.samplers.belief import check_belief
@@ -41,7 +40,7 @@ from hpo.samplers.unit_cube import Cube
 from hpo.study.schema import Dimension, LawTable, SearchTable, StudyTable, Tokens, TrainerTable, Workers
 from hpo.study.trainer import Trainer
 from scaling.common.redact import find_secrets
-from scaling.common.suggest import did_you_mean
+from scaling.common.validation import explain_errors
 from scaling.tracking.log import PARAMETER_NAME_RULE, find_unusable_names
 
 logger = logging.getLogger("muscale.hpo")
@@ -106,21 +105,25 @@ class StudyConfig(StudyTable):
 
     @property
     def probes(self) -> list[dict[str, Any]]:
-        """Three settings to estimate costs at: the low end, the middle (geometric on a log scale) and the high end."""
+        """Three settings to estimate costs at: the low end, the middle (geometric on a log scale) and the high end.
+
+        All are settings that the search can choose.
+        """
         probes: list[dict[str, Any]] = [{}, {}, {}]
         for name, dimension in self.space.items():
-            if dimension.choices is not None:
-                values: list[Any] = [dimension.choices[0]] * 3
-            else:
-                assert dimension.low is not None
-                assert dimension.high is not None
-                low, high = dimension.low, dimension.high
-                values = [low, math.sqrt(low * high) if dimension.log else (low + high) / 2, high]
-                if dimension.type == "int":
-                    values = [round(v) for v in values]
-            for probe, value in zip(probes, values, strict=True):
+            for probe, value in zip(probes, dimension.pick_probes(), strict=True):
                 probe[name] = value
         return probes
+
+    @property
+    def unused_ends(self) -> list[str]:
+        """A sentence for each range whose `high` is not searched: it is no whole number of steps above low."""
+        return [
+            f"space.{name}: high = {dimension.high:g} is not low plus a whole number of steps; the largest value is "
+            f"{dimension.largest:g}"
+            for name, dimension in self.space.items()
+            if dimension.largest is not None and dimension.largest != dimension.high
+        ]
 
     def with_workers(self, count: int | None) -> StudyConfig:
         """Return the study with another number of workers, or unchanged if `count` is None."""
@@ -159,9 +162,27 @@ def load_study(path: Path) -> tuple[StudyConfig, Trainer]:
     except ValidationError as error:
         problems += explain_errors(error, StudyConfig)
     trainer = _check_trainer(table, study, problems)
+    if infinite := dict(_find_infinite(table)):
+        # Trainers that compute with such a value may fail without naming it.
+        unnamed = tuple(f"{part}: " for part in {name.split(".")[0] for name in infinite})
+        problems = [p for p in problems if not p.startswith(unnamed)]
+        problems += [
+            f"{name}: needed a finite number, got {value}"
+            for name, value in infinite.items()
+            if not any(p.startswith(f"{name}: ") for p in problems)
+        ]
     if problems or study is None or trainer is None:
         raise StudyError(str(path), problems)
     return study, trainer
+
+
+def _find_infinite(value: Any, where: str = "") -> Iterator[tuple[str, float]]:
+    """Yield each number in a TOML value that is infinite or NaN, with its dotted name."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from _find_infinite(inner, f"{where}.{key}" if where else str(key))
 
 
 def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: list[str]) -> Trainer | None:
@@ -239,13 +260,16 @@ def _make_trainer(factory: Callable[..., Any], settings: dict[str, Any], problem
 
 def _read_space(table: dict[str, Any]) -> dict[str, BaseDistribution]:
     """Return the dimensions of a faulty study file that are valid. The others are among the problems already."""
-    space = {}
+    space: dict[str, BaseDistribution] = {}
     raw = table.get("space")
     for name, value in raw.items() if isinstance(raw, dict) else ():
         try:
             space[name] = Dimension.model_validate(value).distribution()
         except ValidationError:
-            continue
+            # The trainer then knows the name, so that a command that uses it is not reported as well.
+            choices = value.get("choices") if isinstance(value, dict) else None
+            if isinstance(choices, list) and choices:
+                space[name] = CategoricalDistribution(list(dict.fromkeys(map(str, choices))))
     return space
 
 
@@ -256,45 +280,3 @@ def _read_tokens(table: dict[str, Any]) -> Tokens | None:
         return Tokens.model_validate(raw.get("tokens") if isinstance(raw, dict) else None)
     except ValidationError:
         return None
-
-
-def explain_errors(error: ValidationError, model: Any) -> list[str]:
-    """Return pydantic's errors as sentences of the form `field: what was needed, what was given`.
-
-    Args:
-        error: The errors of a whole model.
-        model: The model, whose field names are suggested for unknown keys. None: without suggestions.
-
-    Returns:
-        One sentence per error.
-    """
-    sentences = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            known = _list_fields(model, item["loc"][:-1])
-            hint = did_you_mean(str(item["loc"][-1]), known) or (f"known keys: {', '.join(known)}" if known else "")
-            sentences.append(f"{where}: unknown key; {hint}".rstrip("; "))
-        elif item["type"] == "missing":
-            sentences.append(f"{where}: missing")
-        elif item["type"] == "literal_error":
-            expected = str(item["ctx"]["expected"])
-            choices = expected.replace("'", "").replace(" or ", ", ").split(", ")
-            hint = did_you_mean(str(item["input"]), choices, before="; ")
-            sentences.append(f"{where}: needed {expected}, got {item['input']!r}{hint}")
-        elif item["type"] == "value_error":
-            # An error that concerns several fields has no location. Its message begins with their names.
-            sentences.append(f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"]))
-        else:
-            needed = item["msg"][0].lower() + item["msg"][1:]
-            sentences.append(f"{where}: {needed}, got {json.dumps(item['input'], default=repr)}")
-    return sentences
-
-
-def _list_fields(model: Any, loc: Sequence[int | str]) -> list[str]:
-    """Return the field names of the (nested) model at `loc`, in alphabetical order."""
-    for part in loc:
-        fields: Mapping[str, Any] = getattr(model, "model_fields", {})
-        inside_dict = (get_args(model) or (model,))[-1]
-        model = fields[str(part)].annotation if part in fields else inside_dict
-    return sorted(getattr(model, "model_fields", {}))

@@ -59,6 +59,10 @@ class StudyFiles:
         """Return the path of an interrupted training's checkpoint."""
         return self._run_path(config, tokens, repeat, ".partial.pt")
 
+    def log(self, config: int, tokens: int, repeat: int = 0) -> Path:
+        """Return the path of what a training's program prints, and of the tracebacks of its trainer."""
+        return self._run_path(config, tokens, repeat, ".log")
+
     def result(self, config: int, tokens: int, repeat: int) -> Path:
         """Return the path of a finished training's loss.
 

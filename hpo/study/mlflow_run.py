@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hpo.storage.trial_attributes import is_diverged, is_search_trial, read_stopped
+from hpo.study.answer import choose_answer
 from hpo.study.config import StudyConfig
+from hpo.study.files import StudyFiles
 from hpo.study.trainer import Trainer
 from scaling.common.redact import redact_passwords
 from scaling.tracking.client import connect, default_uri, describe_outage, fail_fast
-from scaling.tracking.experiment import find_study_run, set_run_status
+from scaling.tracking.experiment import find_study_run, forget_study, set_run_status
 from scaling.tracking.log import log_summary, write_note
 from scaling.tracking.spool import summarize_error
 
@@ -38,6 +42,41 @@ def require_tracking(uri: str | None) -> None:
         raise ValueError(
             f"MLflow at {where} does not answer ({outage}): start it or correct the address; nothing was created"
         )
+
+
+@contextmanager
+def undo_on_failure(client: MlflowClient, files: StudyFiles) -> Iterator[None]:
+    """Remove what the block has created of a new study if it fails, so that the same command can be run again.
+
+    Args:
+        client: The MLflow client.
+        files: The study's files. A folder that existed before keeps what others have put there.
+
+    Raises:
+        ValueError: Instead of an error of MLflow, of its store or of the file system.
+    """
+    existed = files.folder.exists()
+    try:
+        yield
+    except BaseException as error:
+        if not existed:
+            shutil.rmtree(files.folder, ignore_errors=True)
+        for path in (files.settings, files.manifest, files.storage):
+            path.unlink(missing_ok=True)
+        try:
+            forget_study(client, files.name)
+        # The store may fail for the same reason; what is left there is then named.
+        except Exception as other:
+            logger.warning(
+                f"experiment {files.name!r} may be left in MLflow ({summarize_error(other)}): "
+                f"`hpo forget {files.name}` removes it"
+            )
+        if isinstance(error, ValueError) or not isinstance(error, Exception):
+            raise
+        raise ValueError(
+            f"study {files.name!r} could not be created ({type(error).__name__}: {summarize_error(error)}): correct "
+            "that and launch it again; nothing of it is left"
+        ) from error
 
 
 def update_study_run(study: str, uri: str | None, *updates: RunUpdate) -> bool:
@@ -105,7 +144,7 @@ def record_figures(search: Search) -> RunUpdate:
     best: dict[str, Any] | None = None
     if losses:
         figures["best_loss"] = min(losses)
-        best = search.best()
+        best = choose_answer(search).params
 
     def update(client: MlflowClient, run: str) -> None:
         if best is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Annotated, Any, Literal, Self
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -21,6 +23,7 @@ from pydantic import (
 
 from hpo.samplers.belief import OptimumLaw
 from hpo.samplers.names import MODEL_SAMPLERS, SAMPLERS
+from hpo.samplers.unit_cube import describe_equal_choices, find_equal_choices
 from hpo.search.ladder import Ladder
 from hpo.search.settings import Promotion, resolve_seeds
 from scaling.common.suggest import did_you_mean
@@ -145,6 +148,8 @@ class Dimension(StudyTable):
                 raise ValueError(
                     f"needed at least 2 different choices, got {list(self.choices)}: set a constant under [trainer]"
                 )
+            if equal := find_equal_choices(self.choices):
+                raise ValueError(describe_equal_choices(equal))
             return self
         if self.low is None or self.high is None:
             raise ValueError("needed low and high, or choices")
@@ -158,17 +163,43 @@ class Dimension(StudyTable):
             raise ValueError(f"an int range needs whole low and high, got {self.low:g} and {self.high:g}")
         if self.type == "int" and self.step is not None and self.step != int(self.step):
             raise ValueError(f"an int range needs a whole step, got {self.step:g}")
+        if self.step is not None and self.distribution().single():
+            raise ValueError(
+                f"needed a step of at most high - low = {self.high - self.low:g}, got {self.step:g}: "
+                "low is the only value then"
+            )
         return self
 
-    def distribution(self) -> BaseDistribution:
+    def pick_probes(self) -> list[Any]:
+        """Return the smallest, a middle (geometric on a log scale) and the largest value; of choices, the first one."""
+        distribution = self.distribution()
+        if isinstance(distribution, CategoricalDistribution):
+            return [distribution.choices[0]] * 3
+        low, high = distribution.low, distribution.high
+        middle = math.sqrt(low * high) if self.log else (low + high) / 2
+        if self.step is not None:
+            middle = low + round((middle - low) / self.step) * self.step
+        values = [low, middle, high]
+        return [round(v) for v in values] if self.type == "int" else [float(v) for v in values]
+
+    @property
+    def largest(self) -> float | None:
+        """The largest value that is searched: `high`, or with a step the last one at or below it. None for choices."""
+        distribution = self.distribution()
+        return None if isinstance(distribution, CategoricalDistribution) else distribution.high
+
+    def distribution(self) -> CategoricalDistribution | IntDistribution | FloatDistribution:
         """Return the Optuna distribution of this dimension."""
         if self.choices is not None:
             return CategoricalDistribution(self.choices)
         assert self.low is not None
         assert self.high is not None
-        if self.type == "int":
-            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
-        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+        with warnings.catch_warnings():
+            # Optuna warns if the range is not a whole number of steps. The commands say so in their own words.
+            warnings.filterwarnings("ignore", "The distribution is specified by", UserWarning)
+            if self.type == "int":
+                return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
+            return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
 
 class LawTable(StudyTable):
@@ -224,4 +255,8 @@ class Workers(StudyTable):
     )
     lease: PositiveFloat = Field(
         default=60.0, description="seconds without a heartbeat after which another worker takes over a worker's run"
+    )
+    attempts: PositiveInt = Field(
+        default=2,
+        description="how often a run is tried whose training fails, is killed or hangs, before it counts as diverged",
     )

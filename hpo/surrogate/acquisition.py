@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
+from hpo.surrogate.feasibility import MIN_FEASIBILITY, RISK_AVERSION, SAFE_FEASIBILITY, Feasibility
 from hpo.surrogate.gp import EnsembleMember, Surrogate, join_inputs
 from hpo.surrogate.inputs import AXES, Domain
 from scaling.common.arrays import Array
@@ -27,6 +28,9 @@ MAX_KNOWN_POINTS = 300
 LOW_FIDELITY_SHARE = (1.0, 3.0)
 # Skip fidelities whose losses correlate less with the target's, if others remain.
 MIN_USEFULNESS = 0.1
+# Added to the score of settings that are likely to fail, per unit of probability below the least that is accepted, in
+# units of z: all others come first.
+FAILURE_PENALTY = 1e4
 # Nine equally likely standard normal values.
 QUANTILES = ndtri((np.arange(1, 10) - 0.5) / 9)
 
@@ -76,12 +80,30 @@ def _refine_pool(
     return pool, scores
 
 
-def _make_target_score(member: EnsembleMember, domain: Domain) -> ScoreFunction:
-    """Return a function that scores points by the member's posterior mean at the target."""
-    return lambda points: member.posterior(join_inputs(domain.encode(points), np.zeros(AXES)))[0].numpy()
+def _make_target_score(
+    member: EnsembleMember, domain: Domain, feasibility: Feasibility | None, least: float = MIN_FEASIBILITY
+) -> ScoreFunction:
+    """Return a function that scores points by the member's posterior mean at the target.
+
+    Points that are less likely than `least` to end with a loss come last.
+    """
+
+    def predict(points: Array) -> Array:
+        mean: Array = member.posterior(join_inputs(domain.encode(points), np.zeros(AXES)))[0].numpy()
+        return mean
+
+    return predict if feasibility is None else lambda points: predict(points) + _penalise(feasibility(points), least)
 
 
-def recommend(surrogate: Surrogate, domain: Domain, seen: Array, seed: Sequence[int]) -> Array:
+def _penalise(probability: Array, least: float) -> Array:
+    """Return what is added to the scores of points with these probabilities of success, [m]."""
+    penalty: Array = FAILURE_PENALTY * np.maximum(least - probability, 0.0)
+    return penalty
+
+
+def recommend(
+    surrogate: Surrogate, domain: Domain, seen: Array, seed: Sequence[int], feasibility: Feasibility | None = None
+) -> Array:
     """Return the settings with the lowest posterior mean + sd / 2 at the target.
 
     The mean of the best member selects a pool, and the mixture ranks the 150 best points of it. Refining the pool by
@@ -93,19 +115,25 @@ def recommend(surrogate: Surrogate, domain: Domain, seen: Array, seed: Sequence[
         domain: The search space.
         seen: Snapped cube points of all runs, [n, p].
         seed: Seed of the random candidates.
+        feasibility: How likely a run is to end with a loss; None: certain everywhere.
 
     Returns:
         A cube point [p].
     """
     rng = np.random.default_rng(seed)
-    score = _make_target_score(surrogate.best, domain)
+    # Where runs fail at random, no settings are safe.
+    least = 0.0 if feasibility is None else min(SAFE_FEASIBILITY, 0.9 * float(feasibility(seen).mean()))
+    score = _make_target_score(surrogate.best, domain, feasibility, least)
     pool, mean = _build_pool(score, domain, seen, rng, 400)
     pool, mean = _refine_pool(score, domain, pool, mean, rng, [(sd, 4, 40) for sd in (0.02, 0.006, 0.002)])
     # In a space with few cells, duplicates would take all 150 places.
     distinct = np.unique(pool, axis=0, return_index=True)[1]
     pool = pool[distinct[np.argsort(mean[distinct], kind="stable")[:150]]]
     mixed, variance = surrogate.posterior(join_inputs(domain.encode(pool), np.zeros(AXES)))
-    chosen: Array = pool[int((mixed + 0.5 * variance.sqrt()).argmin())]
+    cautious = (mixed + 0.5 * variance.sqrt()).numpy()
+    if feasibility is not None:
+        cautious = cautious + _penalise(feasibility(pool), least)
+    chosen: Array = pool[int(cautious.argmin())]
     return chosen
 
 
@@ -233,9 +261,18 @@ def _select_slots(usefulness: Array, available: AvailableRuns, pool: Array) -> l
 
 
 def suggest(
-    surrogate: Surrogate, domain: Domain, seen: Array, available: AvailableRuns, *, seed: Sequence[int]
+    surrogate: Surrogate,
+    domain: Domain,
+    seen: Array,
+    available: AvailableRuns,
+    *,
+    seed: Sequence[int],
+    feasibility: Feasibility | None = None,
 ) -> tuple[Array, int]:
     """Choose the point and the slot with the largest knowledge gradient per cost.
+
+    Where runs may fail, the gain is multiplied by the squared probability that the run ends with a loss, and losses
+    that are predicted for settings that probably fail do not count.
 
     About half of the cost goes to the highest fidelity, as a safeguard against low fidelities that mislead. This starts
     only when lower fidelities have had as much as their usefulness u warrants: u / (1 - u) within `LOW_FIDELITY_SHARE`,
@@ -252,19 +289,25 @@ def suggest(
         seen: Cube points of all runs, [n, p].
         available: What can be run, and its cost.
         seed: Seed of the random candidates.
+        feasibility: How likely a run is to end with a loss; None: certain everywhere.
 
     Returns:
         A cube point [p], and the index of the slot.
     """
     rng = np.random.default_rng(seed)
     member = surrogate.best
-    pool, mean = _build_pool(_make_target_score(member, domain), domain, seen, rng, 200)
+    pool, scores = _build_pool(_make_target_score(member, domain, feasibility), domain, seen, rng, 200)
     at_target = join_inputs(domain.encode(pool), np.zeros(AXES))
-    sd: Array = member.posterior(at_target)[1].sqrt().clamp_min(1e-12).numpy()
-    order = np.argsort(mean, kind="stable")
+    predicted, variance, _ = member.posterior(at_target)
+    mean: Array = scores if feasibility is None else predicted.numpy()
+    sd: Array = variance.sqrt().clamp_min(1e-12).numpy()
+    order = np.argsort(scores, kind="stable")
+    chance = np.ones(len(pool)) if feasibility is None else feasibility(pool)
+    if (chance >= MIN_FEASIBILITY).any():
+        order = order[chance[order] >= MIN_FEASIBILITY]
     anchors = at_target[np.concatenate([order[:128], rng.permutation(order[128:])[:128]])]
     z = (mean[order[0]] - mean) / sd
-    improvement = sd * (z * ndtr(z) + np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi))
+    improvement = sd * (z * ndtr(z) + np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)) * chance**RISK_AVERSION
     by_improvement = np.argsort(-improvement, kind="stable")
     candidates = pool[np.concatenate([by_improvement[:60], order[:15], rng.permutation(len(pool))[:75]])]
 
@@ -274,7 +317,10 @@ def suggest(
         """Return the knowledge gradient of each point, -1 where it cannot be run, and the same per cost."""
         price = available.compute_price(points, slot)
         inputs = join_inputs(domain.encode(points), available.slots[slot])
-        gain = np.where(np.isfinite(price), knowledge_gradient(inputs), -1.0)
+        gain = knowledge_gradient(inputs)
+        if feasibility is not None:
+            gain = gain * feasibility(points) ** RISK_AVERSION
+        gain = np.where(np.isfinite(price), gain, -1.0)
         return gain, gain / (np.where(np.isfinite(price), price, 0.0) + 0.02)
 
     cheapest = int(np.argmin(available.cost))
@@ -295,7 +341,7 @@ def suggest(
     trusted = float(np.clip(usefulness[slot] / max(1.0 - usefulness[slot], 1e-9), *LOW_FIDELITY_SHARE))
     max_low = max(min(trusted, 0.5 * (total_cost + available.limit)), 0.5 * (total_cost + 1))
     if top is not None and slot != top and low_cost + float(available.compute_price(winner[None], slot)[0]) > max_low:
-        answer = recommend(surrogate, domain, seen, [*seed, 1])
+        answer = recommend(surrogate, domain, seen, [*seed, 1], feasibility)
         is_possible = np.isfinite(available.compute_price(pool, top))
         if float(compute_gains(answer[None], top)[0][0]) > 1e-12:
             winner, slot = answer, top

@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search.view import Job
 from hpo.storage.trial_attributes import Stopped, is_search_trial, read_loss, read_seeds
+from hpo.study.selection import join_curve
 from hpo.study.trainer import Trainer
 from scaling.common.measurement import Measurement
 from scaling.laws.compute import Fidelity
@@ -233,16 +234,6 @@ def find_rivals(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> list[Froze
         and other.datetime_complete < began
     ]
     return [other for *_, other in sorted(rivals)]
-
-
-def join_curve(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> Curve:
-    """Return the points of a run, those of the shorter runs that it continues included, in order of tokens."""
-    curve: Curve = {}
-    run: FrozenTrial | None = trial
-    while run is not None:
-        curve = {**run.intermediate_values, **curve}
-        run = trials[run.user_attrs["continues"]] if run.user_attrs.get("resumed_tokens") else None
-    return dict(sorted(curve.items()))
 
 
 def read_schedule(described: Mapping[str, Any], fidelity: Fidelity) -> Schedule | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hpo.storage.trial_attributes import Stopped
 from hpo.study.files import repeat_suffix
 from hpo.study.trainer import RunSettings, Trainer
+from hpo.worker.checkpoints import CheckpointDamaged, measure_checkpoint, set_aside
 from hpo.worker.early_stopping import StoppedEarly
+from hpo.worker.failures import OUT_OF_MEMORY_ERRORS
 from hpo.worker.results import read_result, write_result
 from hpo.worker.signals import StopSignals
 from scaling.laws.compute import Fidelity
@@ -28,8 +31,11 @@ if TYPE_CHECKING:
     from scaling.common.measurement import Measurement
 
 
+logger = logging.getLogger("muscale.hpo")
+
+
 class TrainingMonitor(Protocol):
-    """Watches a training and may stop it by raising `StoppedEarly`, as `EarlyStopper` does."""
+    """Watches a training. It may stop it by raising `StoppedEarly`, as `EarlyStopper` does."""
 
     def check(self) -> None:
         """Decide from what is known before the training continues."""
@@ -79,14 +85,13 @@ def run_job(
 
     Raises:
         KeyboardInterrupt: If a stop signal arrived before the end.
+        CheckpointDamaged: If the trainer cannot read the checkpoint that it was to continue.
     """
     losses: list[float] = []
     for repeat in range(job.seeds):
-        result = files.result(job.config, int(job.fidelity.D), repeat)
-        if result.exists():
-            outcome: float | Stopped = read_result(result)
-        else:
-            outcome = _train_repeat(job, repeat, trainer, files, uri, stop, monitor)
+        known = _read_known_loss(files.result(job.config, int(job.fidelity.D), repeat))
+        outcome: float | Stopped
+        outcome = _train_repeat(job, repeat, trainer, files, uri, stop, monitor) if known is None else known
         if isinstance(outcome, Stopped):
             return outcome
         losses.append(outcome)
@@ -107,12 +112,12 @@ def _train_repeat(
     """Train and record one repeat of a job. Return its loss, or where and why it was stopped early."""
     tokens = int(job.fidelity.D)
     result = files.result(job.config, tokens, repeat)
-    resume = None
-    if job.resume_tokens and repeat < job.resume_seeds:
-        resume = files.checkpoint(job.config, job.resume_tokens, repeat)
+    start = job.get_start(repeat)
+    resume = files.checkpoint(job.config, start, repeat) if start else None
     save = files.checkpoint(job.config, tokens, repeat)
     checkpoints = CheckpointPaths(files.partial(job.config, tokens, repeat), resume, save)
     save.parent.mkdir(parents=True, exist_ok=True)
+    was_interrupted = checkpoints.keep.exists()
     params = _describe(job, trainer, repeat)
     name = f"config-{job.config:04d}{repeat_suffix(repeat)}"
     began = time.perf_counter()
@@ -135,6 +140,28 @@ def _train_repeat(
             record.set_tag(f"rung_{job.rung}/stopped", json.dumps(stopped))
             record.finish("KILLED")
             return early.stopped
+        except Exception as error:
+            # What was saved at the interruption may be the cause. The next attempt starts from the checkpoint.
+            if was_interrupted and not _is_of_process(error):
+                checkpoints.keep.unlink(missing_ok=True)
+            raise
+
+
+def _is_of_process(error: Exception) -> bool:
+    """Return whether an error shows that the process lacks memory or has lost its worker."""
+    return isinstance(error, EOFError | ConnectionError) or type(error).__name__ in OUT_OF_MEMORY_ERRORS
+
+
+def _read_known_loss(result: Path) -> float | None:
+    """Return the loss of a training that has finished, or None. A damaged file is set aside with a warning."""
+    if not result.exists():
+        return None
+    try:
+        return read_result(result)
+    except ValueError:
+        set_aside(result)
+        logger.warning(f"result {result} is damaged: it is renamed to {result.name}.damaged, and the run is repeated")
+        return None
 
 
 def _describe(job: Job, trainer: Trainer, repeat: int) -> RunSettings:
@@ -159,7 +186,7 @@ def _save_result(record: Recorder, job: Job, save: Path, result: Path, loss: flo
     checkpoint = None if math.isnan(loss) else save
     record.log_result(rung=job.rung, tokens=int(job.fidelity.D), loss=loss, seconds=seconds, checkpoint=checkpoint)
     record.finish()
-    write_result(result, loss)
+    write_result(result, loss, None if checkpoint is None else measure_checkpoint(checkpoint))
 
 
 def read_losses(job: Job, files: StudyFiles) -> list[float] | None:
@@ -174,10 +201,10 @@ def read_losses(job: Job, files: StudyFiles) -> list[float] | None:
     """
     losses: list[float] = []
     for repeat in range(job.seeds):
-        result = files.result(job.config, int(job.fidelity.D), repeat)
-        if not result.exists():
+        loss = _read_known_loss(files.result(job.config, int(job.fidelity.D), repeat))
+        if loss is None:
             return None
-        losses.append(read_result(result))
+        losses.append(loss)
         if math.isnan(losses[-1]):
             break
     return _pad_losses(losses, job)
@@ -234,15 +261,45 @@ def train_once(
         KeyboardInterrupt: If a stop signal arrived before the end. The state is then in `checkpoints.keep`.
         StoppedEarly: If `monitor` stopped the run.
         RuntimeError: If the trainer ends without a final measurement.
+        CheckpointDamaged: If the trainer cannot read `checkpoints.resume`.
     """
     if monitor is not None:
         monitor.check()
+    keep, paths = checkpoints.keep, checkpoints
+    if keep.is_file() and keep.stat().st_size == 0:
+        logger.warning(f"the state of an interrupted run, {keep}, is empty: the run starts again where it began")
+        keep.unlink()
+    common = (trainer, params, fidelity, repeat)
+    if keep.exists():
+        try:
+            return _train_from(keep, *common, paths, record, on_result, stop, monitor)
+        except CheckpointDamaged as damaged:
+            set_aside(keep)
+            logger.warning(
+                f"the state of an interrupted run, {keep}, is damaged: it was renamed to {keep.name}.damaged, and the "
+                f"run starts again where it began ({damaged.reason})"
+            )
+    return _train_from(paths.resume, *common, paths, record, on_result, stop, monitor)
+
+
+def _train_from(
+    resume: Path | None,
+    trainer: Trainer,
+    params: Mapping[str, Any],
+    fidelity: Fidelity,
+    repeat: int,
+    checkpoints: CheckpointPaths,
+    record: Recorder,
+    on_result: Callable[[float, float], None],
+    stop: StopSignals,
+    monitor: TrainingMonitor | None,
+) -> float:
+    """Train one repeat from a checkpoint, or from the beginning, as `train_once` does."""
     started = time.perf_counter()
-    keep = checkpoints.keep
-    resume = keep if keep.exists() else checkpoints.resume
-    points = trainer(params, fidelity, resume=resume, save=checkpoints.save, keep=keep, repeat=repeat)
+    save, keep = checkpoints.save, checkpoints.keep
+    points = trainer(params, fidelity, resume=resume, save=save, keep=keep, repeat=repeat)
     with contextlib.closing(points), _export_run_id(trainer, record):  # type: ignore[type-var]
-        for point in stop.iterate(points):
+        for point in stop.iterate(_explain_damage(points, resume)):
             record.add(point)
             if point.final:
                 loss = math.nan if point.diverged else point.loss
@@ -253,6 +310,23 @@ def train_once(
     raise RuntimeError(
         f"the trainer ended {dict(params)} at {fidelity} without a final measurement: it must yield one with final=True"
     )
+
+
+def _explain_damage(points: Iterator[Measurement], resume: Path | None) -> Iterator[Measurement]:
+    """Yield the points of a training. Its error before the first one that names its checkpoint means that is damaged.
+
+    Raises:
+        CheckpointDamaged: If it is.
+    """
+    try:
+        first = next(points, None)
+    except (ValueError, OSError) as error:
+        if resume is not None and str(resume) in str(error):
+            raise CheckpointDamaged(resume, str(error)) from error
+        raise
+    if first is not None:
+        yield first
+        yield from points
 
 
 @contextlib.contextmanager

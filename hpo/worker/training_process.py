@@ -15,7 +15,6 @@ import os
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,8 +26,10 @@ import psutil
 from hpo.storage.leases import BEATS_PER_LEASE
 from hpo.storage.retry import get_storage_errors
 from hpo.study.config import StudyConfig
-from hpo.worker.early_stopping import EarlyStopper, StoppedEarly
-from hpo.worker.job import run_job
+from hpo.worker.checkpoints import CheckpointDamaged
+from hpo.worker.early_stopping import StoppedEarly
+from hpo.worker.failures import OUT_OF_MEMORY_ERRORS, describe_error
+from hpo.worker.job import TrainingMonitor, run_job
 from hpo.worker.signals import StopSignals
 from scaling.common.logs import configure_logging
 
@@ -45,8 +46,6 @@ POLL_SECONDS = 0.1
 START_SECONDS = 300.0
 # Exit code of the process when the worker has stalled for longer than its lease.
 EXIT_STALLED = 75
-# Names of the exceptions that mean a lack of memory: Python's, and torch's, which must not be imported here.
-OUT_OF_MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")
 # Of at most 1000. If the system runs out of memory, it kills this process before the worker.
 OOM_SCORE = 500
 
@@ -91,13 +90,13 @@ class ChildProcessTrainer:
         self.close()
 
     def train(
-        self, job: Job, monitor: EarlyStopper | None, beat: Callable[[], None], stop: StopSignals
+        self, job: Job, monitor: TrainingMonitor | None, beat: Callable[[], None], stop: StopSignals
     ) -> list[float] | Stopped:
         """Train a job as `run_job` does, in the child process.
 
         Args:
             job: The job.
-            monitor: Decides at each point whether to stop the run early.
+            monitor: Receives each point, and may stop the run early.
             beat: Writes a heartbeat. It is called several times per lease, and what it raises ends the training.
             stop: The stop signals.
 
@@ -108,7 +107,8 @@ class ChildProcessTrainer:
             TrainingCrashed: If the process was killed, ran out of memory, or hung.
             WorkerStalled: If this worker was suspended for longer than its lease.
             KeyboardInterrupt: If a stop signal arrived.
-            RuntimeError: If the trainer raised any other error, whose traceback is the message.
+            CheckpointDamaged: If the trainer cannot read the checkpoint that it was to continue.
+            TrainingFailed: If the trainer raised any other error.
         """
         try:
             return self._train(job, monitor, beat, stop)
@@ -121,7 +121,7 @@ class ChildProcessTrainer:
             raise
 
     def _train(
-        self, job: Job, monitor: EarlyStopper | None, beat: Callable[[], None], stop: StopSignals
+        self, job: Job, monitor: TrainingMonitor | None, beat: Callable[[], None], stop: StopSignals
     ) -> list[float] | Stopped:
         channel = self._start()
         channel.send(job)
@@ -141,14 +141,14 @@ class ChildProcessTrainer:
                 if kind == "point":
                     channel.send(_judge(monitor, value))
                     continue
-                if kind in ("stopped", "failed", "memory"):
+                if kind in ("stopped", "failed", "damaged", "memory"):
                     self.close()
                 if kind == "stopped":
                     raise KeyboardInterrupt
                 if kind == "memory":
                     raise TrainingCrashed(f"out of memory: {value}")
-                if kind == "failed":
-                    raise RuntimeError(f"the trainer failed on {job.params} at {job.fidelity}:\n{value}")
+                if kind in ("failed", "damaged"):
+                    raise value
                 return value  # type: ignore[no-any-return]
             now = time.monotonic()
             if now - last_beat > self.lease / BEATS_PER_LEASE:
@@ -228,7 +228,7 @@ class ChildProcessTrainer:
         return TrainingCrashed(f"its process ended (exit code {code})")
 
 
-def _judge(monitor: EarlyStopper | None, point: Measurement | None) -> Stopped | None:
+def _judge(monitor: TrainingMonitor | None, point: Measurement | None) -> Stopped | None:
     """Ask the monitor whether the run stops at a point; None: at the last point that it knows."""
     if monitor is None:
         return None
@@ -323,9 +323,14 @@ def _serve(
                     return
                 except (EOFError, BrokenPipeError, ConnectionResetError):
                     raise
+                except CheckpointDamaged as damaged:
+                    channel.send(("damaged", damaged))
+                    return
                 # A trainer may raise anything, which the worker reports.
                 except Exception as error:
-                    is_memory = type(error).__name__ in OUT_OF_MEMORY_ERRORS
-                    channel.send(("memory", str(error)) if is_memory else ("failed", traceback.format_exc()))
+                    if type(error).__name__ in OUT_OF_MEMORY_ERRORS:
+                        channel.send(("memory", str(error)))
+                    else:
+                        channel.send(("failed", describe_error(error, files.log(job.config, int(job.fidelity.D)))))
                     return
             channel.send(("done", outcome))

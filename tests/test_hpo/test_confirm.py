@@ -14,6 +14,7 @@ import optuna
 import pytest
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import RandomSampler
+from scipy.special import ndtri
 from scipy.stats import norm
 
 from hpo.confirm.contenders import Contender, choose_contenders
@@ -26,9 +27,10 @@ from hpo.confirm.runs import (
     read_confirmation,
 )
 from hpo.confirm.statistics import compute_t_interval, estimate_lead_from_model, estimate_lead_from_seeds
-from hpo.confirm.verdict import compare_losses, describe_confirmation, describe_lead, is_current
+from hpo.confirm.verdict import compare_losses, describe_answer, describe_confirmation, describe_lead, is_current
 from hpo.search.search import Search
 from hpo.storage.trial_attributes import read_loss
+from hpo.study.answer import choose_answer
 from hpo.study.files import StudyFiles
 from scaling.laws.compute import Fidelity
 
@@ -321,3 +323,59 @@ def test_a_stored_confirmation_is_told_apart_from_one_of_another_answer(tmp_path
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"confirmed\.json is not what `hpo confirm` wrote"):
         read_confirmation(files)
+
+
+# The answer that is printed
+
+
+class ContradictingSampler(RandomSampler):
+    """A model that answers lr = 1e-3 and gives it a stated probability of beating any other settings."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__(seed=0)
+        self.probability = probability
+
+    def propose(self, study: Any, space: Any, slots: Any, cost: Any, target: Any, **_: Any) -> Any:
+        settings = {"lr": 10 ** -(1 + len(study.trials) % 7 / 2)}
+        return settings, 0
+
+    def is_hopeless(self, study: Any, space: Any, params: Any, target: Any) -> bool:
+        return False
+
+    def best(self, study: Any, space: Any, target: Any) -> dict[str, Any]:
+        return {"lr": 1e-3}
+
+    def difference(self, study: Any, space: Any, a: Any, b: Any, target: Any) -> tuple[float, float]:
+        return float(ndtri(self.probability)), 1.0
+
+
+@pytest.mark.parametrize(
+    ("probability", "target", "is_measured"),
+    [(0.01, Fidelity(4000.0, 90_000), True), (0.3, Fidelity(4000.0, 90_000), False), (0.01, TOP, False)],
+)
+def test_an_extrapolation_that_its_model_does_not_believe_is_not_printed_as_best(
+    probability: float, target: Fidelity, is_measured: bool
+) -> None:
+    space = {"lr": FloatDistribution(1e-5, 1.0, log=True)}
+    search = Search(
+        space,
+        tokens=(1_000, 9_000),
+        sizes=(1000.0,),
+        target=target,
+        sampler=ContradictingSampler(probability),
+        iterations=1,
+    )
+    while (job := search.ask()) is not None:
+        search.tell(job, abs(math.log10(job.params["lr"]) + 2))
+    answer = choose_answer(search)
+    assert answer.is_measured == is_measured
+    assert answer.params["lr"] == pytest.approx(1e-2 if is_measured else 1e-3)
+    assert answer.probability == pytest.approx(probability)
+    text = describe_answer(search, answer, "s")
+    if is_measured:
+        assert text.startswith("best measured settings, at the largest run (N 1,000, D 9,000):\n  lr = 0.01\n")
+        assert "lr=0.001, but gives these a probability of 0.01" in " ".join(text.split())
+        assert "Use `scaling recommend s --target`" in text
+    else:
+        assert text.startswith(f"best settings for the target, N {target.N:,.0f}")
+        assert ("Extrapolated" in text) == (target != TOP)

@@ -357,7 +357,8 @@ def test_a_model_based_search_whose_workers_are_killed_decides_the_same(asynchro
         return run_course(InMemoryStorage(), kills=kills, loss=lr_loss, asynchronous=asynchronous, **options)
 
     expected = go(None)
-    assert len(expected) >= 12
+    # Settings that a model wants at a rung where they have been run are not run again there.
+    assert len(expected) >= 11
     assert go(random.Random(1)) == expected
 
 

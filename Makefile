@@ -25,10 +25,14 @@ quickstart: install
 	proxies launch studies/quickstart.toml
 	scaling report quickstart
 
-# One BLAS thread per process, because there is one process per core. The slow tests of a file stay in one process, because
-# they share expensive fixtures.
+# Slow tests wait for other processes half of the time, so there are three for every two cores.
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+SLOW_PROCESSES := $(shell echo $$(( ($(CORES) * 3 + 1) / 2 )))
+
+# One BLAS thread per process, because there is at least one process per core. The slow tests of a file stay in one
+# process, because they share expensive fixtures.
 test: install-test lint test-fast
-	OMP_NUM_THREADS=1 pytest -n auto --dist loadfile -m slow
+	OMP_NUM_THREADS=1 pytest -n $(SLOW_PROCESSES) --dist loadfile -m slow
 
 test-fast: install-test
 	OMP_NUM_THREADS=1 pytest -n auto -m "not slow"

@@ -196,7 +196,9 @@ def finish_table(
             remarks.append(f"not read: {format_number(int(is_header.sum()), 'row')} with the names of the columns")
     is_blank = first.isna()
     if is_blank.any():
+        # Sheets end with such rows. Between others one stands for a run without a result.
         is_blank &= table.isna().all(axis=1)
+        is_blank &= is_blank[::-1].cumprod()[::-1].astype(bool)
     if is_header.any() or is_blank.any():
         table = table[~is_header & ~is_blank].reset_index(drop=True)
     if not len(table):

@@ -26,8 +26,9 @@ FACTORS = (1e-3, 1e3, 1e-6, 1e6, 1e-9, 1e9)
 LEAST_MISS, LEAST_RATIO = 0.02, 4.0
 # A loss is far off if it is more than so many robust sd, and more than this (of ln loss), from what is expected.
 LOSS_SDS, LEAST_LOSS_MISS = 6.0, 0.05
-# Runs with a larger leverage in the regression are not judged.
-LARGEST_LEVERAGE = 0.7
+# Runs with a larger leverage in the regression, or with so many times the mean leverage, are not judged: at the ends of
+# a table a quadratic is no law.
+LARGEST_LEVERAGE, LEVERAGE_RATIO = 0.7, 3.0
 # Runs that the regression is fitted to, at most.
 MOST_REGRESSED = 5000
 # Iterations of the robust regression, and its tuning constant (Tukey's biweight).
@@ -244,7 +245,8 @@ def _regress_losses(runs: pd.DataFrame) -> NDArray[np.float64] | None:
             residual = y[some] - design[some] @ coefficients
             scale = 1.4826 * float(np.median(np.abs(residual))) or 1e-12
             weights = np.clip(1 - (residual / (TUNING * scale)) ** 2, 0, None) ** 2 + 1e-9
-        return np.where(leverage > LARGEST_LEVERAGE, 0.0, y - design @ coefficients)
+        largest = min(LARGEST_LEVERAGE, max(LEVERAGE_RATIO * rank / len(y), 0.05))
+        return np.where(leverage > largest, 0.0, y - design @ coefficients)
     return None
 
 

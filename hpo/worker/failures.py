@@ -49,9 +49,14 @@ def describe_error(error: BaseException, log: Path) -> TrainingFailed:
     is_own = any(last.is_relative_to(root / package) for package in OWN_PACKAGES)
     if is_own and isinstance(error, ValueError | RuntimeError):
         return TrainingFailed(str(error), is_of_machine)
-    with log.open("a", encoding="utf-8") as file:
-        file.writelines(traceback.format_exception(error))
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            file.writelines(traceback.format_exception(error))
+        kept = f"its traceback is in {log}"
+    # The disk is full, or the study was removed.
+    except OSError as problem:
+        kept = f"its traceback could not be written to {log} ({problem.strerror})"
     where = f" ({last.name}, line {frames[-1].lineno})" if frames else ""
     text = str(error).strip()
     name = type(error).__name__
-    return TrainingFailed(f"{name}{f': {text}' if text else ''}{where}; its traceback is in {log}", is_of_machine)
+    return TrainingFailed(f"{name}{f': {text}' if text else ''}{where}; {kept}", is_of_machine)

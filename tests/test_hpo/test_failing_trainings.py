@@ -181,3 +181,12 @@ def test_an_error_of_a_program_is_told_as_the_trainer_tells_it(tmp_path: Path) -
         resolve_command("train {lr}", {})
     assert str(describe_error(caught.value, tmp_path / "a.log")) == str(caught.value)
     assert not (tmp_path / "a.log").exists()
+
+
+def test_an_error_is_reported_though_its_traceback_cannot_be_written(tmp_path: Path) -> None:
+    try:
+        {}["lr"]
+    except KeyError as error:
+        failure = describe_error(error, tmp_path / "removed" / "a.log")
+    assert "KeyError: 'lr'" in str(failure)
+    assert f"could not be written to {tmp_path}/removed/a.log (No such file or directory)" in str(failure)

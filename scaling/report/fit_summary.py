@@ -118,7 +118,7 @@ def summarize_fits(runs: pd.DataFrame, *, compare: bool = True, budgets: Sequenc
     """
     fits = fit_table(usable(runs), bootstrap=BOOTSTRAP_SAMPLES)
     hp, groups, mixed = fits.hp, fits.groups, find_mixed_conditions(fits)
-    n_runs = len(fits.used) if hp is None else hp.n_runs
+    n_runs = len(fits.used) if hp is None else hp.n_runs + fits.n_without_settings
     summary: dict[str, Any] = {
         "runs": n_runs,
         "left_out": len(runs) - n_runs,

@@ -161,3 +161,18 @@ def test_runs_without_a_rate_or_a_batch_are_left_out_and_counted() -> None:
     fit = fit_hp_law(lacking)
     assert (fit.n_runs, fit.n_without_settings) == (len(runs) - 3, 3)
     assert fit.law == fit_hp_law(runs.drop(index=[0, 5, 7])).law
+
+
+def test_a_run_without_settings_at_an_n_and_d_of_its_own_counts_for_the_loss() -> None:
+    runs = sweep(MUP, per=10, seed=12, parametrization="mup")
+    hp = fit_hp_law(runs)
+    small = fit_loss_evidence(runs, hp).fit
+    alone = pd.DataFrame({"N": [8e5, 2e5], "D": [5.4e6, 6e5], "lr": np.nan, "batch_tokens": np.nan})
+    alone["loss"] = 1.05 * small.predict(alone["N"], alone["D"])
+    together = pd.concat([runs, alone], ignore_index=True)
+    more = fit_loss_evidence(together, fit_hp_law(together)).fit
+    # The one at other N and D moves the law, the one in a group of known settings is left to that group.
+    assert more.ranges["N"] == (1e5, 8e5)
+    assert 1.001 < float(more.predict(8e5, 5.4e6) / small.predict(8e5, 5.4e6)) < 1.05
+    one = pd.concat([runs, alone.head(1)], ignore_index=True)
+    assert more.law == fit_loss_evidence(one, fit_hp_law(one)).fit.law

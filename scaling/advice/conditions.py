@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from shlex import quote
 from typing import Any
 
@@ -27,6 +29,8 @@ OTHER_WORDS = frozenset({
 })  # fmt: skip
 # How an empty cell is shown.
 EMPTY = "(empty)"
+# Between the values of two columns, and how many columns are tried in pairs: those that explain most alone.
+PAIR, MOST_PAIRED = " and ", 6
 # Values of a column that names conditions: at most so many, and at most so many per run.
 MAX_LEVELS, MAX_LEVELS_PER_RUN = 30, 0.5
 MAX_NUMBERS = 12
@@ -54,6 +58,7 @@ class MixedConditions:
         runs: Number of runs that were compared.
         alike_in: What the compared runs are alike in, such as "N, D, lr and batch"; empty if they were compared with
             the law.
+        second: A second column, where only two together explain it; `levels` are those of the pair.
     """
 
     scatter: float
@@ -63,6 +68,7 @@ class MixedConditions:
     excess: tuple[float, ...]
     runs: int
     alike_in: str
+    second: str = ""
 
     @property
     def serious(self) -> bool:
@@ -75,6 +81,8 @@ class MixedConditions:
                 f"{self._describe_scatter()}, and no column of the table explains it: do all of them have the same "
                 "data, model and optimizer?"
             )
+        if self.second:
+            return f"{self._describe_scatter()}, and {self._describe_pair()} of that. {self._advise()}"
         values = [self.levels[0]]
         values += [f"{level} {100 * above:+.2g} %" for level, above in zip(self.levels, self.excess, strict=True)][1:]
         if len(values) > 4:
@@ -89,16 +97,24 @@ class MixedConditions:
         """The same in at most two lines of a terminal."""
         if self.column is None:
             return f"{self._describe_scatter()}, and no column of the table explains it."
+        if self.second:
+            return f"{self._describe_scatter()}; {self._describe_pair()} of that. {self._advise()}"
         return f"{self._describe_scatter()}; {self.column} explains {self._format_share()} of that. {self._advise()}"
 
     def _describe_scatter(self) -> str:
         what = f"Runs alike in {self.alike_in} differ" if self.alike_in else "Runs differ from the laws"
         return f"{what} by {100 * self.scatter:.2g} % (sd)"
 
+    def _describe_pair(self) -> str:
+        return f"the columns {self.column} and {self.second} together explain {self._format_share()}"
+
     def _format_share(self) -> str:
         return f"{100 * min(self.share, 0.99):.0f} %"
 
     def _advise(self) -> str:
+        if self.second:
+            value = f"{self.column}={self.levels[0].partition(PAIR)[0].removeprefix(EMPTY)}"
+            return f"Use --where {quote(value)} --by {quote(self.second)}."
         value = f"{self.column}={self.levels[0].removeprefix(EMPTY)}"
         return f"Use --where {quote(value)} or --by {quote(str(self.column))}."
 
@@ -134,21 +150,55 @@ def find_mixed_conditions(fits: TableFits) -> MixedConditions | None:
     if scatter < NOTABLE_SCATTER:
         return None
     found: MixedConditions | None = None
+    shares: dict[str, float] = {}
     for column in _list_condition_columns(runs):
         # Where runs are compared with the law, a column that follows N only shows where the law does not fit.
         if not is_alike and runs.groupby("N")[column].nunique(dropna=False).max() < 2:
             continue
         levels, effect, share = _explain(residual, alike, runs[column], freedom)
+        shares[column] = share
         if share < NOTABLE_SHARE or (found is not None and share <= found.share):
             continue
-        order = np.argsort(effect)
-        names = tuple(str(levels[i]) for i in order)
-        excess = tuple(float(v) for v in np.expm1(effect[order] - effect[order[0]]))
+        names, excess = _sort_levels(levels, effect)
         compared = int((residual != 0).sum())
         found = MixedConditions(scatter, column, share, names, excess, compared, alike_in if is_alike else "")
     if found is None and is_alike and scatter > UNEXPLAINED_SCATTER:
+        found = _explain_by_pair(runs, residual, alike, freedom, shares)
+    if found is not None and found.second:
+        return replace(found, scatter=scatter, alike_in=alike_in)
+    if found is None and is_alike and scatter > UNEXPLAINED_SCATTER:
         return MixedConditions(scatter, None, 0.0, (), (), int((residual != 0).sum()), alike_in)
     return found
+
+
+def _explain_by_pair(
+    runs: pd.DataFrame, residual: Array, alike: NDArray[np.intp], freedom: int, shares: Mapping[str, float]
+) -> MixedConditions | None:
+    """Return the two columns that together explain how runs alike differ; None if no two do.
+
+    Runs that were trained on several corpora and evaluated on several others need two, for example.
+    """
+    # Of columns that explain as much, one of names says more than one of numbers.
+    best = sorted(shares, key=lambda c: (-round(shares[c], 6), pd.api.types.is_numeric_dtype(runs[c])))[:MOST_PAIRED]
+    found: MixedConditions | None = None
+    for first, second in combinations(best, 2):
+        texts = [runs[c].astype(object).where(runs[c].notna(), EMPTY).map(format_value) for c in (first, second)]
+        both = texts[0] + PAIR + texts[1]
+        if both.nunique() > MAX_LEVELS:
+            continue
+        levels, effect, share = _explain(residual, alike, both, freedom)
+        if share < NOTABLE_SHARE or (found is not None and share <= found.share):
+            continue
+        names, excess = _sort_levels(levels, effect)
+        found = MixedConditions(0.0, first, share, names, excess, int((residual != 0).sum()), "", second)
+    return found
+
+
+def _sort_levels(levels: Sequence[object], effect: Array) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Return the levels from the lowest loss to the highest, and by which ratio each is above the lowest, less 1."""
+    order = np.argsort(effect)
+    excess = np.expm1(effect[order] - effect[order[0]])
+    return tuple(str(levels[i]) for i in order), tuple(float(v) for v in excess)
 
 
 def _number_alike_runs(runs: pd.DataFrame) -> NDArray[np.intp]:
@@ -212,8 +262,11 @@ def _explain(
     rank = int(np.linalg.matrix_rank(design, tol=1e-9 * max(1.0, float(np.abs(design).max())) * len(residual)))
     explained = 1 - float(np.sum((residual - design @ effect) ** 2)) / total
     share = 1 - (1 - explained) * freedom / max(freedom - rank, 1)
-    if freedom <= rank or share < NOTABLE_SHARE:
+    if freedom <= rank:
         return list(levels), effect, 0.0
+    # What explains too little need not be tested.
+    if share < NOTABLE_SHARE:
+        return list(levels), effect, share
     rng = np.random.default_rng(0)
     inverse = np.linalg.pinv(design)
     chance = 0

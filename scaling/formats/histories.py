@@ -40,6 +40,10 @@ LOSS = re.compile(
     rf"(?:[ _]*(?:value|ppl))?(?:[ _-]+({'|'.join(sorted(SETS, key=len, reverse=True))}))?\s*[:=]?\s*{NUMBER}",
     re.IGNORECASE,
 )
+# "train 4.83, val 4.96" is a pair of losses without the word.
+BARE_LOSSES = re.compile(
+    rf"\btrain(?:ing)?[ :=]+{NUMBER},?\s+(?:val|valid|validation|eval)[ :=]+{NUMBER}", re.IGNORECASE
+)
 # A word before the name belongs to it: the norm in "grad norm: 1.1" is not called "norm".
 PAIR = re.compile(rf"(?<![A-Za-z)] )\b([A-Za-z][\w./-]*)\s*[:=]\s*{NUMBER}", re.IGNORECASE)
 # Names of several words that logs separate by bars or commas.
@@ -126,8 +130,8 @@ def read_trainer_state(document: dict[str, Any], path: Path) -> RawTable:
     raise_problems(wrong[:5], str(path))
     rows = []
     for entry in history:
-        # The last entry sums the training up; its train_loss is a mean over all steps.
-        if "train_runtime" not in entry:
+        # The last entry sums the training up; its train_loss is a mean over all steps. Predictions have no step.
+        if "train_runtime" not in entry and not ("step" not in entry and "predict_runtime" in entry):
             rows.append({"train_loss" if name == "loss" else name: value for name, value in entry.items()})
     if not rows:
         raise ValueError(f"{path} cannot be used: no rows (its log_history is empty)")
@@ -198,6 +202,8 @@ def _read_line(line: str) -> dict[str, Any] | None:
     for before, what, after, value in LOSS.findall(line):
         kind = SETS.get((before or after).lower()) or ("val_" if EVALUATION.search(line) else "train_")
         losses.setdefault(kind + what.lower().replace(" ", "_"), value.replace(",", ""))
+    if not losses and (bare := BARE_LOSSES.search(line)):
+        losses = {"train_loss": bare[1].replace(",", ""), "val_loss": bare[2].replace(",", "")}
     for name, value in PAIR.findall(line):
         if name in LLM_C:
             losses[LLM_C[name]] = value.replace(",", "")

@@ -9,7 +9,7 @@ import ast
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,10 @@ PRINTED_DICT = re.compile(r"\s*\{.*:.*\}\s*", re.DOTALL)
 LARGE = 1 << 20
 # Cells of a column of text that are looked at to find printed dicts.
 FIRST_CELLS = 20
+# Names of a list of the steps at which the losses beside it were logged.
+STEPS_NAME = re.compile(r"(global_|train_)?(steps?|iters?|iterations?|tokens(_seen)?)", re.IGNORECASE)
+# Lists of at most so many values may be settings of a run, such as the betas of its optimizer.
+MOST_SETTINGS = 8
 # Prefixes of settings that Ray joins by slashes.
 SLASHED_PREFIXES = ("config/",)
 
@@ -97,6 +101,10 @@ def read_document(document: Any, path: Path) -> RawTable:
         f"row {i}: needed an object {{...}}, got {str(r)[:40]}" for i, r in enumerate(rows) if not isinstance(r, dict)
     ]
     raise_problems(list_first(wrong, "rows"), str(path))
+    if (points := _expand_curves(rows)) is not None:
+        how = "by step, read with one row per step" if len(points) > len(rows) else "without steps, read at their ends"
+        remarks.append(f"the losses are lists {how}")
+        rows = points
     return RawTable(flatten_rows(rows, str(path)), remarks)
 
 
@@ -379,6 +387,51 @@ def _read_objects(document: Mapping[str, Any]) -> tuple[list[Any], str] | None:
         return None
     rows = values if is_numbered else [{"run_id": key, **row} for key, row in document.items()]
     return rows, "one object per run (orient='index')"
+
+
+def _expand_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return one row per step of runs whose losses are lists; None if no run has such lists."""
+    curves = [_read_curves(row) for row in rows]
+    if not any(curves):
+        return None
+    expanded = list[dict[str, Any]]()
+    for i, (row, points) in enumerate(zip(rows, curves, strict=True)):
+        name = {"run_id": f"run-{i}"} if len(rows) > 1 and "run_id" not in row else {}
+        expanded += [{**name, **point} for point in points or [dict(row)]]
+    return expanded
+
+
+def _read_curves(run: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return one row per step of a run whose losses are [[step, loss], ...], or lists beside one of the steps.
+
+    Losses without steps, as one per epoch, become one row with the last of each. None if there are no such lists, or if
+    the run also has its last loss as a number.
+    """
+    lists = {k: v for k, v in run.items() if isinstance(v, list) and v}
+    if not _names_a_loss(lists) or any(
+        _names_a_loss([k]) and isinstance(v, int | float) and not re.search(r"best|min", k) for k, v in run.items()
+    ):
+        return None
+    rest = {k: v for k, v in run.items() if k not in lists or len(v) <= MOST_SETTINGS}
+    pairs = {k: v for k, v in lists.items() if all(_is_numbers(point) and len(point) == 2 for point in v)}
+    if _names_a_loss(pairs):
+        by_step: dict[float, dict[str, Any]] = {}
+        for name, curve in pairs.items():
+            for step, value in curve:
+                by_step.setdefault(step, {})[name] = value
+        fixed = {k: v for k, v in rest.items() if k not in pairs}
+        return [{**fixed, "step": step, **by_step[step]} for step in sorted(by_step)]
+    axis = next((k for k, v in lists.items() if STEPS_NAME.fullmatch(k) and _is_numbers(v)), None)
+    series = {k: v for k, v in lists.items() if axis and len(v) == len(lists[axis])}
+    if not _names_a_loss(series):
+        ends = {k: v[-1] for k, v in lists.items() if _names_a_loss([k]) and _is_numbers(v)}
+        return [{k: v for k, v in rest.items() if k not in ends} | ends] if ends else None
+    fixed = {k: v for k, v in rest.items() if k not in series}
+    return [{**fixed, **dict(zip(series, point, strict=True))} for point in zip(*series.values(), strict=True)]
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, int | float) for v in value)
 
 
 def _is_list_of_objects(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scaling.common.quantities import format_count
+from scaling.runs.cells import parse_numbers
 from scaling.runs.columns import BLANKS, Candidate, quote, rank_candidates, split_column
 from scaling.runs.units import guess_scale
+from scaling.runs.vocabulary import split_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +23,21 @@ GUESSED_COLUMNS = ("N", "D", "loss", "lr", "batch_tokens", "seq_len", "run_id")
 
 # Optional columns without which a source is tried.
 LEFT_OUT: tuple[tuple[str, ...], ...] = ((), ("run_id",), ("run_id", "lr"), ("run_id", "lr", "batch_tokens"))
+
+
+# Names of columns that say how large a model is.
+SHAPE_NAMES = frozenset(
+    {"d_model", "dim", "model_dim", "embed_dim", "n_embd", "hidden_size", "hidden_dim", "width", "emb_dim", "d_emb"}
+    | {"n_layer", "n_layers", "num_layers", "layers", "num_hidden_layers", "depth", "nlayers", "num_blocks"}
+)
+# A column of learning rates or batches is passed over for another if it has values in fewer of the usable rows.
+LEAST_FILLED = 0.5
+# A size or loss with values in so small a share of the rows of another comes after it.
+SPARSE = 0.25
+# A rate that is lower than another by this factor in every row is that at the end of a decay.
+LEAST_DECAY = 1.5
+# Words of a column that may hold the peak of that rate. Others are rates of other parameters.
+PEAK_WORDS = frozenset({"lr", "learning", "rate", "learningrate", "peak", "max", "initial", "init", "base"})
 
 
 @dataclass(frozen=True)
@@ -75,14 +92,19 @@ def guess_columns(
         else rank_candidates(name, raw, but=[split_column(c, list(raw.columns))[0] for c in mapping.values()])
         for name in GUESSED_COLUMNS
     }
+    ranked |= {name: _demote_sparse(ranked[name]) for name in ("N", "loss")}
     # Optional columns that make the source unreadable are left out, and other columns are tried for required ones.
     ways = product([*ranked["loss"][:3], None], [*ranked["D"][:3], None], [*ranked["N"][:2], None], LEFT_OUT)
     for loss, tokens, size, left_out in ways:
         if loss is None and "loss" not in mapping and "loss" not in constants:
             continue
         required = {"loss": loss, "D": tokens, "N": size}
+        found = {n: c for n, c in required.items() if c is not None}
         chosen = {n: c[0] for n, c in ranked.items() if c and n not in (*left_out, *required)}
-        chosen |= {n: c for n, c in required.items() if c is not None}
+        chosen |= {n: _prefer_filled(ranked[n], found.values()) for n in ("lr", "batch_tokens") if n in chosen}
+        if "lr" in chosen:
+            chosen["lr"] = _prefer_peak(chosen["lr"], ranked["lr"])
+        chosen |= found
         # An empty text leaves out a column that has the right name.
         empty = {n: "" for n in left_out if n in raw.columns and n not in mapping and n not in constants}
         guess = _complete_guess(raw, chosen, {**mapping, **empty}, constants, ranked, run_name)
@@ -90,6 +112,58 @@ def guess_columns(
         if try_mapping(guess.mapping, filled):
             return guess
     return None
+
+
+def _demote_sparse(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return candidates with those last, of equal kind, that have values in far fewer rows than the fullest."""
+    counts = [int(c.numbers.notna().sum()) if c.numbers is not None else 0 for c in candidates]
+    fullest: dict[int, int] = {}
+    for candidate, count in zip(candidates, counts, strict=True):
+        fullest[candidate.rank[0]] = max(count, fullest.get(candidate.rank[0], 0))
+    is_sparse = [n < SPARSE * fullest[c.rank[0]] for c, n in zip(candidates, counts, strict=True)]
+    order = sorted(range(len(candidates)), key=lambda i: (candidates[i].rank[0], is_sparse[i], i))
+    return [candidates[i] for i in order]
+
+
+def _prefer_filled(candidates: Sequence[Candidate], required: Iterable[Candidate]) -> Candidate:
+    """Return the best candidate, or the next one that has values in many more of the rows that a law can use.
+
+    A folder of runs may hold a table that has a column `lr` and no tokens beside runs that have `config.lr`.
+    """
+    import pandas as pd
+
+    columns = [c.numbers.notna() for c in required if c.numbers is not None]
+    is_usable = pd.concat(columns, axis=1).all(axis=1) if columns else None
+    if is_usable is None or not is_usable.any():
+        return candidates[0]
+    shares = [float(c.numbers[is_usable].notna().mean()) if c.numbers is not None else 1.0 for c in candidates]
+    if shares[0] >= LEAST_FILLED:
+        return candidates[0]
+    return next((c for c, share in zip(candidates, shares, strict=True) if share > 2 * shares[0]), candidates[0])
+
+
+def _prefer_peak(chosen: Candidate, candidates: Sequence[Candidate]) -> Candidate:
+    """Return the column of learning rates that holds the peak rather than `chosen`, if that is lower in all rows.
+
+    A tracker keeps the last rate that was logged, which is that at the end of a decay, beside the setting.
+    """
+    if chosen.numbers is None:
+        return chosen
+    for other in candidates:
+        if (
+            other.column == chosen.column
+            or other.numbers is None
+            or not set(split_words(other.column)[-1]) <= PEAK_WORDS
+        ):
+            continue
+        both = chosen.numbers.gt(0) & other.numbers.gt(0)
+        # A rate that changes from row to row is logged along a run, and its own maximum is the peak.
+        if not both.any() or both.sum() < chosen.numbers.gt(0).sum():
+            continue
+        ratio = (other.numbers / chosen.numbers)[both]
+        if float(ratio.min()) >= LEAST_DECAY:
+            return other
+    return chosen
 
 
 def _complete_guess(
@@ -145,6 +219,11 @@ def _complete_guess(
     reasons += [f"{n} is left out: the rows cannot be read with it" for n, c in mapping.items() if not c]
     reasons += [f"{n}: {text}" for n, text in notes.items()]
     reasons += [f"{n} is not in the source: give {BLANKS[n][0]}" for n in blanks]
+    if "N" in blanks and (shape := _find_shape(raw)):
+        reasons.append(
+            f"{shape}, so the runs differ in N: add the parameters of each to the source as n_params, or keep the "
+            "runs of one size"
+        )
     return Guess(
         {**mapping, **new},
         values,
@@ -152,6 +231,17 @@ def _complete_guess(
         {n: BLANKS[n][0] for n in blanks},
         bool(new or blanks or notes or not all(mapping.values())),
     )
+
+
+def _find_shape(raw: pd.DataFrame) -> str:
+    """Return that a column of the shape of models differs from run to run, with its range; empty if none does."""
+    for column in map(str, raw.columns):
+        parts = split_words(column)
+        if parts and "_".join(parts[-1]) in SHAPE_NAMES:
+            numbers, wrong = parse_numbers(raw[column])
+            if not wrong and numbers.nunique() > 1:
+                return f"{column} is {numbers.min():g} to {numbers.max():g}"
+    return ""
 
 
 def _describe(candidate: Candidate, others: Sequence[Candidate]) -> str:

@@ -19,8 +19,23 @@ from scaling.formats.raw import RawTable, is_empty, raise_problems
 from scaling.runs.cells import describe_mistakes, parse_numbers
 from scaling.runs.columns import MAX_COLUMNS_SHOWN, Findings, has_state_name, plan_columns, quote
 from scaling.runs.guesses import Guess, guess_columns
-from scaling.runs.marks import NOT_RUNS, find_history, mark_copies, mark_rows, read_states, take_peak_lr
-from scaling.runs.remarks import explain_signs, find_outliers, remark_missing_settings, remark_other_rates
+from scaling.runs.marks import (
+    NO_RESULT,
+    NOT_RUNS,
+    find_history,
+    find_parts,
+    mark_copies,
+    mark_rows,
+    read_states,
+    take_peak_lr,
+)
+from scaling.runs.remarks import (
+    explain_signs,
+    find_outliers,
+    remark_accumulation,
+    remark_missing_settings,
+    remark_other_rates,
+)
 from scaling.runs.table import (
     COLUMNS,
     COUNT_COLUMNS,
@@ -203,6 +218,10 @@ def count_runs(runs: pd.DataFrame) -> tuple[int, int, int]:
         (runs, diverged runs, groups of equal N and D).
     """
     ends = runs[~runs["excluded"].isin(NOT_RUNS)]
+    if "run_id" in ends:
+        # The points of a run without any loss are one run.
+        is_point = ends["excluded"].eq(NO_RESULT) & ends["run_id"].notna() & ends["run_id"].ne("")
+        ends = ends[~(is_point & ends["run_id"].where(is_point).duplicated(keep="last"))]
     sizes = ends[["N", "D"]].dropna()
     return len(ends), int(ends["diverged"].sum()), len(sizes.drop_duplicates())
 
@@ -314,11 +333,14 @@ def _map_columns(
     is_history = find_history(table, is_copy)
     if not is_checked:
         take_peak_lr(table, is_history, findings, plan.get("lr", ("lr", []))[0])
-    mark_rows(table, state, is_copy, is_history, findings)
+    none = pd.Series(False, cells.index)
+    is_part = none if is_checked else find_parts(cells, table, is_history, findings)
+    mark_rows(table, state, is_copy, is_history, is_part, findings)
     if not is_checked and not findings.problems:
         findings.remarks += remark_small_counts(table[table["excluded"].eq("")], plan)
         findings.remarks += remark_missing_settings(table)
         findings.remarks += remark_other_rates(cells, table, plan)
+        findings.remarks += remark_accumulation(cells, plan)
         outliers = find_outliers(table[table["excluded"].eq("")])
         findings.remarks += outliers.remarks
         table["excluded"] = table["excluded"].mask(
@@ -394,4 +416,7 @@ def _add_rest(runs: pd.DataFrame, raw: RawTable, mapping: Mapping[str, str]) -> 
 def _format_cell(cell: Any) -> str:
     if is_empty(cell):
         return ""
+    # A list of one name is the name.
+    if isinstance(cell, list) and len(cell) == 1 and isinstance(cell[0], str):
+        return cell[0]
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,13 +36,20 @@ def load_runs(source: str | Path, *, tracking_uri: str | None = None) -> pd.Data
             command that reads the source, where one was found.
     """
     # Imported here, so that a command can tell a file from an experiment without pandas.
-    from scaling.runs.importer import import_runs, propose_import
+    from scaling.runs.columns import quote
+    from scaling.runs.importer import import_runs, name_output, propose_import
 
     if is_table_file(source):
         runs, remarks = import_runs(source)
+        options = []
         for remark in remarks:
             if not remark.startswith("columns not used"):
                 logger.info(remark)
+            if remark.startswith("no column "):
+                options += re.findall(r"--map (?:\"[^\"]+\"|[^\s;)]+)", remark)[:1]
+        if options:
+            command = f"scaling import {quote(str(source))} --out {quote(str(name_output(source)))}"
+            logger.info(f"to use such a column: {command} {' '.join(options)}")
         return runs
     from scaling.runs.from_mlflow import read_runs
     from scaling.runs.importer import format_command

@@ -6,12 +6,12 @@ No row is dropped. The column `excluded` says why laws do not use a row, and `fi
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scaling.runs.cells import describe_mistakes, is_empty, parse_flags
+from scaling.runs.cells import describe_mistakes, is_empty, parse_flags, parse_numbers
 from scaling.runs.columns import Findings, Plan, has_state_name
 from scaling.runs.table import map_cells
 from scaling.runs.vocabulary import (
@@ -38,6 +38,20 @@ NOT_RUNS = (NO_LOSS, NO_TOKENS, COPY, ON_THE_WAY, SUPERSEDED)
 ROW_WORDS = frozenset({"index", "unnamed", "id", "uuid", "name", "run", "number", "row", "time", "timestamp", "date"})
 # Rows that differ in nothing but such columns are copies only if there are so many of them.
 LEAST_COPIES, LEAST_SHARE_OF_COPIES = 3, 0.2
+# Words of a column that says how much of a run is done, together with one of what it counts, and words of columns that
+# say something else.
+SHARE_WORDS = frozenset({"fraction", "frac", "portion", "progress", "percent", "percentage", "pct", "completion"})
+WORK_WORDS = frozenset({"step", "steps", "iter", "iters", "iteration", "iterations", "epoch", "epochs", "tokens"})
+COUNTED_WORDS = WORK_WORDS - {"tokens"} | {"run", "elapsed", "done", "complete", "completed", "schedule"}
+# "training progress" is one, and "train fraction" a share of the data.
+PROGRESS_NAMES = (["progress"], ["training", "progress"], ["train", "progress"])
+OTHER_SHARE_WORDS = frozenset(
+    {"warmup", "decay", "cooldown", "val", "eval", "test", "data", "mask", "lr", "learning", "dropout", "sample"}
+)
+# Words before what is counted up to now, and before its whole.
+DONE_WORDS, WHOLE_WORDS = ("current", "completed", "elapsed", "done"), ("total", "max", "planned", "target")
+# A run with at least this share done has ended, and the share of one that went on for longer.
+WHOLE, LONGEST = 0.998, 1.1
 # A learning rate that changes less along a run is constant.
 LR_TOLERANCE = 1e-6
 
@@ -188,11 +202,64 @@ def find_history(table: pd.DataFrame, is_copy: pd.Series[Any]) -> pd.Series[Any]
     return run.where(~is_copy).duplicated(keep=False) & run.ne("") & run.notna() & table["D"].notna() & ~is_copy
 
 
+def find_parts(
+    raw: pd.DataFrame, table: pd.DataFrame, is_history: pd.Series[Any], findings: Findings
+) -> pd.Series[Any]:
+    """Return which rows are points on the way of a run by a column that says how much of the run is done.
+
+    Such a column is called `step_fraction` or `progress`, or is a pair such as `current_steps` and `total_steps`. It is
+    read only if some runs of the table have ended.
+
+    Args:
+        raw: The cells of the source.
+        table: Its numbers.
+        is_history: The rows of runs that have several, whose ends are known.
+        findings: Receives a remark.
+    """
+    import pandas as pd
+
+    none = pd.Series(False, table.index)
+    if "final" in table or "rung" in table:
+        return none
+    for name, share in _list_shares(raw):
+        is_part: pd.Series[Any] = share.lt(WHOLE) & ~is_history & np.isfinite(table["loss"])
+        if is_part.any():
+            findings.remarks.append(
+                f"{int(is_part.sum())} rows are points on the way of a run by {name}, and laws need its end "
+                "(--set final=true takes every row as an end)"
+            )
+            return is_part
+    return none
+
+
+def _list_shares(raw: pd.DataFrame) -> Iterator[tuple[str, pd.Series[Any]]]:
+    """Yield (name, share) for the columns that say which share of a run is done, where it is 1 for some runs."""
+    words = {c: [w for part in split_words(c) for w in part] for c in map(str, raw.columns)}
+    by_words = {tuple(w): c for c, w in words.items()}
+    for column, own in words.items():
+        shares = []
+        is_share = set(own) & SHARE_WORDS and (set(own) & COUNTED_WORDS or own in PROGRESS_NAMES)
+        if is_share and not set(own) & OTHER_SHARE_WORDS:
+            numbers, wrong = parse_numbers(raw[column])
+            if not wrong:
+                shares.append((column, numbers / (100.0 if numbers.max() > 1.5 else 1.0)))
+        if len(own) == 2 and own[0] in DONE_WORDS and own[1] in WORK_WORDS:
+            whole = next((by_words[w, *own[1:]] for w in WHOLE_WORDS if (w, *own[1:]) in by_words), None)
+            if whole is not None:
+                (done, wrong), (total, also_wrong) = parse_numbers(raw[column]), parse_numbers(raw[whole])
+                if not wrong and not also_wrong:
+                    shares.append((f"{column} and {whole}", done / total.where(total > 0)))
+        for name, share in shares:
+            if share.ge(0).any() and WHOLE <= float(share.max()) <= LONGEST:
+                yield name, share
+
+
 def mark_rows(
     table: pd.DataFrame,
     state: pd.Series[Any],
     is_copy: pd.Series[Any],
     is_history: pd.Series[Any],
+    is_part: pd.Series[Any],
     findings: Findings,
 ) -> None:
     """Fill in `diverged`, `final` and `excluded` where the table does not have them, in place.
@@ -202,6 +269,7 @@ def mark_rows(
         state: The state of the run of each row, in lower case; empty where unknown.
         is_copy: The rows that repeat others.
         is_history: The rows of runs that have several.
+        is_part: The other rows that are points on the way of a run.
         findings: Receives mistakes and remarks.
     """
     import pandas as pd
@@ -211,6 +279,7 @@ def mark_rows(
     is_zero = table["loss"].eq(0) & bool(table["loss"].gt(0).any())
     has_loss = np.isfinite(table["loss"]) & ~is_zero
     is_ended, is_superseded = _find_ends(table, is_history, has_loss, findings)
+    is_ended &= ~is_part
     is_diverged_end = is_history & is_ended & ~has_loss
     is_guess = pd.Series(False, table.index)
     if "vocab" in table:
@@ -239,7 +308,7 @@ def mark_rows(
     reason = reason.mask(reason.eq("") & is_superseded, SUPERSEDED)
     reason = reason.mask(reason.eq("") & is_history & ~has_loss & _has_any_loss(table, has_loss), NO_LOSS)
     reason = reason.mask(reason.eq("") & table["D"].eq(0), NO_TOKENS)
-    reason = reason.mask(reason.eq("") & is_history & ~is_ended & has_loss, ON_THE_WAY)
+    reason = reason.mask(reason.eq("") & (is_history | is_part) & ~is_ended & has_loss, ON_THE_WAY)
     reason = reason.mask(reason.eq("") & is_unfinished, "unfinished (" + state + ")")
     reason = reason.mask(reason.eq("") & is_blank, "no result: neither a loss nor a size")
     reason = reason.mask(reason.eq("") & is_zero, "no result: the loss is 0")

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling.common.quantities import format_count
+from scaling.runs.cells import parse_numbers
 from scaling.runs.columns import Plan, quote, rank_candidates
+from scaling.runs.vocabulary import split_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +36,8 @@ MOST_REGRESSED = 5000
 # Iterations of the robust regression, and its tuning constant (Tukey's biweight).
 STEPS, TUNING = 20, 4.685
 MAX_NAMED = 3
+# Words of a batch that is that of a whole optimizer step.
+WHOLE_BATCH_WORDS = frozenset({"global", "total", "effective", "tokens", "gbs"})
 
 
 @dataclass
@@ -121,6 +125,28 @@ def remark_other_rates(cells: pd.DataFrame, table: pd.DataFrame, plan: Plan) -> 
             return [
                 f"lr is {taken}; {other.column} differs in {len(differs)} rows ({values}). lr is the peak rate: "
                 f"--map {quote(f'lr={other.column}')} takes the other"
+            ]
+    return []
+
+
+def remark_accumulation(cells: pd.DataFrame, plan: Plan) -> list[str]:
+    """Return a remark if a batch may be one of several whose gradients are summed before an optimizer step."""
+    column, units = plan.get("batch_tokens", ("", []))
+    if "sequences" not in units or {w for part in split_words(column) for w in part} & WHOLE_BATCH_WORDS:
+        return []
+    for other in map(str, cells.columns):
+        words = {w for part in split_words(other) for w in part}
+        if not (words & {"grad", "gradient", "grads"} and any(w.startswith("accum") for w in words)):
+            continue
+        parts = parse_numbers(cells[other])[0]
+        parts = parts[np.isfinite(parts)]
+        if len(parts) and float(parts.max()) > 1:
+            low, high = float(parts.min()), float(parts.max())
+            count = f"{high:g}" if low == high else f"{low:g} to {high:g}"
+            return [
+                f"{other} is {count}: if {column} counts the sequences of one of these parts, batch_tokens, and D from "
+                f"steps, are {count} times as large. Then give the tokens of a whole step, by a column of them or "
+                "--set batch_tokens=NUMBER"
             ]
     return []
 

@@ -46,7 +46,8 @@ COLUMN_NAMES: dict[str, str] = {
         params_active{Gemstones} num_active_params{OLMo} nonembedding_params:nonembedding-as-is
         non_embedding_params:nonembedding-as-is{OLMo} num_non_embedding_params:nonembedding-as-is{OLMo}
         params_no_embedding:nonembedding-as-is params_non_embedding:nonembedding-as-is
-        n_non_embedding:nonembedding-as-is total_params:total-as-is{OLMo, NeMo} params_total:total-as-is
+        n_non_embedding:nonembedding-as-is n_no_embedding:nonembedding-as-is n_no_emb:nonembedding-as-is
+        n_nonemb:nonembedding-as-is total_params:total-as-is{OLMo, NeMo} params_total:total-as-is
         num_total_params:total-as-is{OLMo} total_parameters:total-as-is n_params_total:total-as-is model_params
         model_parameters model_size size n
     """,
@@ -74,8 +75,9 @@ COLUMN_NAMES: dict[str, str] = {
     """,
     "loss": """
         val_loss{Lightning, Keras, nanoGPT} eval_loss{Hugging Face, Levanter} valid_loss validation_loss loss_val
-        loss_eval loss_valid loss_validation val_loss_epoch{Lightning} final_val_loss final_eval_loss
-        lm_loss_validation{Megatron} validation_lm_loss{Megatron} validation_loss_lm{Megatron} heldout_loss
+        loss_eval loss_valid loss_validation val_loss_epoch{Lightning} val_loss_step{Lightning} final_val_loss
+        final_eval_loss lm_loss_validation{Megatron} validation_lm_loss{Megatron} validation_loss_lm{Megatron}
+        heldout_loss
         dev_loss test_loss eval_paloma_c4_en_loss{Marin} eval_cross_entropy_loss{OLMo} eval_ce_loss{OLMo}
         val_cross_entropy val_ce val_nll eval_nll nll tel{llm.c} final_loss{Porian et al.} loss_final smooth_loss
         value{Optuna} objective loss lm_loss{Megatron, NeMo} cross_entropy cross_entropy_loss ce_loss
@@ -86,7 +88,7 @@ COLUMN_NAMES: dict[str, str] = {
         bits_per_character:bits-per-byte bpc:bits-per-byte negative_log_likelihood neg_log_likelihood
         log_likelihood:log-likelihood loglikelihood:log-likelihood val_log_likelihood:log-likelihood
         test_log_likelihood:log-likelihood logprob:log-likelihood log_prob:log-likelihood
-        train_loss{Lightning} training_loss loss_train
+        train_loss{Lightning} train_loss_epoch{Lightning} train_loss_step{Lightning} training_loss loss_train
         reduced_train_loss{NeMo} train_cross_entropy_loss{OLMo} train_ce_loss{OLMo}
         loss_metrics_global_avg_loss{torchtitan} trl{llm.c}
     """,
@@ -95,7 +97,7 @@ COLUMN_NAMES: dict[str, str] = {
         learning_rate{Hugging Face, nanoGPT, Keras} lr base_lr lr_base{Gemstones} base_learning_rate init_lr
         initial_lr matrix_lr{nanochat} optim_learning_rate{Levanter} optimizer_lr{torchtitan} optim_lr{NeMo}
         lr_adamw{Lightning} lr_adam{Lightning} lr_sgd{Lightning} lr_adamw_pg1{Lightning}
-        optim_learning_rate_group0{OLMo} learning_rate_group0{OLMo} lr_group_0 eta
+        optim_learning_rate_group0{OLMo} learning_rate_group0{OLMo} lr_group_0 lrate eta
     """,
     "batch_tokens": """
         tokens_per_step tokens_per_batch tokens_per_iter{nanoGPT} tokens_per_update batch_size_tokens
@@ -119,6 +121,10 @@ COLUMN_NAMES: dict[str, str] = {
         bytes_per_token token_bytes avg_bytes_per_token
     """,
 }
+# Weights & Biases counts its calls in `_step`, which need not be steps of training, so the program's own count of steps
+# comes first.
+COUNTER = re.compile(r"(^|[./])_step$")
+LEAST_SPECIFIC = 99
 # Columns with these names name runs even if each run has few rows. Others may name models or sweeps.
 RUN_NAMES = frozenset({"run_id", "run", "trial_id", "id", "run_name", "run_uuid", "exp_id", "experiment_id"})
 # Words of a number of tokens or steps that grows along a run.
@@ -128,7 +134,7 @@ PROGRESS_WORDS = frozenset(
 # Words that, together, make a column one that an unknown program may have named: any of the first, none of the second.
 COLUMN_WORDS: dict[str, tuple[str, str]] = {
     "N": (
-        "params param parameters parameter nparams",
+        "params param parameters parameter nparams mparams gparams bparams",
         "per lr group norm tokens token tok embedding emb embed ratio",
     ),
     "D": (
@@ -139,19 +145,19 @@ COLUMN_WORDS: dict[str, tuple[str, str]] = {
     "D:steps": (
         "step steps iter iters iteration iterations",
         "per time sec second size warmup save saving eval evaluation log logging interval every accumulation decay "
-        "tokens token loss speed ms s",
+        "tokens token loss ppl perplexity bpb acc accuracy grad norm speed ms s",
     ),
     "D:flops": (
         "flops flop flos",
         "per sec second s token param params utilization mfu promised gpu device hardware achieved tflops rate step",
     ),
     "loss": (
-        "loss nll xent ce ppl perplexity bpb bpc bpt",
+        "loss losses nll xent ce ppl perplexity bpb bpc bpt",
         "aux z lb balancing balance router scale scaler l2 reg regularization kl best min max std var sd sem acc "
         "accuracy coef coefficient weight type name fn function ema grad step steps iter spike",
     ),
     "lr": (
-        "lr learningrate",
+        "lr lrate learningrate",
         "min final end decay warmup scheduler schedule iters steps mult multiplier ratio factor type embedding "
         "unembedding emb scalar head style policy fraction frac",
     ),
@@ -282,6 +288,10 @@ def rank_column(name: str, column: str) -> tuple[tuple[int, int, int], str, str]
         (rank, unit, reason): the rank, the unit that the known name implies (may be empty), and a phrase that says why.
         None if nothing speaks for it.
     """
+    if name == "D" and COUNTER.search(column):
+        # After all names of steps done, and before those of planned steps.
+        last_done = [known for known, _, _ in read_names("D")].index("updates")
+        return (0, last_done, LEAST_SPECIFIC), "steps", "named as in W&B"
     stripped = _rank_words(name, split_words(column))
     ranks = [stripped] if stripped else []
     # "params_active" of one program is "active" of another that puts params_ before its settings, so a whole name that
@@ -327,7 +337,9 @@ def _rank_words(name: str, parts: Sequence[Sequence[str]]) -> tuple[tuple[int, i
             unit = key.partition(":")[2]
             if name == "N" and (is_nonembedding or "total" in words):
                 unit = "nonembedding-as-is" if is_nonembedding else "total-as-is"
-            rank = (1 if ":" not in key else 2, len(words), len(parts))
+            # A loss in nats needs no conversion.
+            is_converted = name == "loss" and not words & {"loss", "losses", "nll", "xent", "ce"}
+            rank = (1 if ":" not in key else 2, len(words) + 10 * is_converted, len(parts))
             return _demote_training_loss(name, parts, (rank, unit, f"its name contains {hits[0]!r}"))
     return None
 

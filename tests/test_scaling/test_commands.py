@@ -268,6 +268,21 @@ def test_scatter_that_no_column_explains_is_doubted_too() -> None:
     assert "no column of the table explains it" in str(mixed)
 
 
+def test_two_columns_that_explain_only_together_are_named() -> None:
+    plain = plant_plain_table()
+    parts = [
+        plain.assign(loss=plain["loss"] * trained * (1.2 if tested == "code" else 1.0), train=corpus, tested=tested)
+        for corpus, trained in (("web", 1.0), ("books", 1.2))
+        for tested in ("prose", "code")
+    ]
+    mixed = find_mixed_conditions(fit_table(check_runs(pd.concat(parts, ignore_index=True))))
+    assert mixed is not None
+    assert {mixed.column, mixed.second} == {"train", "tested"}
+    assert mixed.share > 0.95
+    assert "together explain 99 % of that" in str(mixed)
+    assert ("--where train=web --by tested" in str(mixed)) or ("--where tested=prose --by train" in str(mixed))
+
+
 def test_each_value_of_a_column_gets_a_law_of_its_own(tmp_path: Path) -> None:
     path = write_table(plant_corpora(), tmp_path)
     parts = parse_strict_json(run("fit", path, "--by", "corpus", "--json").stdout)["parts"]

@@ -355,3 +355,53 @@ def test_a_folder_with_damaged_files_is_refused_and_notes_are_passed_over(tmp_pa
 )
 def test_a_run_is_named_by_its_file_or_the_nearest_folder(path: str, name: str) -> None:
     assert name_run(Path(path)) == name
+
+
+def write_json(path: Path, document: Any) -> Path:
+    return write(path, json.dumps(document))
+
+
+PAIRS = {"train_loss": [[100, 5.0], [200, 4.5], [300, 4.2]], "eval_loss": [[100, 5.1], [300, 4.3]]}
+SERIES = {"steps": [100, 200, 300], "train_losses": [5.0, 4.5, 4.2], "val_losses": [5.1, 4.6, 4.3]}
+
+
+@pytest.mark.parametrize("curves", [PAIRS, SERIES])
+def test_lists_of_losses_by_step_are_the_history_of_a_run(curves: dict[str, Any], tmp_path: Path) -> None:
+    path = write_json(tmp_path / "run.json", {"config": {"n_params": 1e7, "batch_size": 32}, **curves})
+    runs, remarks = import_runs(path, constants={"seq_len": 1024}, guess=True)
+    assert "the losses are lists by step, read with one row per step" in remarks
+    end = runs[runs["excluded"].eq("")]
+    assert end[["N", "D", "loss"]].to_numpy().tolist() == [[1e7, 300 * 32 * 1024, 4.3]]
+
+
+def test_several_runs_with_lists_of_losses_each_end_once(tmp_path: Path) -> None:
+    runs = [{"n_params": N, "val_loss": [[100, 5.0], [200, loss]]} for N, loss in ((1e7, 4.0), (2e7, 3.5))]
+    table, _ = import_runs(write_json(tmp_path / "runs.json", runs), constants={"batch_tokens": 1000}, guess=True)
+    assert table[table["excluded"].eq("")][["N", "D", "loss"]].to_numpy().tolist() == [[1e7, 2e5, 4.0], [2e7, 2e5, 3.5]]
+
+
+def test_losses_per_epoch_are_read_at_their_end_and_a_final_loss_is_kept(tmp_path: Path) -> None:
+    run = {"num_params": 1e7, "train_losses": [4.0, 3.6], "val_losses": [4.1, 3.8], "best_val_loss": 3.7}
+    per_epoch, remarks = import_runs(write_json(tmp_path / "epochs.json", run), constants={"D": 1e9}, guess=True)
+    assert per_epoch["loss"].tolist() == [3.8]
+    assert "the losses are lists without steps, read at their ends" in remarks
+    final = write_json(tmp_path / "final.json", {**run, "final_val_loss": 3.9})
+    assert import_runs(final, constants={"D": 1e9}, guess=True)[0]["loss"].tolist() == [3.9]
+
+
+def test_a_log_may_name_both_losses_without_the_word(tmp_path: Path) -> None:
+    text = "step 0: train 4.8350, val 4.9583\nstep 0 | loss 4.9710\nstep 500: train 2.1, val 2.3\nstep 510 | loss 2.2\n"
+    raw = read_file(write(tmp_path / "run-a.txt", text))
+    losses = {step: val for step, val, _ in list_losses(raw) if val is not None}
+    assert losses == {0: 4.9583, 500: 2.3}
+
+
+def test_predictions_in_a_trainer_state_are_no_runs(tmp_path: Path) -> None:
+    history = [
+        {"step": 10, "loss": 3.0, "learning_rate": 1e-4},
+        {"step": 10, "eval_loss": 3.1},
+        {"epoch": 1.0, "predict_loss": 3.2, "predict_runtime": 5.0},
+    ]
+    path = write_json(tmp_path / "trainer_state.json", {"log_history": history})
+    cells = read_file(path).cells
+    assert cells[["step", "eval_loss", "train_loss"]].to_numpy().tolist() == [[10, 3.1, 3.0]]

@@ -467,3 +467,82 @@ def test_an_experiment_of_another_program_is_to_be_imported_and_not_resumed(
         assert sorted(used[column]) == pytest.approx(sorted(expected), rel=1e-9), column
     assert used["lr"].tolist() == [0.002] * 12
     assert used["batch_tokens"].tolist() == [65536.0] * 12
+
+
+def guess_table(folder: Path, rows: list[dict[str, Any]]) -> Any:
+    path = folder / "table.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    guess = propose_import(path)
+    assert guess is not None
+    return guess
+
+
+def test_the_last_rate_of_a_tracker_is_not_taken_for_the_peak(tmp_path: Path) -> None:
+    rows = [{"n_params": N, "iter": D / 2**16, "val/loss": loss, "batch_size": 64, "block_size": 1024, "lr": 1e-4,
+             "learning_rate": 1e-3} for N, D, loss in make_runs()]  # fmt: skip
+    assert guess_table(tmp_path, rows).mapping["lr"] == "learning_rate"
+    swapped = [row | {"lr": row["learning_rate"], "learning_rate": row["lr"]} for row in rows]
+    assert "lr" not in guess_table(tmp_path, swapped).mapping
+    # The rate of other parameters is no peak.
+    others = [{k: v for k, v in row.items() if k != "learning_rate"} | {"matrix_lr": 0.02} for row in rows]
+    assert "lr" not in guess_table(tmp_path, others).mapping
+
+
+def test_a_rate_that_only_rows_without_tokens_have_gives_way(tmp_path: Path) -> None:
+    runs = [{"n_params": N, "train_tokens": D, "val_loss": loss, "config.lr": 1e-3} for N, D, loss in make_runs()]
+    summary = [{"n_params": 2e7, "val_loss": 3.0 + i, "lr": 10.0**-i} for i in range(2, 5)]
+    assert guess_table(tmp_path, summary + runs).mapping["lr"] == "config.lr"
+
+
+def test_a_size_that_one_row_has_gives_way(tmp_path: Path) -> None:
+    runs = [{"n_params": N, "train_tokens": D, "final_val_loss": loss} for N, D, loss in make_runs()]
+    summary = [{"summary.tiny.params": 2e7, "summary.tiny.val_loss": 3.0}]
+    mapping = guess_table(tmp_path, summary + runs).mapping
+    assert (mapping["N"], mapping["loss"]) == ("n_params", "final_val_loss")
+
+
+def test_the_calls_of_a_tracker_are_no_steps_of_training(tmp_path: Path) -> None:
+    rows = [{"n_params": N, "iter": D / 2**16, "_step": i + 3, "val/loss": loss, "tokens_per_step": 2**16}
+            for i, (N, D, loss) in enumerate(make_runs())]  # fmt: skip
+    assert guess_table(tmp_path, rows).mapping["D"] == "iter:steps"
+    only = [{"_step" if k == "iter" else k: v for k, v in row.items() if k != "_step"} for row in rows]
+    assert guess_table(tmp_path, only).mapping["D"] == "_step:steps"
+
+
+def test_a_loss_in_nats_comes_before_its_perplexity(tmp_path: Path) -> None:
+    rows = [{"N": N, "D": D, "C4 Eval PPL": math.exp(loss), "C4 Eval Loss": loss} for N, D, loss in make_runs()]
+    assert guess_table(tmp_path, rows).mapping["loss"] == "C4 Eval Loss"
+
+
+def test_the_losses_of_single_steps_are_offered_where_there_are_no_others(tmp_path: Path) -> None:
+    rows = [{"epoch": 0, "step": 50 * i, "train_loss_step": 9.0 - i, "train_perplexity_step": math.exp(9.0 - i)}
+            for i in range(1, 6)]  # fmt: skip
+    guess = guess_table(tmp_path, rows)
+    assert guess.mapping == {"D": "step:steps", "loss": "train_loss_step"}
+    assert set(guess.blanks) == {"N", "batch_tokens"}
+
+
+def test_runs_of_several_shapes_are_not_given_one_size(tmp_path: Path) -> None:
+    rows = [{"config.d_model": 64 * (1 + i % 3), "tokens": D, "val_loss": loss} for i, (_, D, loss) in
+            enumerate(make_runs())]  # fmt: skip
+    guess = guess_table(tmp_path, rows)
+    assert any("config.d_model is 64 to 192, so the runs differ in N" in reason for reason in guess.reasons)
+    same = guess_table(tmp_path, [row | {"config.d_model": 64} for row in rows])
+    assert not any("differ in N" in reason for reason in same.reasons)
+
+
+def test_millions_of_parameters_are_known_by_their_short_name(tmp_path: Path) -> None:
+    rows = [{"model_mparams": N / 1e6, "tokens": D, "val_loss": loss} for N, D, loss in make_runs()]
+    assert guess_table(tmp_path, rows).mapping["N"] == "model_mparams:millions"
+
+
+@pytest.mark.parametrize("name", ["gradient_accumulation_steps", "config.grad_accum", "accumulate_grad_batches"])
+def test_a_batch_that_may_be_a_part_of_a_step_is_named(name: str, tmp_path: Path) -> None:
+    rows = [{"N": N, "iter": D / 2**16, "loss": loss, "batch_size": 8, "seq_len": 1024, name: 8}
+            for N, D, loss in make_runs()]  # fmt: skip
+    path = tmp_path / "table.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    assert any(f"{name} is 8" in remark for remark in import_runs(path, guess=True)[1])
+    whole = [{("global_batch_size" if k == "batch_size" else k): v for k, v in row.items()} for row in rows]
+    pd.DataFrame(whole).to_csv(path, index=False)
+    assert not any("is 8: if" in remark for remark in import_runs(path, guess=True)[1])

@@ -333,3 +333,59 @@ def test_exclusions_are_counted_by_reason(tmp_path: Path) -> None:
         "32 kept, but excluded: no loss in this row",
         "6 kept, but excluded: not final: a point on the way of its run",
     ]
+
+
+def make_checkpoints(names: dict[str, float]) -> list[dict[str, Any]]:
+    """Return three runs of five checkpoints without names of runs; `names` are columns with their value at the end."""
+    rows = []
+    for N in (3e7, 6e7, 1.2e8):
+        for share in (0.2, 0.4, 0.6, 0.8, 1.0):
+            done = {name: (whole if "total" in name else whole * share) for name, whole in names.items()}
+            rows.append({"N": N, "D": share * 20 * N, "loss": compute_loss(N, share * 20 * N) + (1 - share), **done})
+    return rows
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"step_fraction": 1.0},
+        {"portion_steps_elapsed": 1.0},
+        {"training progress": 1.0},
+        {"progress": 1.0},
+        {"pct_complete": 100.0},
+        {"current_steps": 5000.0, "total_steps": 5000.0},
+        {"completed_epochs": 4.0, "total_epochs": 4.0},
+    ],
+)
+def test_a_column_of_progress_says_which_rows_end_a_run(names: dict[str, float], tmp_path: Path) -> None:
+    runs, remarks = import_runs(write(tmp_path, make_checkpoints(names)))
+    assert usable(runs)["D"].tolist() == [6e8, 1.2e9, 2.4e9]
+    assert count_runs(runs)[0] == 3
+    assert any(remark.startswith("12 rows are points on the way of a run by ") for remark in remarks)
+
+
+def test_every_row_is_an_end_if_the_user_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path, make_checkpoints({"step_fraction": 1.0}))
+    assert len(usable(import_runs(path, constants={"final": "true"})[0])) == 15
+
+
+@pytest.mark.parametrize(
+    "name", ["warmup_fraction", "train_fraction", "fraction", "decay_step_fraction", "pct_code_tokens"]
+)
+def test_other_shares_say_nothing_of_the_end_of_a_run(name: str, tmp_path: Path) -> None:
+    assert len(usable(import_runs(write(tmp_path, make_checkpoints({name: 1.0})))[0])) == 15
+
+
+def test_a_rate_and_its_maximum_are_no_progress(tmp_path: Path) -> None:
+    rows = [row | {"max_lr": 1e-3} for row in make_checkpoints({"current_lr": 1e-3})]
+    assert len(usable(import_runs(write(tmp_path, rows))[0])) == 15
+
+
+def test_no_run_with_all_of_its_work_done_means_no_column_of_progress(tmp_path: Path) -> None:
+    assert len(usable(import_runs(write(tmp_path, make_checkpoints({"step_fraction": 0.5})))[0])) == 15
+
+
+def test_a_run_without_any_loss_is_one_run(tmp_path: Path) -> None:
+    rows = make_history("") + [{"run": "r2", "step": s, "n_params": 6e7, "train_loss": 3.0} for s in range(1, 9)]
+    runs, _ = import_runs(write(tmp_path, rows), mapping=HISTORY, constants={"batch_tokens": 1e7})
+    assert count_runs(runs)[0] == 3

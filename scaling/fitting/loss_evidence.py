@@ -85,10 +85,9 @@ def _fit_minima(hp: HPFit, others: pd.DataFrame, bootstrap: int, seed: int) -> L
     noise, tuned = float(np.mean([f.noise for f in hp.fits])), all(hp.identified.values())
     floors, doubts = hp.floors, []
     if not tuned:
-        doubts.append(
-            "The runs do not show how far their settings are from the best ones, so the loss law holds for runs that "
-            "are tuned like these."
-        )
+        words = {"lr": "learning rate", "batch_tokens": "batch"}
+        unknown = " and the best ".join(words[name] for name, known in hp.identified.items() if not known)
+        doubts.append(f"The runs do not show the best {unknown}, so the loss law holds for runs tuned like these.")
     elif np.mean(floors["untried"] > UNTRIED) > 0.2:
         far = floors["untried"][floors["untried"] > UNTRIED]
         doubts.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ def test_a_study_from_launch_to_extend(study: ToyStudy) -> None:
     assert read_note(client, find_study_run(client, "toy"), "target") == {"N": 10_000, "D": 200_000}
     status = study.run_json("status", "toy")
     assert (status["done"], status["planned"], status["finished"]) == (44, 44, True)
-    assert study.run_json("best", "toy")["lr"] == pytest.approx(0.01, rel=1.0)
+    # Workers race, so the answer differs from run to run: within a factor of 4, where the space has one of 10,000.
+    assert abs(math.log(study.run_json("best", "toy")["lr"] / 0.01)) < math.log(4)
 
     before = study.count_steps().total()
     assert "the nearest" in study.run("extend", "toy", "--max-tokens", "50000", code=2)

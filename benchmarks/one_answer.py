@@ -20,6 +20,7 @@ at the target.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import time
@@ -123,12 +124,12 @@ def run_study(planted: PlantedSearch, seed: int) -> dict[str, Any]:
         for name, params in result.items()
         if params is not None
     }
-    try:
+    # No law, or no law of the settings, is as bad as a run that diverges.
+    regrets["law"] = math.inf
+    with contextlib.suppress(FitError):
         advice = recommend(pd.DataFrame(rows), N=TARGET.N, D=TARGET.D)
-        regrets["law"] = planted.compute_excess(float(advice.lr), float(advice.batch_tokens), TARGET)  # type: ignore[arg-type]
-    except (FitError, TypeError):
-        # No law, or no law of the settings.
-        regrets["law"] = math.inf
+        if advice.lr is not None and advice.batch_tokens is not None:
+            regrets["law"] = planted.compute_excess(advice.lr, advice.batch_tokens, TARGET)
     return regrets | {"probability": answer.probability}
 
 

@@ -198,8 +198,10 @@ def _open_archive(data: bytes, path: Path) -> tuple[bytes, str]:
             names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX")]
             if len(names) == 1:
                 return archive.read(names[0]), get_suffix(names[0])
-    # RuntimeError: the archive is encrypted. NotImplementedError: its compression is rare.
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError, zlib.error, EOFError) as error:
+    # A compression that zipfile lacks, and, as any other RuntimeError, a password.
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Unpack it, and give the file in it") from error
+    except (zipfile.BadZipFile, ValueError, zlib.error, EOFError) as error:
         raise ValueError(f"{path} cannot be read: the compressed data is damaged ({error})") from error
     raise ValueError(
         f"{path} cannot be read: it holds {len(names)} files: unpack it. A folder with one run in each file is read as "

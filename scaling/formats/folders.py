@@ -25,8 +25,8 @@ SETTINGS = re.compile(
 )
 # Files that stand beside results and hold none.
 IGNORED = re.compile(
-    r"(tokenizer.*|special_tokens_map|vocab|added_tokens|generation_config|model_config|wandb-metadata|experiment_state.*|"
-    r"searcher-state.*|basic-variant-state.*|overrides|hydra|meta|package|readme|license|requirements.*|"
+    r"(tokenizer.*|special_tokens_map|vocab|added_tokens|generation_config|model_config|wandb-metadata|"
+    r"experiment_state.*|searcher-state.*|basic-variant-state.*|overrides|hydra|meta|package|readme|license|requirements.*|"
     r"(all|train|eval)_results|.*\.index|error|tuner|dataset_info|state)\.\w+",
     re.IGNORECASE,
 )

@@ -177,7 +177,7 @@ def test_forget_is_refused_while_a_study_runs_and_removing_its_folder_ends_it(
     )
     assert "study 'toy' is running" in study.run("launch", "toy", code=2)
     study.release()
-    # Whoever removes the folder by hand ends the workers with a sentence.
+    # If the folder is removed by hand, the workers end with a sentence.
     folder = tmp_path / "studies" / "toy"
     folder.rename(tmp_path / "elsewhere")
     output = launch.finish(1)

@@ -283,6 +283,20 @@ def test_the_only_file_in_an_archive_is_read(tmp_path: Path) -> None:
         import_runs(path)
 
 
+def test_an_archive_with_a_password_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "runs.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("runs.csv", PLAIN)
+    data = bytearray(path.read_bytes())
+    # Bit 0 of the flags, in the header of the file and in the directory of the archive.
+    for place in (6, data.index(b"PK\x01\x02") + 8):
+        data[place] |= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"password required for extraction\. Unpack it") as error:
+        import_runs(path)
+    assert "damaged" not in str(error.value)
+
+
 def test_the_sample_table_in_a_message_needs_no_pickle_to_be_loaded(tmp_path: Path) -> None:
     path = tmp_path / "a.pkl"
     path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")

@@ -28,6 +28,8 @@ def test_values_that_differ_by_rounding_are_one_and_evenly_spaced_ones_are_not()
     assert cluster_values(np.log([6e8, 6.1e8, 6.2e8, 2.4e9, 2.5e9])).tolist() == [0, 0, 0, 1, 1]
     dense = np.log(5e8) + np.log(10) * np.arange(54) / 53
     assert cluster_values(dense).max() == 53
+    # Closer than any rounding, though nothing sets them apart.
+    assert cluster_values(20 + 0.0005 * np.arange(200)).max() < 150
 
 
 @given(st.lists(st.floats(15, 30), min_size=1, max_size=40))
@@ -137,6 +139,10 @@ def test_groups_that_never_tried_the_best_settings_count_less_and_are_counted() 
         off.append([abs(float(np.log(f.predict(8e5, 5e6) / FLOOR(8e5, 5e6)))) for f in (evidence.fit, plain)])
     ours, unweighted = np.median(off, 0)
     assert ours < unweighted
+    # The scatter of the lowest losses alone does not say how much these groups lack.
+    floors = fit.floors
+    scatter_only = fit_loss_law(*(floors[c].to_numpy() for c in ("N", "D", "loss")), sd=floors["sd"].to_numpy())
+    assert evidence.fit.n_effective < scatter_only.n_effective
 
 
 def test_an_uncertain_loss_moves_the_law_less() -> None:

@@ -63,7 +63,7 @@ def supervise(
             return _supervise(files, search, workers, cost, connect(uri).tracking_uri, storage, ray)
         except (StudyRemoved, ValueError) as error:
             # MLflow lacks a study that was removed.
-            logger.error(f"{explain_removal(files.folder) or error}; the launcher ends")
+            logger.error(f"{explain_removal(files.settings) or error}; the launcher ends")
             return 1
 
 
@@ -86,9 +86,9 @@ def _supervise(
         retry_storage(show)
     else:
         processes = start_workers(files, workers, uri, workers.count, storage=storage)
-        was_stopped = watch_workers(processes, show, partial(check_not_removed, files.folder))
+        was_stopped = watch_workers(processes, show, partial(check_not_removed, files.settings))
         exit_codes = f" (exit codes {', '.join(str(p.returncode) for p in processes)})"
-    check_not_removed(files.folder)
+    check_not_removed(files.settings)
     send_pending_records(files, uri)
     figures = retry_storage(lambda: record_figures(search))
     is_finished = retry_storage(lambda: search.finished)

@@ -73,19 +73,25 @@ def describe_process(name: str) -> str:
     return name if parsed is None else f"process {parsed[1]} on {parsed[0].rpartition(':')[0] or parsed[0]}"
 
 
-def check_not_removed(folder: Path) -> None:
-    """Check that a study's folder exists.
+def check_not_removed(settings: Path) -> None:
+    """Check that a study exists.
+
+    Args:
+        settings: The file of the study's settings, which a launch writes once. The folder around it may exist without
+            the study: a trainer or a library that wrote into it at the last moment has made it again.
 
     Raises:
-        StudyRemoved: If it does not, while the folder around it does. If that is missing, too, a disk is away.
+        StudyRemoved: If the file does not exist, while the folder of the studies does. If that is missing, too, a disk
+            is away.
     """
-    if reason := explain_removal(folder):
+    if reason := explain_removal(settings):
         raise StudyRemoved(reason)
 
 
-def explain_removal(folder: Path) -> str | None:
+def explain_removal(settings: Path) -> str | None:
     """Return that a study is gone, as a sentence, or None if it is not. See `check_not_removed`."""
-    if folder.parent.is_dir() and not folder.is_dir():
+    folder = settings.parent
+    if folder.parent.is_dir() and not settings.is_file():
         return f"study {folder.name!r} is gone: its folder {folder} was removed"
     return None
 

@@ -116,7 +116,8 @@ def _train_repeat(
     resume = files.checkpoint(job.config, start, repeat) if start else None
     save = files.checkpoint(job.config, tokens, repeat)
     checkpoints = CheckpointPaths(files.partial(job.config, tokens, repeat), resume, save)
-    save.parent.mkdir(parents=True, exist_ok=True)
+    # Without its parents: a study that was removed meanwhile is not made again.
+    save.parent.mkdir(exist_ok=True)
     was_interrupted = checkpoints.keep.exists()
     params = _describe(job, trainer, repeat)
     name = f"config-{job.config:04d}{repeat_suffix(repeat)}"

@@ -120,7 +120,7 @@ class StudyWorker:
                 # The training had finished, and its process was only waiting for MLflow.
                 outcome = losses
             except TrainingFailed as failure:
-                check_not_removed(self.files.folder)
+                check_not_removed(self.files.settings)
                 last_failure = failure.reason
                 if not self._retry(partial(self._handle_failure, job, failure)):
                     return 1
@@ -134,7 +134,7 @@ class StudyWorker:
 
     def _retry(self, operation: Callable[[], T]) -> T:
         """Call a function until the storage answers, unless the study was removed."""
-        check = partial(check_not_removed, self.files.folder)
+        check = partial(check_not_removed, self.files.settings)
         try:
             return retry_storage(operation, self.stop, check)
         except KeyError:
@@ -146,7 +146,7 @@ class StudyWorker:
         """Train a job, from the checkpoints that are intact."""
         while True:
             # A study that was removed is not made again.
-            check_not_removed(self.files.folder)
+            check_not_removed(self.files.settings)
             starts = find_starts(job, self.files)
             if starts != [job.get_start(repeat) for repeat in range(job.seeds)]:
                 job = self._retry(partial(self.search.record_start, job, starts))
@@ -162,7 +162,7 @@ class StudyWorker:
 
     def _keep_lease(self, job: Job) -> None:
         """Write a heartbeat of a job, unless the study was removed."""
-        check_not_removed(self.files.folder)
+        check_not_removed(self.files.settings)
         keep_lease(self.search, job)
 
     def _handle_crash(self, job: Job, reason: str, word: str = "crashed") -> None:

@@ -89,13 +89,14 @@ class Recorder:
             name: The name of the configuration or target.
             role: "proxy", "confirm" or "target".
             params: The settings of the run.
-            folder: Where the spool file goes; created if it does not exist.
+            folder: Where the spool file goes; created if it does not exist. The folder around it must exist.
 
         Raises:
             OSError: If the folder cannot be written.
         """
         texts = serialize_params(params)
-        folder.mkdir(parents=True, exist_ok=True)
+        # Without its parents: a study that was removed meanwhile is not made again.
+        folder.mkdir(exist_ok=True)
         self.uri, self.name, self.folder = uri or default_uri(), name, folder
         self.lost = 0
         self.path = folder / f"{time.time_ns():020d}-{re.sub(r'[^-.0-9A-Za-z]', '_', name)}{SPOOL_SUFFIX}"

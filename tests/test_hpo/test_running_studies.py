@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.distributions import FloatDistribution
 
 from hpo.search.search import Search
 from hpo.storage import connect, presence
@@ -22,7 +23,10 @@ from hpo.storage.presence import StudyRemoved, announce_presence, check_not_remo
 from hpo.study import lifecycle
 from hpo.study.files import StudyFiles
 from hpo.study.lifecycle import delete_study, refuse_existing, refuse_running
+from hpo.worker.job import run_job
+from hpo.worker.signals import StopSignals
 from tests.test_hpo.toy_study import PATIENCE_SECONDS, ROOT, ToyStudy
+from tests.test_hpo.toy_trainer import ToyTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -136,12 +140,29 @@ def test_a_damaged_journal_does_not_keep_a_study_from_being_removed(files: Study
 
 
 def test_a_study_is_gone_only_if_the_folder_around_it_is_there(files: StudyFiles) -> None:
-    check_not_removed(files.folder)
-    missing = files.folder.parent / "t"
+    check_not_removed(files.settings)
+    missing = StudyFiles(files.toml.with_stem("t"))
     with pytest.raises(StudyRemoved, match=r"study 't' is gone: its folder .* was removed"):
-        check_not_removed(missing)
+        check_not_removed(missing.settings)
     # A disk is away.
-    check_not_removed(missing / "u" / "v")
+    check_not_removed(missing.folder / "u" / "study.json")
+
+
+def test_a_study_is_gone_though_its_folder_was_made_again(files: StudyFiles) -> None:
+    files.settings.unlink()
+    (files.folder / "checkpoints").mkdir()
+    with pytest.raises(StudyRemoved, match=r"study 's' is gone"):
+        check_not_removed(files.settings)
+
+
+def test_a_job_makes_no_folder_of_a_study_that_is_gone(tmp_path: Path) -> None:
+    files = StudyFiles(tmp_path / "s.toml")
+    space = {"lr": FloatDistribution(1e-4, 0.1, log=True)}
+    job = Search(space, tokens=(1000, 3000), sizes=[1000.0], sampler="random").ask()
+    assert job is not None
+    with StopSignals() as stop, pytest.raises(FileNotFoundError):
+        run_job(job, ToyTrainer(), files, f"sqlite:///{tmp_path}/mlflow.db", stop)
+    assert not files.folder.exists()
 
 
 def test_presence_makes_no_folder_of_a_study_that_is_gone(tmp_path: Path) -> None:
@@ -157,7 +178,7 @@ def test_storage_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch,
         raise FileNotFoundError("the journal")
 
     def check() -> None:
-        check_not_removed(files.folder.parent / "t")
+        check_not_removed(files.folder.parent / "t" / "study.json")
 
     with pytest.raises(StudyRemoved):
         retry_storage(fail, check=check)
@@ -183,7 +204,8 @@ def test_forget_is_refused_while_a_study_runs_and_removing_its_folder_ends_it(
     output = launch.finish(1)
     assert "study 'toy' is gone: its folder studies/toy was removed; the launcher ends" in output
     assert "Traceback" not in output
-    assert not folder.exists()
+    # A process that still wrote may have made the folder again, but not the study.
+    assert not (folder / "study.json").exists()
 
 
 ASK = """

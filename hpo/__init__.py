@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from hpo.search.view import Job as Job
     from hpo.study.config import StudyConfig as StudyConfig
     from hpo.study.config import load_study as load_study
+    from hpo.study.plan import Plan as Plan
+    from hpo.study.plan import plan as plan
     from hpo.study.selection import select_trials as select_trials
 
 # Public name -> module. Names are imported when they are first used, so that `import hpo` is fast.
@@ -19,9 +21,11 @@ _HOME = {
     "Job": "hpo.search.view",
     "Ladder": "hpo.search.ladder",
     "MultiFidelitySampler": "hpo.samplers.multi_fidelity",
+    "Plan": "hpo.study.plan",
     "Search": "hpo.search.search",
     "StudyConfig": "hpo.study.config",
     "load_study": "hpo.study.config",
+    "plan": "hpo.study.plan",
     "select_trials": "hpo.study.selection",
 }
 __all__ = sorted(_HOME)

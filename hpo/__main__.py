@@ -1,4 +1,4 @@
-"""The `hpo` command: check, launch, resume, extend and read studies."""
+"""The `hpo` command: plan, check, launch, resume, extend and read studies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hpo.cli.plan import plan
 from scaling.common.cli import DryRun, Json, Uri, make_app, refusing, say
 from scaling.common.json_text import dump_json
 from scaling.common.signals import ignore_signals
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from hpo.study.trainer import Trainer
 
 app = make_app(__doc__)
+app.command()(plan)
 logger = logging.getLogger("muscale.hpo")
 
 Study = Annotated[str, typer.Argument(metavar="STUDY.toml | NAME", help="a study file, or the name of one in studies/")]
@@ -40,10 +42,7 @@ Address = Annotated[str, typer.Option(metavar="HOST:PORT", help="head of the Ray
 
 @app.command()
 def validate(study: Study) -> None:
-    """Check a study file and everything it names; exit with code 2 and list every mistake by field name.
-
-    Example: hpo validate studies/quickstart.toml
-    """
+    """Check a study file and everything it names; exit with code 2 and list every mistake by field name."""
     from hpo.study.config import load_study
     from scaling.common.studies import find_study_file
 

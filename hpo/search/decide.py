@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import TrialState
 
+from hpo.planning.law_search import LawPlan, choose_settings, recommend_settings
 from hpo.samplers.drawing import draw_settings
 from hpo.samplers.protocols import FidelitySampler, Predictor
 from hpo.samplers.registry import resolve_sampler
@@ -20,8 +22,12 @@ from hpo.search.hyperband import Bracket, FindRoom, FreeSlots, Promote, Scores, 
 from hpo.search.ladder import Ladder
 from hpo.search.model_driven import NextTrial, choose_next, compute_spent_cost, has_next_run
 from hpo.search.settings import SearchSettings
-from hpo.search.view import Plan, View, plan_remaining, plan_whole_runs
+from hpo.search.view import RemainingRuns, View, plan_groups, plan_remaining, plan_whole_runs
+from hpo.storage.trial_attributes import read_loss
 from scaling.laws.compute import Fidelity
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Decider:
     @property
     def has_end(self) -> bool:
         """Whether the search ends, after its iterations or its budget."""
-        return self.settings.iterations is not None or self.settings.budget is not None
+        settings = self.settings
+        return settings.iterations is not None or settings.budget is not None or settings.plan is not None
 
     def find_target(self, ladder: Ladder) -> Fidelity:
         """Return where the settings are to be good: by default, the largest size at the largest run."""
@@ -66,6 +73,8 @@ class Decider:
         """Return whether nothing is left to start or in progress."""
         if view.pending:
             return False
+        if self.settings.plan is not None:
+            return not self.list_open_groups(view)
         if view.iterations is None:
             return self.is_budget_spent(view) or self.is_exhausted(view)
         return not self.list_moves(view)
@@ -94,6 +103,8 @@ class Decider:
         done = len(view.finished)
         runs = f"its {int(self.grid.count):,} settings allowed {done:,} runs, none twice"
         text = f"the search space is exhausted: {runs}"
+        if self.settings.plan is not None:
+            return f"{text}, fewer than its plan has"
         if view.iterations is not None:
             iterations = "one iteration" if view.iterations == 1 else f"{view.iterations} iterations"
             return f"{text}, fewer than the brackets of {iterations} have places for"
@@ -114,6 +125,8 @@ class Decider:
 
     def _was_cut_short(self, view: View) -> bool:
         """Return whether a finished search would have gone on in a space with more settings."""
+        if self.settings.plan is not None:
+            return any(self._count_missing(view))
         if view.iterations is None:
             return not self.is_budget_spent(view)
         members: dict[Bracket, int] = {}
@@ -152,9 +165,13 @@ class Decider:
         rung = next((k for k, level in enumerate(ladder.levels) if level >= fidelity.D), ladder.top)
         return ladder.seeds_at(rung) * self.cost(fidelity)
 
-    def plan(self, view: View) -> Plan:
+    def plan(self, view: View) -> RemainingRuns:
         """Return what is still to be run in a search that ends."""
         settings = self.settings
+        if settings.plan is not None:
+            missing = self._count_missing(view)
+            groups = zip(settings.plan.design.groups, missing, strict=True)
+            return plan_groups(view, [(Fidelity(group.N, group.tokens), count) for group, count in groups])
         if view.iterations is not None:
             return plan_remaining(
                 view,
@@ -172,7 +189,68 @@ class Decider:
     @property
     def is_model_driven(self) -> bool:
         """Whether the sampler's model chooses rungs and continuations, too, because there are no brackets."""
-        return self.settings.iterations is None and isinstance(self.sampler, FidelitySampler)
+        settings = self.settings
+        return settings.iterations is None and settings.plan is None and isinstance(self.sampler, FidelitySampler)
+
+    @property
+    def has_brackets(self) -> bool:
+        """Whether Hyperband's brackets are the plan."""
+        return self.settings.plan is None and not self.is_model_driven
+
+    def list_open_groups(self, view: View) -> list[Bracket]:
+        """Return the groups of the plan with runs that have not been started, cheapest first, as brackets."""
+        assert self.settings.plan is not None
+        index = RunIndex(view, self.grid)
+        is_limited = self.grid.count < math.inf
+        return [
+            bracket
+            for bracket, missing in zip(self._list_groups(view), self._count_missing(view), strict=True)
+            if missing and not (is_limited and index.count_room(bracket.size, bracket.start).free == 0)
+        ]
+
+    def _list_groups(self, view: View) -> list[Bracket]:
+        """Return the groups of the plan as brackets, cheapest first."""
+        assert self.settings.plan is not None
+        sizes, levels = self.settings.proxy_sizes, view.ladder.levels
+        return [Bracket(0, sizes.index(g.N), levels.index(g.tokens)) for g in self.settings.plan.design.groups]
+
+    def _count_missing(self, view: View) -> list[int]:
+        """Return how many runs of each group of the plan have not been started."""
+        assert self.settings.plan is not None
+        started = Counter((t.user_attrs["bracket"][1], t.user_attrs["rung"]) for t in view.evaluations.values())
+        groups = zip(self._list_groups(view), self.settings.plan.design.groups, strict=True)
+        return [max(group.runs - started[bracket.size, bracket.start], 0) for bracket, group in groups]
+
+    def _choose_for_law(self, view: View, plan: LawPlan, bracket: Bracket) -> NextTrial | None:
+        """Return the next run of a group of the plan; None if its settings have been run."""
+        group = self._list_groups(view).index(bracket)
+        place = plan.design.groups[group].runs - self._count_missing(view)[group]
+        params = choose_settings(
+            self._list_runs(view, plan), plan, self.settings.space, group, place, self.settings.seed
+        )
+        return self._make_distinct(view, bracket, params)
+
+    def recommend(self, view: View) -> dict[str, Any]:
+        """Return the settings that the law of the runs recommends for the target, within the space."""
+        plan, target = self.settings.plan, self.find_target(view.ladder)
+        assert plan is not None
+        return recommend_settings(self._list_runs(view, plan), plan, self.settings.space, target.N, target.D)
+
+    def _list_runs(self, view: View, plan: LawPlan) -> pd.DataFrame:
+        """Return the runs that have ended, as the law reads them."""
+        import pandas as pd
+
+        rows = [
+            (
+                float(trial.user_attrs["N"]),
+                float(trial.user_attrs["tokens"]),
+                float(trial.params[plan.inputs.lr]),
+                plan.inputs.compute_batch_tokens(trial.params),
+                read_loss(trial),
+            )
+            for trial in view.finished
+        ]
+        return pd.DataFrame(rows, columns=["N", "D", "lr", "batch_tokens", "loss"])
 
     def list_moves(self, view: View, scores: Scores | None = None) -> list[Promote | FreeSlots]:
         """Return what may be run in a search with brackets.
@@ -221,6 +299,8 @@ class Decider:
 
         In a model-driven search there is one bracket, at the lowest rung of the smallest size, for enqueued trials.
         """
+        if self.settings.plan is not None:
+            return self.list_open_groups(view)
         if self.is_model_driven:
             return [Bracket(0, 0, 0)]
         brackets = (move.bracket for move in moves if isinstance(move, FreeSlots))
@@ -287,6 +367,8 @@ class Decider:
         Returns:
             The trial; without parameters if the sampler chooses them when it starts. None if nothing can be run now.
         """
+        if self.settings.plan is not None:
+            return self._choose_for_law(view, self.settings.plan, brackets[0])
         if isinstance(self.sampler, FidelitySampler):
             return self._ask_model(view, self.sampler, brackets)
         random = self.make_random_sampler(len(view.trials))

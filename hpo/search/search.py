@@ -24,6 +24,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
+from hpo.planning.law_search import LawPlan
 from hpo.samplers.belief import Belief, check_belief
 from hpo.samplers.protocols import FidelitySampler, Predictor, UsefulnessEstimator
 from hpo.samplers.registry import resolve_sampler
@@ -42,7 +43,17 @@ from hpo.search.stored import (
     store_raise,
 )
 from hpo.search.trial_writer import TrialWriter
-from hpo.search.view import Job, Plan, Progress, View, build_job, has_result, measure_progress, raise_view, read_trials
+from hpo.search.view import (
+    Job,
+    Progress,
+    RemainingRuns,
+    View,
+    build_job,
+    has_result,
+    measure_progress,
+    raise_view,
+    read_trials,
+)
 from hpo.storage.connect import open_storage
 from hpo.storage.leases import LeaseMonitor, find_abandoned, identify_process
 from hpo.storage.trial_attributes import Stopped, has_outcome, read_config, read_loss
@@ -62,7 +73,8 @@ class Search:
             `extend`. It only tells the sampler where to look, so a study may be opened again with another one.
         sampler: One of `hpo.samplers.names.SAMPLERS`, which give the same sequence when killed and resumed; or any
             Optuna sampler, which is then responsible for its own seeds.
-        scheduler: "incremental-hyperband".
+        scheduler: "incremental-hyperband", or "law", which runs a plan about the optimum that a law predicts.
+        plan: The runs of scheduler "law", as `hpo.plan` makes them; None for others.
         variant: Which configurations compete for a place after a raise, see `hpo.search.hyperband`.
         iterations: How often Hyperband is run. Its brackets are then the plan, and the sampler fills them. A study may
             be opened again with more of them. None: no end; a sampler with a model ("mfbo") then chooses settings,
@@ -107,6 +119,7 @@ class Search:
         target: Fidelity | None = None,
         sampler: str | BaseSampler = "mfbo",
         scheduler: str = "incremental-hyperband",
+        plan: LawPlan | None = None,
         variant: Variant = "discarding",
         iterations: int | None = None,
         budget: float | None = None,
@@ -130,6 +143,7 @@ class Search:
             sizes=sizes,
             target=target,
             scheduler=scheduler,
+            plan=plan,
             variant=variant,
             iterations=iterations,
             budget=budget,
@@ -221,12 +235,8 @@ class Search:
         raised_at, room = count_trials_before_raise(self.study), self._decider.make_room(view)
         return measure_progress(view, plan, self.variant, raised_at, room)
 
-    def plan(self, max_tokens: int | None = None, *, iterations: int | None = None) -> Plan:
-        """Return what is still to be run. Writes nothing.
-
-        Args:
-            max_tokens: Plan as if `extend(max_tokens)` had been called.
-            iterations: Plan as if `extend(iterations=iterations)` had been called.
+    def plan(self, max_tokens: int | None = None, *, iterations: int | None = None) -> RemainingRuns:
+        """Return what is still to be run, or would be after `extend` with the same arguments. Writes nothing.
 
         Raises:
             ValueError: If the search has no end, or cannot be raised like that.
@@ -240,45 +250,38 @@ class Search:
     def best(self) -> dict[str, Any]:
         """Return the search's answer: the settings for the target.
 
-        If the sampler has a model, this is the model's answer. Otherwise these are the parameters of the lowest loss at
-        the highest fidelity (largest N, then D) that has a finite one.
+        With a plan, this is the law's answer. If the sampler has a model, it is the model's. Otherwise these are the
+        parameters of the lowest loss at the highest fidelity (largest N, then D) that has a finite one.
 
         Raises:
             ValueError: If no run has finished with a finite loss.
         """
-        done = [t for t in self._read().finished if math.isfinite(read_loss(t))]
+        view = self._read()
+        done = [t for t in view.finished if math.isfinite(read_loss(t))]
         if not done:
             raise ValueError("no run has finished with a finite loss: run some before asking for the best")
+        if self.settings.plan is not None:
+            return self._decider.recommend(view)
         if isinstance(self._sampler, FidelitySampler):
             return self._sampler.best(self.study, self.space, self.target)
         top = min(done, key=lambda t: (-t.user_attrs["N"], -t.user_attrs["tokens"], read_loss(t), t.number))
         return {name: top.params[name] for name in self.space}
 
     def usefulness(self) -> dict[Fidelity, float]:
-        """Return how far the losses of every size and rung correlate with the target's, by the sampler's model.
-
-        Returns:
-            Posterior correlation over settings, by fidelity. Empty without a model.
-        """
+        """Return how far the losses of every size and rung correlate with the target's; empty without a model."""
         levels = [Fidelity(size, tokens) for size in self.sizes for tokens in self.ladder.levels]
         if not isinstance(self._sampler, UsefulnessEstimator):
             return {}
-        correlations = self._sampler.usefulness(self.study, self.space, levels, self.target)
-        if correlations is None:
-            return {}
-        return {level: float(x) for level, x in zip(levels, correlations, strict=True)}
+        found = self._sampler.usefulness(self.study, self.space, levels, self.target)
+        return {} if found is None else {level: float(x) for level, x in zip(levels, found, strict=True)}
 
     # What to do
 
     def ask(self) -> Job | None:
-        """Return the next job.
+        """Return the next job, or None if nothing can be run now. `finished` tells whether there will be more.
 
         Jobs that were given back or left by a dead worker come first, then promotions, then new configurations
-        (enqueued ones first).
-
-        Returns:
-            The job, or None if nothing can be run now. `finished` tells whether there will be more. No run is made
-            twice: settings that have been run at a size and rung are not run there again.
+        (enqueued ones first). Settings that have been run at a size and rung are not run there again.
         """
         with self._lock:
             view = self._read()
@@ -362,14 +365,11 @@ class Search:
         self._held.discard(job.number)
 
     def record_start(self, job: Job, started_tokens: Sequence[int]) -> Job:
-        """Record where each seed of a job starts, if a checkpoint that it was to continue was lost.
+        """Record where each seed of a job starts, if a checkpoint was lost, and return the job that starts there.
 
         Args:
             job: The job.
             started_tokens: Tokens of the checkpoint that each of its seeds continues; 0 for the beginning.
-
-        Returns:
-            The job, which starts there.
         """
         self._writer.record_start(job, started_tokens)
         return replace(job, started_tokens=tuple(started_tokens))

@@ -12,6 +12,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
+from hpo.planning.law_search import LawPlan
 from hpo.samplers.unit_cube import describe_equal_choices, find_equal_choices
 from hpo.search.hyperband import VARIANTS, Variant
 from hpo.search.ladder import Ladder
@@ -19,7 +20,7 @@ from scaling.common.suggest import did_you_mean
 from scaling.common.validation import SHOWN_CHARACTERS
 from scaling.laws.compute import Fidelity
 
-SCHEDULERS = ("incremental-hyperband",)
+SCHEDULERS = ("incremental-hyperband", "law")
 Promotion = Literal["rank", "predicted"]
 
 
@@ -41,6 +42,8 @@ class StoredSettings(BaseModel):
         seeds: Trainings with different random seeds, by rung.
         raises: For each raise, the new largest run and how many trials there were then. Absent before the first.
         max_iterations: How often Hyperband is run after a raise. Absent before the first.
+        groups: N, tokens and number of runs of each group of a plan. Absent without one.
+        spread: How many runs of the first group are spread over the space. Absent without a plan.
     """
 
     model_config = ConfigDict(strict=True)
@@ -59,6 +62,8 @@ class StoredSettings(BaseModel):
     seeds: list[PositiveInt] = Field(default_factory=lambda: [1])
     raises: list[list[int]] = Field(default_factory=list)
     max_iterations: PositiveInt | None = None
+    groups: list[tuple[PositiveFloat, PositiveInt, PositiveInt]] | None = None
+    spread: int | None = None
 
     @property
     def current_iterations(self) -> int | None:
@@ -87,6 +92,7 @@ class SearchSettings:
     sizes: Sequence[float] | None
     target: Fidelity | None
     scheduler: str
+    plan: LawPlan | None
     variant: Variant
     iterations: int | None
     budget: float | None
@@ -116,6 +122,28 @@ class SearchSettings:
         ladder = Ladder.make(lowest, highest, self.eta)
         object.__setattr__(self, "ladder", replace(ladder, seeds=resolve_seeds(self.seeds, ladder.levels)))
         self._check_run_options()
+        if problems := self._find_plan_problems():
+            raise ValueError("; ".join(problems))
+
+    def _find_plan_problems(self) -> list[str]:
+        """Return what is wrong with the plan and the settings beside it."""
+        if self.scheduler != "law":
+            return [] if self.plan is None else [f'a plan needs scheduler="law", got {self.scheduler!r}']
+        if self.plan is None:
+            return ['scheduler="law" needs a plan, as `hpo.plan` makes it']
+        problems = []
+        if self.iterations is not None or self.budget is not None:
+            problems.append('scheduler="law" runs its plan: leave out iterations and budget')
+        if self.promote != "rank" or self.asynchronous:
+            problems.append('scheduler="law" promotes nothing: leave out promote and asynchronous')
+        unknown = [
+            f"N {group.N:g}, {group.tokens:,} tokens"
+            for group in self.plan.design.groups
+            if group.N not in self.proxy_sizes or group.tokens not in self.ladder.levels
+        ]
+        if unknown:
+            problems.append(f"groups of the plan at no size and rung of the search: {'; '.join(unknown)}")
+        return problems
 
     def _check_space(self) -> None:
         if not self.space:
@@ -174,7 +202,12 @@ class SearchSettings:
     def to_stored(self) -> StoredSettings:
         """Return what a new study stores."""
         lowest, highest = (parse_tokens(t) for t in self.tokens)
+        design = None if self.plan is None else self.plan.design
+        planned: dict[str, Any] = {}
+        if design is not None:
+            planned = {"groups": [[g.N, g.tokens, g.runs] for g in design.groups], "spread": design.spread}
         return StoredSettings.model_construct(
+            **planned,
             space={name: distribution_to_json(distribution) for name, distribution in self.space.items()},
             tokens=[lowest, highest],
             max_tokens=highest,
@@ -202,7 +235,11 @@ class SearchSettings:
         Raises:
             ValueError: If any differ. The message lists all differences.
         """
-        given, differences = self.to_stored(), []
+        # Through JSON, so that tuples are lists, as in a study.
+        given = StoredSettings.model_validate_json(
+            json.dumps(self.to_stored().model_dump(exclude_unset=True, warnings=False))
+        )
+        differences = []
         separate = {"space", "tokens", "max_tokens", "raises", "iterations", "max_iterations"}
         for name in StoredSettings.model_fields.keys() - separate:
             old, new = getattr(stored, name), getattr(given, name)

@@ -34,7 +34,7 @@ class TrialStarter:
     def start_next(self, view: View) -> FrozenTrial | None:
         """Start the trial that is to run next; None if nothing can be run now."""
         decider = self.decider
-        moves = [] if decider.is_model_driven else decider.list_moves(view, decider.make_scores(view))
+        moves = decider.list_moves(view, decider.make_scores(view)) if decider.has_brackets else []
         promotion = decider.choose_promotion(view, moves)
         if promotion is not None:
             return self._create(view, promotion)

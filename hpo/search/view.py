@@ -6,7 +6,7 @@ These functions only read the list of trials. `hpo.search.trial_writer` writes t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +68,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RemainingRuns:
     """What is still to be run, runs in progress included.
 
     After a raise, or in asynchronous mode, this is a lower bound: see `hpo.search.hyperband.count_remaining`.
@@ -228,7 +228,7 @@ def plan_remaining(
     *,
     resumable: bool,
     room: FindRoom | None = None,
-) -> Plan:
+) -> RemainingRuns:
     """Return what is still to be run in a search that ends after some iterations of Hyperband.
 
     Args:
@@ -248,10 +248,23 @@ def plan_remaining(
         tokens = view.ladder.tokens(rung, resumed=resumable and not is_start)
         increments += [Fidelity(sizes[bracket.size], tokens)] * missing
         configurations += missing if is_start else 0
-    return Plan(increments, configurations)
+    return RemainingRuns(increments, configurations)
 
 
-def plan_whole_runs(view: View, top: Fidelity, runs: float) -> Plan:
+def plan_groups(view: View, groups: Sequence[tuple[Fidelity, int]]) -> RemainingRuns:
+    """Return what is still to be run of a plan.
+
+    Args:
+        view: The search.
+        groups: How many runs of each size and length have not been started.
+    """
+    increments = _list_pending_increments(view)
+    for fidelity, missing in groups:
+        increments += [fidelity] * missing
+    return RemainingRuns(increments, sum(missing for _, missing in groups))
+
+
+def plan_whole_runs(view: View, top: Fidelity, runs: float) -> RemainingRuns:
     """Return what is still to be run when only the budget that is left is known, and not what the sampler will choose.
 
     Args:
@@ -262,7 +275,7 @@ def plan_whole_runs(view: View, top: Fidelity, runs: float) -> Plan:
     increments = _list_pending_increments(view)
     increments += [top] * int(runs)
     rest = int(top.D * (runs - int(runs)))
-    return Plan(increments + ([Fidelity(top.N, rest)] if rest else []), 0, counted=False)
+    return RemainingRuns(increments + ([Fidelity(top.N, rest)] if rest else []), 0, counted=False)
 
 
 def _list_pending_increments(view: View) -> list[Fidelity]:
@@ -270,7 +283,7 @@ def _list_pending_increments(view: View) -> list[Fidelity]:
 
 
 def measure_progress(
-    view: View, plan: Plan | None, variant: Variant, raised_at: int, room: FindRoom | None = None
+    view: View, plan: RemainingRuns | None, variant: Variant, raised_at: int, room: FindRoom | None = None
 ) -> Progress:
     """Return how far a search has come.
 

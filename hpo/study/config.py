@@ -37,6 +37,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from hpo.samplers.belief import check_belief
 from hpo.samplers.names import MODEL_SAMPLERS
 from hpo.samplers.unit_cube import Cube
+from hpo.study.law_plan import make_law_plan
 from hpo.study.schema import Dimension, LawTable, SearchTable, StudyTable, Tokens, TrainerTable, Workers
 from hpo.study.trainer import Trainer
 from scaling.common.redact import find_secrets
@@ -217,6 +218,11 @@ def _check_trainer(table: dict[str, Any], study: StudyConfig | None, problems: l
         problems += trainer.problems(space, (tokens.min, tokens.max) if tokens else None)
     except TRAINER_ERRORS as error:
         problems.append(f"trainer: {error}")
+    if study is not None and study.search.scheduler == "law" and not problems:
+        try:
+            make_law_plan(study.search, study.distributions, study.probes, trainer)
+        except TRAINER_ERRORS as error:
+            problems.append(f"search: {error}")
     if isinstance(table.get("target"), dict):
         try:
             trainer.target(**table["target"])

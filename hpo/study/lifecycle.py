@@ -17,6 +17,7 @@ from hpo.storage.presence import describe_process, list_present, lock_file
 from hpo.storage.retry import refuse_storage_errors
 from hpo.study.config import StudyConfig, StudyError
 from hpo.study.files import StudyFiles
+from hpo.study.law_plan import make_law_plan
 from hpo.study.mlflow_run import record_target, require_tracking, undo_on_failure
 from hpo.study.schema import Workers
 from hpo.study.trainer import Trainer
@@ -64,14 +65,19 @@ def open_search(
     # The launcher logs each finished trial itself.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search, sizes = study.search, trainer.sizes
+    target = trainer.target(**study.target) if study.target else None
+    plan = None
+    if search.scheduler == "law":
+        plan = make_law_plan(search, study.distributions, study.probes, trainer)
     return Search(
         study.distributions,
         tokens=(search.tokens.min, search.tokens.max),
         eta=search.eta,
         sizes=sizes,
-        target=trainer.target(**study.target) if study.target else None,
+        target=target,
         sampler=search.sampler,
         scheduler=search.scheduler,
+        plan=plan,
         variant=search.variant,
         iterations=search.iterations,
         budget=search.budget * Fidelity(max(sizes), search.tokens.max).C if search.budget else None,

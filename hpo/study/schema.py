@@ -49,13 +49,25 @@ class Tokens(StudyTable):
         return self
 
 
+class GroupTable(StudyTable):
+    """Runs of one size and length."""
+
+    size: int = Field(ge=0, description="index of the proxy size, 0 for the smallest")
+    tokens: int = Field(gt=0, le=10**18, description="training tokens of each run, one of the rungs")
+    runs: PositiveInt
+
+
 class SearchTable(StudyTable):
     """How the search spends compute. The fields are described where they are defined."""
 
     tokens: Tokens
     eta: int = Field(3, ge=2, description="each rung keeps the best 1/eta and trains them eta times longer")
     sampler: str = Field("mfbo", description=", ".join(SAMPLERS))
-    scheduler: Literal["incremental-hyperband"] = "incremental-hyperband"
+    scheduler: Literal["incremental-hyperband", "law"] = "incremental-hyperband"
+    groups: tuple[GroupTable, ...] = Field((), description="the runs of scheduler 'law', as `hpo plan` writes them")
+    spread: int = Field(
+        8, ge=4, description="how many runs of the first group are spread over the space; all others follow the law"
+    )
     variant: Literal["discarding", "preserving", "efficient"] = "discarding"
     iterations: PositiveInt | None = Field(
         None, description="how often Hyperband runs its brackets at each proxy size; 1 unless there is a budget"
@@ -88,7 +100,8 @@ class SearchTable(StudyTable):
     @model_validator(mode="before")
     @classmethod
     def _set_default_iterations(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("iterations") is None and data.get("budget") is None:
+        given = data if isinstance(data, Mapping) else {"iterations": 1}
+        if given.get("scheduler") != "law" and given.get("iterations") is None and given.get("budget") is None:
             return {**data, "iterations": 1}
         return data
 
@@ -116,6 +129,7 @@ class SearchTable(StudyTable):
             Ladder(levels, self.eta, resolve_seeds(self.seeds, levels))
         except ValueError as error:
             problems.append(str(error))
+        problems += self._find_group_problems(levels)
         if self.budget is not None and self.iterations is not None:
             problems.append(
                 "needed iterations (Hyperband's brackets) or budget (the model decides), got both: remove one"
@@ -127,6 +141,31 @@ class SearchTable(StudyTable):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _find_group_problems(self, levels: tuple[int, ...]) -> list[str]:
+        """Return what is wrong with the groups of scheduler 'law'."""
+        if self.scheduler != "law":
+            return ["groups need scheduler = 'law'"] if self.groups else []
+        if not self.groups:
+            return ["scheduler = 'law' needs groups, which `hpo plan` chooses and writes"]
+        problems = []
+        for name, value, default in (
+            ("iterations", self.iterations, None),
+            ("budget", self.budget, None),
+            ("promote", self.promote, "rank"),
+            ("asynchronous", self.asynchronous, False),
+            ("stop", self.stop, 0.0),
+            ("seeds", self.seeds, (1,)),
+        ):
+            if value != default:
+                problems.append(f"scheduler = 'law' runs its groups: leave out {name}")
+        if wrong := sorted({group.tokens for group in self.groups} - set(levels)):
+            problems.append(f"groups: tokens must be rungs, {', '.join(map(str, levels))}; got {wrong}")
+        if self.groups[0].runs <= self.spread:
+            problems.append(
+                f"spread must be less than the runs of the first group, {self.groups[0].runs}, got {self.spread}"
+            )
+        return problems
 
 
 class Dimension(StudyTable):

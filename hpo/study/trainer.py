@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from optuna.distributions import BaseDistribution
 
@@ -96,3 +96,17 @@ class Trainer(Protocol):
             keep: Where to write a checkpoint if the run is interrupted.
             repeat: The index of the random seed.
         """
+
+
+@runtime_checkable
+class ResizableTrainer(Protocol):
+    """A trainer whose sizes `hpo plan` may choose.
+
+    Attributes:
+        size_setting: The setting that holds its sizes, such as "widths".
+    """
+
+    size_setting: str
+
+    def list_sizes(self, largest: float) -> Mapping[float, Any]:
+        """Return the sizes that it could have, up to one, as {N: value of that setting}."""

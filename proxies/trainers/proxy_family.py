@@ -93,6 +93,8 @@ class ProxyFamily(ProxySettings):
     """The `[trainer]` table of a study: settings of all proxies, and their widths. It implements hpo's `Trainer`."""
 
     target_table: ClassVar[type[BaseModel]] = Target
+    # The setting whose values `list_sizes` returns.
+    size_setting: ClassVar[str] = "widths"
     widths: tuple[PositiveInt, ...] = Field((32, 64, 128), min_length=1, description="d_model of each proxy size")
 
     # Fields are checked one by one, so that every mistake is found in one reading of the file.
@@ -156,6 +158,22 @@ class ProxyFamily(ProxySettings):
     def sizes(self) -> tuple[float, ...]:
         """N of every width, in ascending order."""
         return tuple(float(self.member(w).counts.N) for w in sorted(self.widths))
+
+    def list_sizes(self, largest: float) -> dict[float, int]:
+        """Return the sizes that the family could have, up to one, as {N: width}.
+
+        Widths are whole groups of heads, spaced by about an eighth.
+
+        Args:
+            largest: The largest N.
+        """
+        group = self.d_head * self.q_per_kv
+        sizes: dict[float, int] = {}
+        width = group
+        while (size := float(self.member(width).counts.N)) <= largest:
+            sizes[size] = width
+            width = max(width + group, round(width * 1.125 / group) * group)
+        return sizes
 
     def config(self, params: Mapping[str, Any], fidelity: Fidelity, *, repeat: int = 0) -> ProxyConfig:
         """Return the validated configuration of a run.

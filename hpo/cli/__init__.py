@@ -1,0 +1,1 @@
+"""The longer commands of `hpo`. It may import every other subpackage."""

@@ -1,0 +1,95 @@
+"""`hpo plan`: choose the small runs for a large target, and write them into a study file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scaling.common.cli import Json, refusing, say
+from scaling.common.json_text import dump_json
+from scaling.common.quantities import read_count
+
+if TYPE_CHECKING:
+    from hpo.study.plan import Plan
+
+# Ranges that are planned for without a study file: they hold the best settings of public runs of every size.
+LR_RANGE, BATCH_RANGE = (1e-5, 0.1), (2**13, 2**25)
+# Other budgets that are shown beside the one that was asked for.
+ALTERNATIVES = (0.5, 2.0)
+
+
+def plan(
+    study: Annotated[
+        str | None,
+        typer.Argument(metavar="STUDY.toml | NAME", help="a study file with [trainer], [space] and [target]"),
+    ] = None,
+    spend: Annotated[
+        str, typer.Option(help="what all runs may cost: a share of the target's compute (1%) or FLOPs (6e20)")
+    ] = "1%",
+    params: Annotated[str | None, typer.Option(help="N of the target without a study, such as 7B")] = None,
+    tokens: Annotated[str | None, typer.Option(help="its training tokens, such as 1.4T")] = None,
+    mup: Annotated[bool, typer.Option("--mup", help="learning rates are those of a base width under muP")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="write the study with the plan to this file; it may be STUDY.toml itself")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the search, without a study")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose sizes, lengths and numbers of small runs, so that their law says most about a large target.
+
+    Examples:
+      hpo plan --params 7B --tokens 1.4T --spend 1%
+      hpo plan studies/mine.toml --spend 3% --out studies/mine-plan.toml
+    """
+    with refusing():
+        problems = []
+        if study is None and (params is None or tokens is None):
+            problems.append("needed a study file, or --params and --tokens of the target")
+        if study is not None and (params is not None or tokens is not None or mup):
+            problems.append("a study file has its own target: leave out --params, --tokens and --mup")
+        if study is None and out is not None:
+            problems.append("--out writes a study, so it needs a study file with a trainer to start from")
+        if problems:
+            raise ValueError("; ".join(problems))
+        if study is None:
+            assert params is not None
+            assert tokens is not None
+            _show(_plan_alone(read_count(params), read_count(tokens), spend, mup, seed), as_json)
+            return
+        from hpo.study.plan_file import plan_study, write_planned_study
+        from scaling.common.studies import find_study_file
+
+        path = find_study_file(study)
+        planned = plan_study(path, spend)
+        if out is not None:
+            write_planned_study(path, out, planned)
+    _show(planned.plan, as_json)
+    if out is not None:
+        say(f"written to {out}; next: `hpo launch {out}`")
+
+
+def _plan_alone(N: float, D: float, spend: str, mup: bool, seed: int) -> Plan:
+    """Return the plan for a target of any model family, with wide ranges."""
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    import hpo
+    from hpo.study.plan_file import read_spend
+
+    space = {
+        "lr": FloatDistribution(*LR_RANGE, log=True),
+        "batch_tokens": IntDistribution(*BATCH_RANGE, log=True),
+    }
+    parametrization: Any = "mup" if mup else "standard"
+    return hpo.plan(N, D, flops=read_spend(spend, 6 * N * D), space=space, parametrization=parametrization, seed=seed)
+
+
+def _show(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        typer.echo(dump_json(plan.to_dict()))
+        return
+    typer.echo(plan)
+    typer.echo("\nat other budgets:")
+    for factor in ALTERNATIVES:
+        typer.echo(f"  {plan.describe_alternative(factor)}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,7 @@ RUN_NOISE, SHAPE_NOISE = 0.0009, 0.15
 LEAST_N = 2e6
 # What is tried: groups on the way to the target, the ratio of neighbours in N and in D, runs of the largest group and
 # of the others, and further runs of the smallest one, which are spread over the whole space.
-COUNTS, RATIOS, TOP_RUNS, LOW_RUNS, SPREAD_RUNS = (2, 3, 4, 5), (2, 3, 4, 5, 6), (3, 4, 5, 6), (4, 5, 6, 8), (8, 10)
+COUNTS, RATIOS, TOP_RUNS, LOW_RUNS, SPREAD_RUNS = (2, 3, 4, 5), (2, 3, 4), (5, 6), (6, 8), 10
 # Runs of a group beside the way to the target, where N and D do not move together. One at the predicted optimum tells
 # the loss there; three took so much from the largest group that the regret rose.
 PAIR_RUNS = 1
@@ -45,8 +45,6 @@ PAIR_RUNS = 1
 LEAST_RUNS_FOR_OPTIMUM = 3
 # Factor between the budgets that are tried when one is too small.
 BUDGET_STEP = 1.2
-# Runs without which neither the bowl nor the law through the smallest group can be told.
-LEAST_RUNS_AT_START = 13
 
 
 class DesignError(ValueError):
@@ -141,10 +139,11 @@ def choose_design(
         DesignError: If the budget does not pay for runs of different sizes.
     """
     limits = _Limits(N, D, sizes, least_N, least_tokens)
-    designs = [design for shape in _list_shapes(pairs) if (design := _scale_shape(shape, flops, limits)) is not None]
-    if not designs:
-        raise DesignError(_explain_budget(flops, limits, pairs))
-    return min(designs, key=lambda design: expected_regret(design, N, D, mup=mup))
+    for shapes in _list_shapes(pairs):
+        designs = [design for shape in shapes if (design := _scale_shape(shape, flops, limits)) is not None]
+        if designs:
+            return min(designs, key=lambda design: expected_regret(design, N, D, mup=mup))
+    raise DesignError(_explain_budget(flops, limits, pairs))
 
 
 @dataclass(frozen=True)
@@ -167,14 +166,15 @@ class _Shape:
     spread: int
 
 
-def _list_shapes(pairs: bool) -> Iterator[_Shape]:
-    for count, ratio, top, low, spread in itertools.product(COUNTS, RATIOS, TOP_RUNS, LOW_RUNS, SPREAD_RUNS):
-        if spread + low < LEAST_RUNS_AT_START:
-            continue
+def _list_shapes(pairs: bool) -> list[list[_Shape]]:
+    """Return the shapes with three groups or more on the way to the target, and those with two for smaller budgets."""
+    shapes: list[list[_Shape]] = [[], []]
+    for count, ratio, top, low in itertools.product(COUNTS, RATIOS, TOP_RUNS, LOW_RUNS):
         steps = [(i, i, low if i else top) for i in range(count)]
         if pairs:
             steps += [(0, 1, PAIR_RUNS), (1, 0, PAIR_RUNS)]
-        yield _Shape(ratio, tuple(steps), spread)
+        shapes[count < 3].append(_Shape(ratio, tuple(steps), SPREAD_RUNS))
+    return shapes
 
 
 def _scale_shape(shape: _Shape, flops: float, limits: _Limits) -> Design | None:
@@ -200,9 +200,12 @@ def _scale_shape(shape: _Shape, flops: float, limits: _Limits) -> Design | None:
 
 def _choose_sizes(top: float, ratio: int, steps: int, limits: _Limits) -> list[float] | None:
     """Return the size at each step below the top: of those that can be trained, the nearest ones; None if too few."""
-    wanted = [top / ratio**step for step in range(steps + 1)]
+    if top / ratio**steps < limits.least_N / ratio or top / ratio < limits.least_N:
+        return None
+    # The smallest size may be larger than wanted, by less than the ratio.
+    wanted = [max(top / ratio**step, limits.least_N) for step in range(steps + 1)]
     if limits.sizes is None:
-        return wanted if wanted[-1] >= limits.least_N else None
+        return wanted
     usable = [size for size in limits.sizes if size >= limits.least_N]
     if len(usable) < 2:
         return None
@@ -262,7 +265,7 @@ def _explain_budget(flops: float, limits: _Limits, pairs: bool) -> str:
     enough = flops
     while enough < target:
         enough *= BUDGET_STEP
-        if any(_scale_shape(shape, enough, limits) is not None for shape in _list_shapes(pairs)):
+        if any(_scale_shape(shape, enough, limits) is not None for shapes in _list_shapes(pairs) for shape in shapes):
             return (
                 f"the budget of {flops:.3g} FLOPs ({100 * flops / target:.2g} % of the target's) does not pay for runs "
                 f"of different sizes, of {least} or more: about {enough:.2g} FLOPs ({100 * enough / target:.2g} %) are "

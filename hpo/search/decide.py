@@ -13,7 +13,7 @@ import optuna
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import TrialState
 
-from hpo.planning.law_search import LawPlan, choose_settings, recommend_settings
+from hpo.planning.law_search import COLUMNS, LawPlan, choose_settings, recommend_settings
 from hpo.samplers.drawing import draw_settings
 from hpo.samplers.protocols import FidelitySampler, Predictor
 from hpo.samplers.registry import resolve_sampler
@@ -250,7 +250,7 @@ class Decider:
             )
             for trial in view.finished
         ]
-        return pd.DataFrame(rows, columns=["N", "D", "lr", "batch_tokens", "loss"])
+        return pd.DataFrame(rows, columns=list(COLUMNS))
 
     def list_moves(self, view: View, scores: Scores | None = None) -> list[Promote | FreeSlots]:
         """Return what may be run in a search with brackets.

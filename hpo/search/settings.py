@@ -62,7 +62,7 @@ class StoredSettings(BaseModel):
     seeds: list[PositiveInt] = Field(default_factory=lambda: [1])
     raises: list[list[int]] = Field(default_factory=list)
     max_iterations: PositiveInt | None = None
-    groups: list[tuple[PositiveFloat, PositiveInt, PositiveInt]] | None = None
+    groups: list[list[float]] | None = None
     spread: int | None = None
 
     @property
@@ -235,11 +235,7 @@ class SearchSettings:
         Raises:
             ValueError: If any differ. The message lists all differences.
         """
-        # Through JSON, so that tuples are lists, as in a study.
-        given = StoredSettings.model_validate_json(
-            json.dumps(self.to_stored().model_dump(exclude_unset=True, warnings=False))
-        )
-        differences = []
+        given, differences = self.to_stored(), []
         separate = {"space", "tokens", "max_tokens", "raises", "iterations", "max_iterations"}
         for name in StoredSettings.model_fields.keys() - separate:
             old, new = getattr(stored, name), getattr(given, name)

@@ -58,14 +58,17 @@ def find_inputs(
         ValueError: If the space has no learning rate or batch size, or others, or the trainer's differ from them.
     """
     described = [trainer.describe(probe, fidelity) for probe in probes]
-    inputs = find_law_inputs(space, 1, mup=described[0].get("parametrization") == "mup")
-    assert inputs.batch is not None
+    fixed = [float(run.get("batch_tokens", math.nan)) for run in described]
+    mup = described[0].get("parametrization") == "mup"
+    inputs = find_law_inputs(space, 1, mup=mup, batch_tokens=fixed[0] if len(set(fixed)) == 1 else None)
     pairs = list(zip(described, probes, strict=True))
     rates = [float(run.get("lr", math.nan)) / float(probe[inputs.lr]) for run, probe in pairs]
     if not all(abs(rate - 1) <= TOLERANCE for rate in rates):
         raise ValueError(
             f"space.{inputs.lr}: a plan by laws needs the trainer's learning rate, but its `describe` has another one"
         )
+    if inputs.batch is None:
+        return inputs
     units = [float(run.get("batch_tokens", math.nan)) / float(probe[inputs.batch]) for run, probe in pairs]
     if not (0 < min(units) <= max(units) <= min(units) * (1 + TOLERANCE)):
         raise ValueError(

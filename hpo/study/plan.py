@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from optuna.distributions import BaseDistribution
 
-from hpo.planning.design import LEAST_N, Design, Group, choose_design, compute_variances, expected_regret
+from hpo.planning.design import CURVATURES, LEAST_N, Design, Group, choose_design, compute_variances
 from hpo.planning.law_search import LawInputs, LawPlan, find_law_inputs
 from hpo.search.search import Search
 from scaling.common.quantities import format_count
@@ -29,12 +29,12 @@ class Expectation:
     Attributes:
         lr_factor: The 90 % interval of the best learning rate will reach from the answer divided by this to the answer
             times this.
-        batch_factor: The same of the best batch size.
+        batch_factor: The same of the best batch size; None if it is not searched.
         regret: The loss above the best one that is expected at the target, as a share of the loss.
     """
 
     lr_factor: float
-    batch_factor: float
+    batch_factor: float | None
     regret: float
 
 
@@ -81,10 +81,11 @@ class Plan:
     @property
     def expected(self) -> Expectation:
         """What the answer is expected to be worth."""
-        at = (self.design, self.target.N, self.target.D)
-        mup = self.law.inputs.mup
-        lr_factor, batch_factor = np.exp(NORMAL_90 * np.sqrt(compute_variances(*at, mup=mup)))
-        return Expectation(float(lr_factor), float(batch_factor), expected_regret(*at, mup=mup))
+        variances = compute_variances(self.design, self.target.N, self.target.D, mup=self.law.inputs.mup)
+        searched = variances[: len(self.law.inputs.names)]
+        factors = [float(factor) for factor in np.exp(NORMAL_90 * np.sqrt(searched))]
+        regret = float(np.array(CURVATURES)[: searched.size] @ searched)
+        return Expectation(factors[0], factors[1] if len(factors) > 1 else None, regret)
 
     def search(self, **options: Any) -> Search:
         """Return the search that runs the plan. Its `ask` returns None when all runs have been started.
@@ -119,10 +120,10 @@ class Plan:
         except ValueError as error:
             return f"{name}: {error}"
         expected = other.expected
-        return (
-            f"{name}: learning rate within {expected.lr_factor:.2f}, batch size within {expected.batch_factor:.2f}, "
-            f"loss {100 * expected.regret:.2f} % above the best"
-        )
+        factors = f"learning rate within {expected.lr_factor:.2f}"
+        if expected.batch_factor is not None:
+            factors += f", batch size within {expected.batch_factor:.2f}"
+        return f"{name}: {factors}, loss {100 * expected.regret:.2f} % above the best"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a dict that JSON can hold."""
@@ -138,6 +139,9 @@ class Plan:
 
     def __str__(self) -> str:
         expected = self.expected
+        batch = []
+        if expected.batch_factor is not None:
+            batch = [f"            batch size within a factor of {expected.batch_factor:.2f}"]
         lines = [
             f"target      N {format_count(self.target.N)}, D {format_count(self.target.D)}, {self.target.C:.3g} FLOPs",
             f"cost        {self.flops:.3g} FLOPs, {100 * self.share:.2g} % of the target's, {self.design.runs} runs",
@@ -152,7 +156,7 @@ class Plan:
         lines += [
             "",
             f"expected    learning rate within a factor of {expected.lr_factor:.2f} of the best (90 %)",
-            f"            batch size within a factor of {expected.batch_factor:.2f}",
+            *batch,
             f"            loss {100 * expected.regret:.2f} % above the best possible",
         ]
         return "\n".join(lines)
@@ -165,6 +169,7 @@ def plan(
     flops: float,
     space: Mapping[str, BaseDistribution],
     seq_len: int | None = None,
+    batch_tokens: float | None = None,
     parametrization: Literal["standard", "mup"] = "standard",
     sizes: Sequence[float] | None = None,
     least_N: float = LEAST_N,
@@ -183,6 +188,7 @@ def plan(
         space: The ranges of the learning rate ("lr" or "learning_rate") and the batch size ("batch_seqs",
             "batch_tokens", "batch_size" or "batch"), as Optuna distributions.
         seq_len: Tokens of a sequence, if the batch size counts sequences.
+        batch_tokens: The batch in tokens per optimizer step, if it is not searched.
         parametrization: "mup" if learning rates are those of a base width under muP, else "standard".
         sizes: The N that can be trained; by default any.
         least_N: The smallest useful N.
@@ -209,7 +215,7 @@ def plan(
         problems.append(f"parametrization is 'standard' or 'mup', got {parametrization!r}")
     inputs = None
     try:
-        inputs = find_law_inputs(space, seq_len, mup=parametrization == "mup")
+        inputs = find_law_inputs(space, seq_len, mup=parametrization == "mup", batch_tokens=batch_tokens)
     except ValueError as error:
         problems.append(str(error))
     if problems or inputs is None:
@@ -245,8 +251,7 @@ def make_plan(
         raise ValueError(
             f"the budget of {flops:.3g} FLOPs is not below the target's {target.C:.3g}: search at the target itself"
         )
-    assert inputs.batch is not None
-    smallest_batch = inputs.batch_unit * float(space[inputs.batch].low)  # type: ignore[attr-defined]
+    least_batch = 1.0 if inputs.batch is None else float(space[inputs.batch].low)  # type: ignore[attr-defined]
     design = choose_design(
         target.N,
         target.D,
@@ -254,7 +259,7 @@ def make_plan(
         mup=inputs.mup,
         sizes=sizes,
         least_N=least_N,
-        least_tokens=LEAST_STEPS * smallest_batch,
+        least_tokens=LEAST_STEPS * inputs.batch_unit * least_batch,
     )
     kept = None if sizes is None else tuple(sizes)
     return Plan(target, design, LawPlan(design, inputs), space, seed, kept, least_N)

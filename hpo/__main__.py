@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpo.cli.plan import plan
+from hpo.cli.options import Address, Count, Executor, Storage, Study, choose_cluster
+from hpo.cli.plan import plan_command
 from scaling.common.cli import DryRun, Json, Uri, make_app, refusing, say
 from scaling.common.json_text import dump_json
 from scaling.common.signals import ignore_signals
@@ -21,28 +22,16 @@ if TYPE_CHECKING:
     from hpo.study.trainer import Trainer
 
 app = make_app(__doc__)
-app.command()(plan)
+app.command("plan")(plan_command)
 logger = logging.getLogger("muscale.hpo")
-
-Study = Annotated[str, typer.Argument(metavar="STUDY.toml | NAME", help="a study file, or the name of one in studies/")]
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        envvar="MUSCALE_STORAGE",
-        metavar="URL",
-        help="where the study is kept: postgresql://..., grpc://HOST:PORT, ...; default: its journal file",
-    ),
-]
-Count = Annotated[int | None, typer.Option("--workers", min=1, help="how many workers; default: the study's")]
-Executor = Annotated[
-    str, typer.Option(metavar="local|ray", help="where workers run: processes here, or nodes of a Ray cluster")
-]
-Address = Annotated[str, typer.Option(metavar="HOST:PORT", help="head of the Ray cluster; auto: this machine's")]
 
 
 @app.command()
 def validate(study: Study) -> None:
-    """Check a study file and everything it names; exit with code 2 and list every mistake by field name."""
+    """Check a study file and everything it names; exit with code 2 and list every mistake by field name.
+
+    Example: hpo validate studies/quickstart.toml
+    """
     from hpo.study.config import load_study
     from scaling.common.studies import find_study_file
 
@@ -328,19 +317,6 @@ def forget(
     with refusing():
         existed = delete_study(files, uri=tracking_uri, storage=storage)
     typer.echo(f"{files.name}: " + ("removed" if existed else "there was nothing to remove"))
-
-
-def choose_cluster(executor: str, address: str) -> str | None:
-    """Return the address of the Ray cluster to run on, or None to run locally. Refuse an address without a cluster."""
-    with refusing():
-        if executor not in ("local", "ray"):
-            raise ValueError(f"needed --executor local or ray, got {executor!r}")
-        if executor == "local":
-            return None
-        from hpo.launch.ray_cluster import RayCluster
-
-        with RayCluster(address):
-            return address
 
 
 def continue_study(

@@ -29,7 +29,17 @@ ORDER = {
         "cli",
         "__main__",
     ),
-    "hpo": ("surrogate, storage", "samplers", "search", "study", "worker", "launch", "confirm", "__main__"),
+    "hpo": (
+        "surrogate, storage",
+        "samplers, planning",
+        "search",
+        "study",
+        "worker",
+        "launch",
+        "confirm",
+        "cli",
+        "__main__",
+    ),
     "proxies": (
         "config",
         "data, model",
@@ -45,7 +55,7 @@ PACKAGES = tuple(ORDER)
 LONGEST_MODULE = 450
 MODULES_IN_A_SUBPACKAGE = 12
 COMMANDS = {
-    "hpo": ("validate", "launch", "resume", "extend", "worker", "status", "best", "forget", "confirm"),
+    "hpo": ("plan", "validate", "launch", "resume", "extend", "worker", "status", "best", "forget", "confirm"),
     "scaling": ("import", "fit", "recommend", "report"),
     "proxies": ("check", "transfer", "train", "recipe", "grow", "launch", "autolrs"),
 }

@@ -20,7 +20,7 @@ LR_RANGE, BATCH_RANGE = (1e-5, 0.1), (2**13, 2**25)
 ALTERNATIVES = (0.5, 2.0)
 
 
-def plan(
+def plan_command(
     study: Annotated[
         str | None,
         typer.Argument(metavar="STUDY.toml | NAME", help="a study file with [trainer], [space] and [target]"),
@@ -39,9 +39,9 @@ def plan(
 ) -> None:
     """Choose sizes, lengths and numbers of small runs, so that their law says most about a large target.
 
-    Examples:
-      hpo plan --params 7B --tokens 1.4T --spend 1%
-      hpo plan studies/mine.toml --spend 3% --out studies/mine-plan.toml
+    With a study file, the sizes are those that its trainer can have, and --out writes the study that runs the plan.
+
+    Example: hpo plan --params 7B --tokens 1.4T --spend 1%
     """
     with refusing():
         problems = []
@@ -74,7 +74,7 @@ def _plan_alone(N: float, D: float, spend: str, mup: bool, seed: int) -> Plan:
     """Return the plan for a target of any model family, with wide ranges."""
     from optuna.distributions import FloatDistribution, IntDistribution
 
-    import hpo
+    from hpo.study.plan import plan
     from hpo.study.plan_file import read_spend
 
     space = {
@@ -82,7 +82,7 @@ def _plan_alone(N: float, D: float, spend: str, mup: bool, seed: int) -> Plan:
         "batch_tokens": IntDistribution(*BATCH_RANGE, log=True),
     }
     parametrization: Any = "mup" if mup else "standard"
-    return hpo.plan(N, D, flops=read_spend(spend, 6 * N * D), space=space, parametrization=parametrization, seed=seed)
+    return plan(N, D, flops=read_spend(spend, 6 * N * D), space=space, parametrization=parametrization, seed=seed)
 
 
 def _show(plan: Plan, as_json: bool) -> None:

@@ -65,10 +65,12 @@ def describe_answer(search: Search, answer: SearchAnswer, study: str) -> str:
             f"{answer.probability:.2f} of being better at the largest run, so they are not the answer."
         )
         lines += textwrap.wrap(text, LINE_LENGTH)
+    elif search.settings.plan is not None:
+        lines.append(f"By the law of the planned runs; `scaling recommend {study} --target` has its intervals.")
     elif answer.is_beyond:
         lines.append("Extrapolated from the largest run by the search's model.")
     # A law needs the learning rate as a searched parameter.
-    if answer.is_beyond and "lr" in search.space:
+    if answer.is_beyond and "lr" in search.space and search.settings.plan is None:
         verb = "Use" if answer.is_measured else "Compare with"
         lines.append(f"{verb} `scaling recommend {study} --target`, which extrapolates by a law.")
     return "\n".join(lines)

@@ -22,8 +22,9 @@ import numpy as np
 
 from scaling.common.arrays import Array
 
-# Curvature of ln loss in ln lr and ln B: a typical one of public runs, as in the priors of `scaling.fitting.bowl`.
-CURVATURES = (0.013, 0.011)
+# Curvature of ln loss in ln lr and ln B: the mean over both sides, at half an e-fold from the optimum, of the median of
+# 17 public groups of runs (Step Law, arXiv 2503.04715).
+CURVATURES = (0.0086, 0.0082)
 # Prior standard deviations of the level and of the exponents of N and D, for lr* and for B*.
 PRIOR_SDS = ((1.5, 0.3, 0.3), (1.5, 0.15, 0.2))
 PRIOR_SDS_MUP = ((1.5, 0.1, 0.25), (1.5, 0.15, 0.2))

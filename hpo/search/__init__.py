@@ -1,3 +1,3 @@
 """Ask, tell, extend: incremental Hyperband, the model-driven search, the view of the trials, and the writer of trials.
-It may import `surrogate`, `storage` and `samplers`.
+It may import `surrogate`, `storage`, `samplers` and `planning`.
 """

@@ -1,4 +1,4 @@
-"""The answer of a search: the model's settings for the target, or the best measured ones if the model doubts these."""
+"""The answer of a search: its law's or model's settings for the target, or the best measured ones."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def _compute_probability(search: Search, a: dict[str, Any], b: dict[str, Any], a
     from scipy.special import ndtr
 
     sampler = search.study.sampler
-    if not isinstance(sampler, ComparingSampler):
+    # A plan's answer is the law's, about which the sampler's model says nothing.
+    if search.settings.plan is not None or not isinstance(sampler, ComparingSampler):
         return math.nan
     posterior = sampler.difference(search.study, search.space, a, b, at)
     if posterior is None:

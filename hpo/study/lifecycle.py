@@ -75,7 +75,7 @@ def open_search(
         eta=search.eta,
         sizes=sizes,
         target=target,
-        sampler=search.sampler,
+        sampler=search.sampler if plan is None else "random",
         scheduler=search.scheduler,
         plan=plan,
         variant=search.variant,

@@ -3,8 +3,8 @@
     ln L = offset of the (N, D) group + e^(en n + ed d) bowl(u + (kn n + kd d) v, v) + noise
     u = ln lr - (a0 + a1 n + a2 d),  v = ln B - (b0 + b1 d + b2 n),  n, d = ln N, ln D about the groups' mean
 
-The bowl becomes flatter and turns slightly with size: on a public table of real runs its height falls as D^-0.14. With
-one rigid bowl the optima of the groups were too high by 8 % in lr and 12 % in B, with this one by 3 and 6 %.
+The bowl becomes flatter and turns slightly with size: on a public table of real runs its height falls as D^-0.14, and a
+rigid bowl's optima were too high by 8 % in lr and 12 % in B, with this one by 3 and 6 %.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from scaling.fitting.newton import LocalModel, evaluate_penalised_squares, minim
 # derivative by the shape, (k, m, q).
 BowlFunction: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Array, Array, Array]]
 
-# Index of b2 in theta.
-B2_INDEX = 5
-# Prior sd of b2.
-B2_SD = 0.2
+# Index of b2 in theta, and its prior sd.
+B2_INDEX, B2_SD = 5, 0.2
+# Indices of the exponents of N and D of lr*, and of D and N of B*, in theta.
+LR_EXPONENTS, BATCH_EXPONENTS = (1, 2), (4, 5)
+# Prior sds of the sums of these exponents. Where D is proportional to N, published laws have lr* ~ N^-0.41, -0.25 and
+# -0.36, and B* ~ N^0.57, 0.65 and 0.70 (arXiv 2503.04715, 2401.02954, 2406.19146).
+LR_TOGETHER_SD, BATCH_TOGETHER_SD = 0.2, 0.2
 # Index at which the shape begins in theta.
 SHAPE_START = 10
 # Bound of |ln| of the change of a height with size, far beyond any data.
@@ -40,8 +43,7 @@ MAX_LOG_STRETCH = 5.0
 MIN_SD = 7e-4
 # Number of coefficients of the base law, which stand at the end of theta while a bowl is fitted.
 BASE_SIZE = 5
-# Prior sd of a group's offset from the base law, in ln L. On 160 replayed designs of 54 runs the regret was 0.43, 0.25,
-# 0.27 and 0.16 % with it (median at four budgets), and 0.51, 0.26, 0.25 and 0.17 % with free offsets.
+# Prior sd of a group's offset from the base law, in ln L. Measured on replayed designs (studies/LOG.md).
 OFFSET_SD = 0.01
 # The same in the first round, before the base law is known.
 FIRST_OFFSET_SD = 0.1
@@ -179,6 +181,16 @@ def make_prior(form: str, centre: tuple[float, float], mup: bool) -> tuple[Array
     return mean, sd
 
 
+def make_precision(sd: Array) -> Array:
+    """Return the prior precision of theta, (p, p). How optima move when N and D grow together is known best."""
+    precision = np.diag(sd**-2.0)
+    for (first, second), together in ((LR_EXPONENTS, LR_TOGETHER_SD), (BATCH_EXPONENTS, BATCH_TOGETHER_SD)):
+        both = np.zeros(sd.size)
+        both[[first, second]] = 1.0
+        precision += np.outer(both, both) / together**2
+    return precision
+
+
 def evaluate_model(form: str, theta: Array, data: GroupedRuns) -> tuple[Array, Array]:
     """Evaluate the bowl at the runs, (k, m), and its Jacobian, (k, m, p), for theta (k, p)."""
     a0, a1, a2, b0, b1, b2, kn, kd, en, ed = theta[:, :SHAPE_START].T[:, :, None]
@@ -207,6 +219,7 @@ def fit_bowl(form: str, tau: float, data: GroupedRuns, prior: tuple[Array, Array
     """
     base, base_mean, base_sd = _start_base_law(data)
     mean, sd = np.r_[prior[0], base_mean], np.r_[prior[1], base_sd]
+    precision = make_precision(sd)
     few = _thin_out(data)
     gap = _measure_gap(few, base)
 
@@ -220,12 +233,13 @@ def fit_bowl(form: str, tau: float, data: GroupedRuns, prior: tuple[Array, Array
     tie = np.full((2, data.groups), FIRST_OFFSET_SD**-2.0)
     weight = np.tile(first, (2, 1))
     theta, s, used, tie, value = _iterate_weights(
-        form, tau, few, mean, sd**-2.0, np.stack([start, centroid]), weight, np.full(2, 0.004), tie, 6
+        form, tau, few, mean, precision, np.stack([start, centroid]), weight, np.full(2, 0.004), tie, 6
     )
     # Each of the two results weights the runs differently, so compare them on one scale: weights of the first round and
     # a Student t likelihood.
     r = _remove_offsets(few.y - value, weight / s.min() ** 2, tie, few)
-    misfit = 2.5 * np.sum(first * np.log1p((r / s.min()) ** 2 / 4), 1) + 0.5 * np.sum(((theta - mean) / sd) ** 2, 1)
+    away = theta - mean
+    misfit = 2.5 * np.sum(first * np.log1p((r / s.min()) ** 2 / 4), 1) + 0.5 * np.sum(away @ precision * away, 1)
     best = int(np.argmin(misfit))
     theta, s, used, tie = theta[best], s[best], used[best], tie[best]
     if few is not data:
@@ -234,9 +248,9 @@ def fit_bowl(form: str, tau: float, data: GroupedRuns, prior: tuple[Array, Array
         r = data.y - value
         r = r - _fit_offsets(r, np.ones_like(value) / s**2, tie[None], data)[:, data.group]
         weight = _compute_weights(r, height, np.full(1, s), tau)
-        rounds = _iterate_weights(form, tau, data, mean, sd**-2.0, theta[None], weight, np.full(1, s), tie[None], 1)
+        rounds = _iterate_weights(form, tau, data, mean, precision, theta[None], weight, np.full(1, s), tie[None], 1)
         theta, s, used, tie = (v[0] for v in rounds[:4])
-    return _marginalise_shifts(form, tau, theta, float(s), used, tie, data, mean, sd**-2.0)
+    return _marginalise_shifts(form, tau, theta, float(s), used, tie, data, mean, precision)
 
 
 def _iterate_weights(
@@ -400,8 +414,7 @@ def _marginalise_shifts(
     x = _remove_offsets(rows, w, tie[None], data)[0] * np.sqrt(w[0])[:, None]
     gram = np.stack([part.T @ part for part in np.split(x, data.starts[1:])])
 
-    prior = np.diag(precision)
-    away = precision * (theta - mean)
+    away = precision @ (theta - mean)
     grid = np.array([(lr, batch) for lr in SHIFT_GRID for batch in SHIFT_GRID])
     score, covariance, steps = np.empty(len(grid)), np.empty((len(grid), p, p)), np.empty((len(grid), p))
     for i, sds in enumerate(grid):
@@ -409,7 +422,7 @@ def _marginalise_shifts(
         inner = np.eye(2) + sds[:, None] * gram[:, [0, 3]][:, :, [0, 3]] * sds
         across = sds[:, None] * gram[:, [0, 3]]
         left = np.sum(gram - np.swapaxes(across, 1, 2) @ np.linalg.solve(inner, across), 0)
-        precise = left[:p, :p] + prior
+        precise = left[:p, :p] + precision
         covariance[i] = np.linalg.inv(precise)
         pull = left[:p, p] - away
         steps[i] = covariance[i] @ pull

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from scaling.common.arrays import Array
-from scaling.fitting.bowl import B2_INDEX, B2_SD, BOWLS, BowlFit, fit_bowl, make_prior
+from scaling.fitting.bowl import B2_INDEX, BOWLS, BowlFit, fit_bowl, make_precision, make_prior
 from scaling.fitting.groups import GroupedRuns, Groups, cluster_values, group_runs
 from scaling.fitting.loss_law import FitError
 from scaling.fitting.minima import compute_untried_depths
@@ -283,13 +284,20 @@ def fit_hp_law(runs: pd.DataFrame, *, seed: int = 0) -> HPFit:
     )
 
 
+@cache
+def _compute_b2_variance() -> float:
+    """Return the prior variance of b2."""
+    _, sd = make_prior("cubic", (0.0, 0.0), False)
+    return float(np.linalg.inv(make_precision(sd))[B2_INDEX, B2_INDEX])
+
+
 def _split_by_b2(fit: BowlFit, weight: float) -> tuple[BowlFit, BowlFit]:
     """Return the fit with a B* that moves with N, and the fit with one that does not, with their weights.
 
     The odds are the Savage-Dickey ratio: the posterior density of b2 at zero over its prior density, both widened by
     the drift beyond the data.
     """
-    before, after = B2_SD**2 + DRIFT_BATCH**2, fit.spread[B2_INDEX, B2_INDEX] + DRIFT_BATCH**2
+    before, after = _compute_b2_variance() + DRIFT_BATCH**2, fit.spread[B2_INDEX, B2_INDEX] + DRIFT_BATCH**2
     log_odds = np.log(STILL_ODDS) - 0.5 * (fit.theta[B2_INDEX] ** 2 / after + np.log(after / before))
     still = weight / (1 + np.exp(-log_odds))
     return replace(fit, weight=weight - still), fit.without_b2(still)

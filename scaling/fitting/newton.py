@@ -135,7 +135,7 @@ def _select(mask: NDArray[np.bool_], yes: Array, no: Array) -> Array:
 def evaluate_penalised_squares(
     residual: Array, jacobian: Array, weight: Array, away: Array, precision: Array
 ) -> LocalModel:
-    """Return half of sum(weight residual²) + away' diag(precision) away, with its Gauss-Newton Hessian.
+    """Return half of sum(weight residual²) + away' precision away, with its Gauss-Newton Hessian.
 
     The metric is the diagonal of the Hessian (Marquardt's scaling).
 
@@ -144,14 +144,17 @@ def evaluate_penalised_squares(
         jacobian: Of the model, not of the residual, shape (k, m, p).
         weight: Shape (k, m).
         away: Distance from the prior's centre, shape (k, p).
-        precision: Of the prior, shape (p,).
+        precision: Of the prior, shape (p,) for a diagonal one, or (p, p).
     """
+    if precision.ndim == 1:
+        precision = np.diag(precision)
     weighted = jacobian * weight[:, :, None]
     hessian = np.swapaxes(weighted, 1, 2) @ jacobian
-    p = precision.size
-    hessian[:, np.arange(p), np.arange(p)] += precision
-    gradient = away * precision - (residual[:, None, :] @ weighted)[:, 0]
-    value = 0.5 * (np.sum(weight * residual**2, 1) + np.sum(precision * away**2, 1))
+    p = len(precision)
+    hessian += precision
+    pull = away @ precision
+    gradient = pull - (residual[:, None, :] @ weighted)[:, 0]
+    value = 0.5 * (np.sum(weight * residual**2, 1) + np.sum(pull * away, 1))
     metric = np.zeros_like(hessian)
     metric[:, np.arange(p), np.arange(p)] = hessian[:, np.arange(p), np.arange(p)]
     return LocalModel(value, gradient, hessian, metric)

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import block_diag
 
 from scaling.common.arrays import Array
 from scaling.fitting.averaging import evaluate_floor_form, make_form_prior
@@ -32,9 +33,10 @@ BowlFunction: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Array, Ar
 B2_INDEX, B2_SD = 5, 0.2
 # Indices of the exponents of N and D of lr*, and of D and N of B*, in theta.
 LR_EXPONENTS, BATCH_EXPONENTS = (1, 2), (4, 5)
-# Prior sds of the sums of these exponents. Where D is proportional to N, published laws have lr* ~ N^-0.41, -0.25 and
-# -0.36, and B* ~ N^0.57, 0.65 and 0.70 (arXiv 2503.04715, 2401.02954, 2406.19146).
+# Prior sds of the sums of these exponents. Where D is proportional to N, published laws have lr* ~ N^-0.41 and N^-0.25,
+# and B* ~ N^0.57 and N^0.65 (arXiv 2503.04715, 2401.02954). None is known for lr* under muP.
 LR_TOGETHER_SD, BATCH_TOGETHER_SD = 0.2, 0.2
+TOGETHER = [(LR_EXPONENTS, LR_TOGETHER_SD), (BATCH_EXPONENTS, BATCH_TOGETHER_SD)]
 # Index at which the shape begins in theta.
 SHAPE_START = 10
 # Bound of |ln| of the change of a height with size, far beyond any data.
@@ -181,13 +183,12 @@ def make_prior(form: str, centre: tuple[float, float], mup: bool) -> tuple[Array
     return mean, sd
 
 
-def make_precision(sd: Array) -> Array:
+def make_precision(sd: Array, mup: bool) -> Array:
     """Return the prior precision of theta, (p, p). How optima move when N and D grow together is known best."""
     precision = np.diag(sd**-2.0)
-    for (first, second), together in ((LR_EXPONENTS, LR_TOGETHER_SD), (BATCH_EXPONENTS, BATCH_TOGETHER_SD)):
-        both = np.zeros(sd.size)
-        both[[first, second]] = 1.0
-        precision += np.outer(both, both) / together**2
+    known = [(BATCH_EXPONENTS, BATCH_TOGETHER_SD)] if mup else TOGETHER
+    for exponents, together in known:
+        precision[np.ix_(exponents, exponents)] += together**-2.0
     return precision
 
 
@@ -215,11 +216,10 @@ def fit_bowl(form: str, tau: float, data: GroupedRuns, prior: tuple[Array, Array
         form: "cubic" or "exponential".
         tau: Height (in ln L) at which a run's weight is half.
         data: The runs.
-        prior: Mean and standard deviation of theta, as from `make_prior`.
+        prior: Mean and precision of theta, as from `make_prior` and `make_precision`.
     """
     base, base_mean, base_sd = _start_base_law(data)
-    mean, sd = np.r_[prior[0], base_mean], np.r_[prior[1], base_sd]
-    precision = make_precision(sd)
+    mean, precision = np.r_[prior[0], base_mean], block_diag(prior[1], np.diag(base_sd**-2.0))
     few = _thin_out(data)
     gap = _measure_gap(few, base)
 

@@ -241,7 +241,12 @@ def fit_hp_law(runs: pd.DataFrame, *, seed: int = 0) -> HPFit:
     N, D, y, lr, batch = np.log(table[["N", "D", "loss", "lr", "batch_tokens"]].to_numpy(float)).T
     mup = "parametrization" in table and bool((table["parametrization"] == "mup").all())
     data = GroupedRuns(y, lr, batch, N - centre[0], D - centre[1], groups.starts)
-    bowls = [fit_bowl(form, tau, data, make_prior(form, centre, mup)) for form in BOWLS for tau in TAUS]
+    priors = {form: make_prior(form, centre, mup) for form in BOWLS}
+    bowls = [
+        fit_bowl(form, tau, data, (mean, make_precision(sd, mup)))
+        for form, (mean, sd) in priors.items()
+        for tau in TAUS
+    ]
     fits = tuple(f for bowl in bowls for f in _split_by_b2(bowl, 1 / len(bowls)))
 
     a0, a1, a2, b0, b1, b2 = (float(v) for v in np.sum([f.weight * f.theta[: B2_INDEX + 1] for f in fits], 0))
@@ -288,7 +293,7 @@ def fit_hp_law(runs: pd.DataFrame, *, seed: int = 0) -> HPFit:
 def _compute_b2_variance() -> float:
     """Return the prior variance of b2."""
     _, sd = make_prior("cubic", (0.0, 0.0), False)
-    return float(np.linalg.inv(make_precision(sd))[B2_INDEX, B2_INDEX])
+    return float(np.linalg.inv(make_precision(sd, False))[B2_INDEX, B2_INDEX])
 
 
 def _split_by_b2(fit: BowlFit, weight: float) -> tuple[BowlFit, BowlFit]:

@@ -18,6 +18,8 @@ from scaling.laws.compute import Fidelity
 
 # Half width of a normal distribution's 90 % interval, in standard deviations.
 NORMAL_90 = 1.6449
+# The smallest useful size, as a share of the target's N.
+LEAST_SHARE = 1e-3
 # A run trains at least so many optimizer steps, at the smallest batch of the space.
 LEAST_STEPS = 100
 
@@ -172,7 +174,7 @@ def plan(
     batch_tokens: float | None = None,
     parametrization: Literal["standard", "mup"] = "standard",
     sizes: Sequence[float] | None = None,
-    least_N: float = LEAST_N,
+    least_N: float | None = None,
     seed: int = 0,
 ) -> Plan:
     """Choose the small runs after which the best learning rate and batch size of a large target are known best.
@@ -191,7 +193,7 @@ def plan(
         batch_tokens: The batch in tokens per optimizer step, if it is not searched.
         parametrization: "mup" if learning rates are those of a base width under muP, else "standard".
         sizes: The N that can be trained; by default any.
-        least_N: The smallest useful N.
+        least_N: The smallest useful N; by default a thousandth of the target's, and 2 million if any can be trained.
         seed: Seed of the search.
 
     Returns:
@@ -209,7 +211,7 @@ def plan(
     problems = [
         f"{name} must be positive and finite, got {value}"
         for name, value in (("N", N), ("D", D), ("flops", flops), ("least_N", least_N))
-        if not (math.isfinite(value) and value > 0)
+        if value is not None and not (math.isfinite(value) and value > 0)
     ]
     if parametrization not in ("standard", "mup"):
         problems.append(f"parametrization is 'standard' or 'mup', got {parametrization!r}")
@@ -230,7 +232,7 @@ def make_plan(
     space: Mapping[str, BaseDistribution],
     inputs: LawInputs,
     sizes: Sequence[float] | None = None,
-    least_N: float = LEAST_N,
+    least_N: float | None = None,
     seed: int = 0,
 ) -> Plan:
     """Return the plan for a target, as `plan` does, with parameters of any names.
@@ -241,7 +243,7 @@ def make_plan(
         space: The search space.
         inputs: How its parameters relate to learning rate and batch size.
         sizes: The N that can be trained; by default any.
-        least_N: The smallest useful N.
+        least_N: The smallest useful N; by default a thousandth of the target's, and 2 million if any can be trained.
         seed: Seed of the search.
 
     Raises:
@@ -251,6 +253,8 @@ def make_plan(
         raise ValueError(
             f"the budget of {flops:.3g} FLOPs is not below the target's {target.C:.3g}: search at the target itself"
         )
+    if least_N is None:
+        least_N = LEAST_SHARE * target.N if sizes is not None else max(LEAST_N, LEAST_SHARE * target.N)
     least_batch = 1.0 if inputs.batch is None else float(space[inputs.batch].low)  # type: ignore[attr-defined]
     design = choose_design(
         target.N,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpo.planning.design import LEAST_N
 from hpo.study.config import StudyConfig, StudyError, load_study
 from hpo.study.law_plan import find_inputs
 from hpo.study.plan import Plan, make_plan
@@ -17,9 +16,6 @@ from hpo.study.trainer import ResizableTrainer, Trainer
 from scaling.common.atomic import write_atomically
 from scaling.common.quantities import read_count
 from scaling.laws.compute import Fidelity
-
-# Proxies smaller than this share of the smallest size of a plan's default are useful for small targets.
-LEAST_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,6 @@ def plan_study(path: Path, spend: str) -> PlannedStudy:
         space=study.distributions,
         inputs=inputs,
         sizes=sorted(options),
-        least_N=min(LEAST_N, LEAST_SHARE * target.N),
         seed=study.seed,
     )
     return _fit_trainer(plan, trainer, options)

@@ -110,8 +110,8 @@ def test_a_planned_study_keeps_its_other_tables(study: Path) -> None:
     assert job.fidelity.N == min(trainer.sizes)
     assert search.progress.planned == sum(group.runs for group in config.search.groups)
     # It plans the planned study again, and refuses to overwrite another one.
-    assert invoke(str(out), "--spend", "10%", "--out", str(out)).exit_code == 0
-    refused = invoke(str(study), "--spend", "10%", "--out", str(out))
+    assert invoke(str(out), "--spend", "40%", "--out", str(out)).exit_code == 0
+    refused = invoke(str(study), "--spend", "20%", "--out", str(out))
     assert refused.exit_code == 2
     assert "exists" in refused.output
 

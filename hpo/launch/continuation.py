@@ -59,6 +59,9 @@ def raise_study(
 def advise_raise(files: StudyFiles, search: Search) -> str:
     """Return what can be done with a study that has nothing left to run."""
     reason = search.explain_end()
+    if search.settings.plan is not None:
+        text = "nothing left to run; `hpo plan` with a larger budget writes another study"
+        return text + (f" ({reason})" if reason else "")
     raises = [
         f"`hpo extend {files.name} --max-tokens {search.ladder.levels[-1] * search.ladder.eta}` adds a longer run"
     ]

@@ -22,7 +22,7 @@ from hpo.search.hyperband import Bracket, FindRoom, FreeSlots, Promote, Scores, 
 from hpo.search.ladder import Ladder
 from hpo.search.model_driven import NextTrial, choose_next, compute_spent_cost, has_next_run
 from hpo.search.settings import SearchSettings
-from hpo.search.view import RemainingRuns, View, plan_groups, plan_remaining, plan_whole_runs
+from hpo.search.view import RemainingRuns, View, plan_groups, plan_remaining, plan_whole_runs, raise_view
 from hpo.storage.trial_attributes import read_loss
 from scaling.laws.compute import Fidelity
 
@@ -183,6 +183,12 @@ class Decider:
             )
         top = Fidelity(settings.proxy_sizes[-1], view.ladder.levels[-1])
         return plan_whole_runs(view, top, max(self.compute_budget_left(view), 0.0) / self.cost(top))
+
+    def raise_view(self, view: View, max_tokens: int | None, iterations: int | None) -> View:
+        """Return a search as it would be after a raise, see `hpo.search.view.raise_view`. ValueError with a plan."""
+        if self.settings.plan is not None and (max_tokens is not None or iterations is not None):
+            raise ValueError("the runs of a plan are fixed: `hpo plan` with a larger budget writes another study")
+        return raise_view(view, max_tokens, iterations)
 
     # What to run next
 

@@ -51,7 +51,6 @@ from hpo.search.view import (
     build_job,
     has_result,
     measure_progress,
-    raise_view,
     read_trials,
 )
 from hpo.storage.connect import open_storage
@@ -245,7 +244,7 @@ class Search:
             raise ValueError(
                 "a search without end has no plan: give iterations, 1 for one Hyperband per size, or a budget"
             )
-        return self._decider.plan(raise_view(self._read(), max_tokens, iterations))
+        return self._decider.plan(self._decider.raise_view(self._read(), max_tokens, iterations))
 
     def best(self) -> dict[str, Any]:
         """Return the search's answer: the settings for the target.
@@ -435,7 +434,7 @@ class Search:
             ValueError: If it is any other number. The message names the nearest values that work.
         """
         with self._lock:
-            view = raise_view(self._read(), max_tokens, iterations)
+            view = self._decider.raise_view(self._read(), max_tokens, iterations)
             if view.ladder.levels[-1] != read_max_tokens(self.study):
                 store_raise(self.study, view.ladder.levels[-1])
             store_iterations(self.study, view.iterations)

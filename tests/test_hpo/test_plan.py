@@ -332,6 +332,17 @@ def test_settings_beside_a_plan_are_refused(options: dict[str, Any], message: st
         Search(SPACE, tokens=(1000, 9000), **options)
 
 
+def test_a_plan_cannot_be_raised() -> None:
+    search = make_plan().search()
+    levels = search.ladder.levels
+    for options in ({"max_tokens": levels[-1] * search.ladder.eta}, {"iterations": 2}):
+        with pytest.raises(ValueError, match="the runs of a plan are fixed"):
+            search.extend(**options)
+        with pytest.raises(ValueError, match="the runs of a plan are fixed"):
+            search.plan(**options)
+    assert search.ladder.levels == levels
+
+
 def test_a_plan_says_what_it_costs_and_what_it_is_worth() -> None:
     plan = make_plan()
     text = str(plan)

@@ -202,7 +202,7 @@ def _fit_law(runs: pd.DataFrame, *, mup: bool) -> HPFit:
     return _fit_rows(tuple(runs[list(COLUMNS)].itertuples(index=False, name=None)), mup)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _fit_rows(rows: tuple[tuple[float, ...], ...], mup: bool) -> HPFit:
     """Return the law of runs. All asks for the runs of one group need the same one."""
     import pandas as pd

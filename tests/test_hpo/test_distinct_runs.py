@@ -133,17 +133,19 @@ def test_a_budget_that_ends_first_needs_no_explanation() -> None:
 
 def test_a_rest_of_the_budget_that_pays_no_other_run_is_explained() -> None:
     # The third step of a setting costs 600 tokens. When the others have been made, less than that is left.
-    search = open_search(budget=6 * 300.0 + 2 * 600.0 + 500.0, cost=lambda f: f.D, sampler="mfbo")
+    budget = 6 * 300.0 + 2 * 600.0 + 500.0
+    search = open_search(budget=budget, cost=lambda f: f.D, sampler="mfbo")
     jobs = run(search)
     assert search.finished
     paid = sum(job.fidelity.D - (job.resume_tokens or 0) for job in jobs)
-    left = 6 * 300 + 2 * 600 + 500 - paid
+    # How much is left depends on the order of the runs, in which processors differ.
+    left = budget - paid
     highest = Counter(tuple(job.params.values()) for job in jobs)
     assert 100 <= left < min({1: 200, 2: 600}.get(count, 10**6) for count in highest.values())
-    expected = (
-        f"its 6 settings allowed {len(jobs)} runs, none twice, and any other costs more than the 3% of the budget"
+    expected = f"its 6 settings allowed {len(jobs)} runs, none twice, and any other costs more than the"
+    assert search.explain_end() == (
+        f"no run that is left can be paid: {expected} {left / budget:.0%} of the budget that is left"
     )
-    assert search.explain_end() == f"no run that is left can be paid: {expected} that is left"
 
 
 def test_a_new_configuration_equal_to_a_known_one_continues_its_checkpoint() -> None:

@@ -128,6 +128,7 @@ class PlantedStudy:
         self.trainer = PlantedTrainer()
         self.name = f"{folder.name}-{chance}"
         self.files = StudyFiles(folder / f"{self.name}.toml")
+        self.files.folder.mkdir(exist_ok=True)
         self.parent = find_or_create_study_run(client, self.name)
         self.search = self.open()
 

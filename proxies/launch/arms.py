@@ -34,13 +34,15 @@ from scaling.common.json_text import dump_json
 from scaling.common.measurement import Measurement
 from scaling.common.redact import redact_passwords
 from scaling.tracking.client import connect, describe_outage
-from scaling.tracking.experiment import find_child, find_or_create_child_run, find_or_create_study_run, find_study_run
+from scaling.tracking.experiment import find_child, find_study_run
 from scaling.tracking.log import read_curve, write_note
 from scaling.tracking.recorder import Recorder
 from scaling.tracking.sender import send_spooled_records
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from proxies.config.proxy import ProxyConfig
 
 logger = logging.getLogger("muscale.proxies")
 
@@ -114,17 +116,25 @@ def train_arm(plan: LaunchPlan, arm: Arm, folder: Path, *, uri: str | None = Non
         logger.info(f"{name}: already trained, {'diverged' if result.loss is None else f'loss {result.loss:.4f}'}")
         return math.nan if result.loss is None else result.loss
     folder.mkdir(parents=True, exist_ok=True)
+    if plan.config is None:
+        with (
+            _create_recorder(plan, arm, folder, uri) as record,
+            closing(_train_by_command(plan, arm, folder, record)) as points,
+        ):
+            return _record_points(plan, arm, folder, points, record, None)
     with ExitStack() as stack:
-        points, rank, save = _open_points(plan, arm, folder, stack, uri)
+        own_points, rank, save = _open_points(plan, plan.config, arm, folder, stack)
         if rank:
             # Every rank has to consume the measurements, because all of them train together.
-            *_, last = points
+            *_, last = own_points
             return math.nan if last.diverged else last.loss
-        recorder = Recorder(
-            uri, plan.study, name, role="target", params=_collect_params(plan, arm), folder=folder / RECORDS_FOLDER
-        )
-        with recorder as record:
-            return _record_points(plan, arm, folder, points, record, save)
+        with _create_recorder(plan, arm, folder, uri) as record:
+            return _record_points(plan, arm, folder, own_points, record, save)
+
+
+def _create_recorder(plan: LaunchPlan, arm: Arm, folder: Path, uri: str | None) -> Recorder:
+    name, params = format_run_name(plan, arm), _collect_params(plan, arm)
+    return Recorder(uri, plan.study, name, role="target", params=params, folder=folder / RECORDS_FOLDER)
 
 
 def _record_points(
@@ -164,7 +174,7 @@ def _record_points(
 
 
 def _open_points(
-    plan: LaunchPlan, arm: Arm, folder: Path, stack: ExitStack, uri: str | None
+    plan: LaunchPlan, config: ProxyConfig, arm: Arm, folder: Path, stack: ExitStack
 ) -> tuple[Iterator[Measurement], int, Path | None]:
     """Return the arm's measurements, this process's rank and its checkpoint; the stack closes what has to be closed."""
     from proxies.growth.files import open_trained
@@ -172,8 +182,6 @@ def _open_points(
     from proxies.training.distributed import join_ranks
     from proxies.training.loop import train
 
-    if plan.config is None:
-        return stack.enter_context(closing(_train_by_command(plan, arm, folder, uri))), 0, None
     ranks = stack.enter_context(join_ranks(plan.engine))
     # One process writes a file, several write a folder of shards.
     suffix = ".pt" if plan.engine == "plain" else ""
@@ -185,28 +193,24 @@ def _open_points(
             raise ValueError(f"the plan of study {plan.study!r} has no proxy to start from: launch with --arms scratch")
         warm, trained = plan.warm, open_trained(plan.warm.checkpoint)
         init = grow_tensors(
-            trained.weights, trained.config, plan.config, method=warm.method, shrink=warm.shrink, noise=warm.noise
+            trained.weights, trained.config, config, method=warm.method, shrink=warm.shrink, noise=warm.noise
         )
-    points = train(plan.config, plan.tokens, resume=resume, save=save, keep=keep, init=init, ranks=ranks)
+    points = train(config, plan.tokens, resume=resume, save=save, keep=keep, init=init, ranks=ranks)
     return stack.enter_context(closing(points)), ranks.rank, save
 
 
-def _train_by_command(plan: LaunchPlan, arm: Arm, folder: Path, uri: str | None) -> Generator[Measurement, None, None]:
+def _train_by_command(plan: LaunchPlan, arm: Arm, folder: Path, record: Recorder) -> Generator[Measurement, None, None]:
     """Run the plan's command and yield its measurements.
 
-    The command may report to the arm's run in MLflow, which is created first for that, unless MLflow is away.
+    The command may report to the arm's run in MLflow, whose id it is told unless MLflow is away.
     """
     files = {"save": folder / f"{arm}.pt", "keep": folder / f"{arm}.partial.pt"}
     files |= {"resume": files["keep"]} if files["keep"].exists() else {}
     values = plan.values | {name: str(path.absolute()) for name, path in files.items()}
     environment = dict(plan.environment)
-    if describe_outage(uri) is None:
-        client = connect(uri)
-        parent = find_or_create_study_run(client, plan.study)
-        run = find_or_create_child_run(
-            client, parent, format_run_name(plan, arm), role="target", params=_collect_params(plan, arm)
-        )
-        environment |= {"MLFLOW_RUN_ID": run, "MLFLOW_TRACKING_URI": client.tracking_uri}
+    # Only the recorder creates runs. A second client beside it would create this one twice, or fail on its parameters.
+    if run := record.wait_for_run_id():
+        environment |= {"MLFLOW_RUN_ID": run, "MLFLOW_TRACKING_URI": record.uri}
     yield from run_command(plan.command or "", values, cwd=plan.cwd, environment=environment, log=folder / f"{arm}.log")
 
 

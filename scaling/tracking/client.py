@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # MLflow's own environment variables for the retries and the timeout of a request.
 RETRIES_VARIABLE, TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
+SQLITE = "sqlite:///"
+
 # State of `fail_fast`: one entry per active block, and the variables as they were before the first of them.
 _environment_lock = threading.Lock()
 _active_blocks: list[None] = []
@@ -29,7 +31,17 @@ _saved_environment: dict[str, str | None] = {}
 
 def default_uri() -> str:
     """Return $MLFLOW_TRACKING_URI, or mlflow.db in the working directory (the project's root) if it is not set."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path('mlflow.db').resolve()}"
+
+
+def resolve_uri(uri: str | None = None) -> str:
+    """Return a store's tracking URI so that it means the same in every folder: a SQLite file by its absolute path.
+
+    Args:
+        uri: The URI; by default `default_uri()`.
+    """
+    uri = uri or default_uri()
+    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).resolve()}" if uri.startswith(SQLITE) else uri
 
 
 def connect(uri: str | None = None) -> MlflowClient:
@@ -50,15 +62,15 @@ def connect(uri: str | None = None) -> MlflowClient:
     # Without this, each start of a fresh store prints a page of migrations.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    uri = uri or default_uri()
-    if uri.startswith("sqlite:///"):
+    uri = resolve_uri(uri)
+    if uri.startswith(SQLITE):
         # Several processes that open a fresh file at once all fail, so the first one creates it while the others wait.
-        path = Path(uri.removeprefix("sqlite:///")).resolve()
+        path = Path(uri.removeprefix(SQLITE))
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             # SQLite itself creates a file that a group cannot write, whatever the umask allows.
             path.touch()
-            client = MlflowClient(f"sqlite:///{path}")
+            client = MlflowClient(uri)
             client.search_experiments(max_results=1)
             return client
     return MlflowClient(uri)

@@ -24,7 +24,7 @@ from typing import Any
 
 from scaling.common.json_text import dump_json
 from scaling.common.measurement import Measurement
-from scaling.tracking.client import default_uri
+from scaling.tracking.client import import_mlflow, resolve_uri
 from scaling.tracking.experiment import read_git_commit
 from scaling.tracking.log import now_ms, point_to_metrics, result_to_metrics, serialize_params
 from scaling.tracking.sender import (
@@ -66,7 +66,7 @@ class Recorder:
     answer. If an error leaves the block before `finish`, the run becomes FAILED, or KILLED if it was interrupted.
 
     Attributes:
-        uri: The store's tracking URI.
+        uri: The store's tracking URI, a SQLite file by its absolute path.
         name: The name of the run.
         folder: Where the spool files are.
         path: The spool file of this run.
@@ -97,7 +97,7 @@ class Recorder:
         texts = serialize_params(params)
         # Without its parents: a study that was removed meanwhile is not made again.
         folder.mkdir(exist_ok=True)
-        self.uri, self.name, self.folder = uri or default_uri(), name, folder
+        self.uri, self.name, self.folder = resolve_uri(uri), name, folder
         self.lost = 0
         self.path = folder / f"{time.time_ns():020d}-{re.sub(r'[^-.0-9A-Za-z]', '_', name)}{SPOOL_SUFFIX}"
         self._sender = SpoolSender(self.uri)
@@ -170,6 +170,8 @@ class Recorder:
 
     def wait_for_run_id(self) -> str | None:
         """Return the run's id in MLflow, or None if the first attempt to reach it fails or takes over CLOSE_SECONDS."""
+        # The import takes seconds that are not the server's fault.
+        import_mlflow()
         with self._wake:
             self._hurry = True
             self._wake.notify()

@@ -17,11 +17,12 @@ import psutil
 import pytest
 
 from proxies.config.proxy import ProxyConfig
-from proxies.launch.arms import ArmResult
+from proxies.launch.arms import ArmResult, train_arm
 from proxies.launch.plan import LaunchPlan, write_plan
 from scaling.curves.planned import LossBand
 from scaling.runs.io import load_runs
 from scaling.runs.table import usable
+from scaling.tracking import experiment, recorder
 from scaling.tracking.client import connect
 from scaling.tracking.experiment import find_or_create_study_run, find_study_run
 from scaling.tracking.log import read_curve, read_note
@@ -190,6 +191,38 @@ def test_a_command_trains_the_target_with_the_plans_values(lay_out: LayOut, tmp_
     again, there = lay_out(made.model_copy(update={"curve": None}), "broken")
     _, stderr = wait_for(start(again, there), 1)
     assert "ended with exit code 3" in stderr, stderr
+
+
+def test_the_recorder_alone_creates_the_run_of_a_command(
+    lay_out: LayOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_child = experiment.find_child
+
+    def find_slowly(*arguments: Any) -> Any:
+        run = find_child(*arguments)
+        # Whatever else looks for the run meanwhile does not find it either.
+        time.sleep(0.5)
+        return run
+
+    monkeypatch.setattr(experiment, "find_child", find_slowly)
+    monkeypatch.setattr(recorder, "FIRST_FLUSH_SECONDS", 0.0)
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import json, os, pathlib\n"
+        "names = 'MLFLOW_RUN_ID', 'MLFLOW_TRACKING_URI'\n"
+        "pathlib.Path('told').write_text(json.dumps([os.environ[name] for name in names]))\n"
+        "print(json.dumps({'tokens': 1000, 'loss': 2.0, 'final': True}))\n"
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    values = {"lr": 0.5, "N": 1000, "tokens": 1000}
+    made = make_plan(tokens=1000, N=1000.0, lr=0.5, command=f"{{python}} {script}", values=values, cwd=elsewhere)
+    made = made.model_copy(update={"curve": None})
+    path, uri = lay_out(made, "command")
+    monkeypatch.chdir(path.parent)
+    assert train_arm(made, "scratch", path.parent, uri="sqlite:///mlflow.db") == 2.0
+    run = load_runs("s", tracking_uri=uri)["run_id"].item()
+    assert json.loads((elsewhere / "told").read_text()) == [run, uri], "an address that is valid in its own folder"
 
 
 def read_rank(process: psutil.Process) -> str | None:

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -235,9 +236,9 @@ def test_every_command_has_help_that_ends_with_an_example(package: str, command:
     from typer.main import get_command
 
     module = __import__(f"{package}.__main__", fromlist=["app"])
-    group = get_command(module.app)
-    assert command in group.commands, f"`{package} {command}` is documented but does not exist"  # type: ignore[attr-defined]
-    text = group.commands[command].help or ""  # type: ignore[attr-defined]
+    group: Any = get_command(module.app)
+    assert command in group.commands, f"`{package} {command}` is documented but does not exist"
+    text = group.commands[command].help or ""
     last = text.strip().splitlines()[-1]
     assert last.startswith(f"Example: {package} {command}"), text
 

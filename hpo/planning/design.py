@@ -118,7 +118,6 @@ def choose_design(
     sizes: Sequence[float] | None = None,
     least_N: float = LEAST_N,
     least_tokens: float = 1.0,
-    pairs: bool = True,
 ) -> Design:
     """Choose the design with the lowest expected regret at (N, D) that a budget pays.
 
@@ -129,9 +128,7 @@ def choose_design(
         mup: Whether learning rates are those of a base width under muP, so that lr* hardly moves with N.
         sizes: The sizes that can be trained; by default any.
         least_N: The smallest useful size.
-        least_tokens: The fewest tokens of a run, such as a number of steps times the largest batch.
-        pairs: Whether to add two groups in which N and D do not move together. They tell the loss law what each of them
-            is worth.
+        least_tokens: The fewest tokens of a run, such as a number of steps times the smallest batch.
 
     Returns:
         The design.
@@ -140,11 +137,11 @@ def choose_design(
         DesignError: If the budget does not pay for runs of different sizes.
     """
     limits = _Limits(N, D, sizes, least_N, least_tokens)
-    for shapes in _list_shapes(pairs):
+    for shapes in _list_shapes():
         designs = [design for shape in shapes if (design := _scale_shape(shape, flops, limits)) is not None]
         if designs:
             return min(designs, key=lambda design: expected_regret(design, N, D, mup=mup))
-    raise DesignError(_explain_budget(flops, limits, pairs))
+    raise DesignError(_explain_budget(flops, limits))
 
 
 @dataclass(frozen=True)
@@ -164,24 +161,23 @@ class _Shape:
 
     ratio: int
     steps: tuple[tuple[int, int, int], ...]
-    spread: int
 
 
-def _list_shapes(pairs: bool) -> list[list[_Shape]]:
+def _list_shapes() -> list[list[_Shape]]:
     """Return the shapes with three groups or more on the way to the target, and those with two for smaller budgets."""
     shapes: list[list[_Shape]] = [[], []]
     for count, ratio, top, low in itertools.product(COUNTS, RATIOS, TOP_RUNS, LOW_RUNS):
-        steps = [(i, i, low if i else top) for i in range(count)]
-        if pairs:
-            steps += [(0, 1, PAIR_RUNS), (1, 0, PAIR_RUNS)]
-        shapes[count < 3].append(_Shape(ratio, tuple(steps), SPREAD_RUNS))
+        along = [(i, i, low if i else top) for i in range(count)]
+        # Beside the way N and D do not move together, which tells the loss law what each of them is worth.
+        beside = [(0, 1, PAIR_RUNS), (1, 0, PAIR_RUNS)]
+        shapes[count < 3].append(_Shape(ratio, (*along, *beside)))
     return shapes
 
 
 def _scale_shape(shape: _Shape, flops: float, limits: _Limits) -> Design | None:
     """Return a shape at the scale that spends the budget; None if its runs would be too small or too large."""
     n_steps, d_steps, runs = (np.array(column) for column in zip(*shape.steps, strict=True))
-    runs = runs + np.where(np.arange(runs.size) == np.argmax(n_steps + d_steps), shape.spread, 0)
+    runs = runs + np.where(np.arange(runs.size) == np.argmax(n_steps + d_steps), SPREAD_RUNS, 0)
     ratio = float(shape.ratio)
     cost = 6 * limits.N * limits.D * float(np.sum(ratio ** -(n_steps + d_steps) * runs))
     chosen = _choose_sizes(limits.N * math.sqrt(flops / cost), shape.ratio, int(n_steps.max()), limits)
@@ -196,7 +192,7 @@ def _scale_shape(shape: _Shape, flops: float, limits: _Limits) -> Design | None:
         return None
     columns = zip(group_sizes, tokens, runs, strict=True)
     groups = [Group(float(size), int(length), int(count)) for size, length, count in columns]
-    return Design(tuple(sorted(groups, key=lambda g: (g.N * g.tokens, g.N))), shape.spread, shape.ratio)
+    return Design(tuple(sorted(groups, key=lambda g: (g.N * g.tokens, g.N))), SPREAD_RUNS, shape.ratio)
 
 
 def _choose_sizes(top: float, ratio: int, steps: int, limits: _Limits) -> list[float] | None:
@@ -211,6 +207,9 @@ def _choose_sizes(top: float, ratio: int, steps: int, limits: _Limits) -> list[f
     if len(usable) < 2:
         return None
     chosen = [min(usable, key=lambda size: abs(math.log(size / want))) for want in wanted]
+    # Groups of one size and length would be the same group.
+    if len(set(chosen)) < len(chosen):
+        return None
     # Where there is no size near the wanted one, N and D would move apart.
     farthest = max(abs(math.log(size / want)) for size, want in zip(chosen, wanted, strict=True))
     return chosen if farthest <= math.log(ratio) / 2 + 1e-9 else None
@@ -255,7 +254,7 @@ def compute_variances(design: Design, N: float, D: float, *, mup: bool = False) 
     return np.array(variances)
 
 
-def _explain_budget(flops: float, limits: _Limits, pairs: bool) -> str:
+def _explain_budget(flops: float, limits: _Limits) -> str:
     """Return why no design is possible, and which budget would be enough."""
     least, target = f"{limits.least_N:.3g} parameters", 6 * limits.N * limits.D
     usable = None if limits.sizes is None else [size for size in limits.sizes if limits.least_N <= size <= limits.N]
@@ -266,7 +265,7 @@ def _explain_budget(flops: float, limits: _Limits, pairs: bool) -> str:
     enough = flops
     while enough < target:
         enough *= BUDGET_STEP
-        if any(_scale_shape(shape, enough, limits) is not None for shapes in _list_shapes(pairs) for shape in shapes):
+        if any(_scale_shape(shape, enough, limits) is not None for shapes in _list_shapes() for shape in shapes):
             return (
                 f"the budget of {flops:.3g} FLOPs ({100 * flops / target:.2g} % of the target's) does not pay for runs "
                 f"of different sizes, of {least} or more: about {enough:.2g} FLOPs ({100 * enough / target:.2g} %) are "

@@ -199,7 +199,9 @@ def _list_runs_before(runs: pd.DataFrame, plan: LawPlan, group: int) -> pd.DataF
 
 
 def _fit_law(runs: pd.DataFrame, *, mup: bool) -> HPFit:
-    return _fit_rows(tuple(runs[list(COLUMNS)].itertuples(index=False, name=None)), mup)
+    # A law leaves out runs that diverged. Their NaN would also never be found in a cache.
+    finite = runs[np.isfinite(runs["loss"])]
+    return _fit_rows(tuple(finite[list(COLUMNS)].itertuples(index=False, name=None)), mup)
 
 
 @lru_cache(maxsize=16)

@@ -48,9 +48,10 @@ class Plan:
         target: N and D of the target.
         groups: The runs, a group for each size and length, cheapest first.
         flops: What all of them cost, FLOPs.
+        share: The same as a share of the target's compute.
         expected: What their answer is expected to be worth.
         design: The groups as the search needs them.
-        law: The groups, and how the searched parameters relate to the law.
+        law: The design, and how the searched parameters relate to the law.
         space: The search space.
         seed: Seed of the search.
         sizes: The N that can be trained; None for any.
@@ -58,12 +59,16 @@ class Plan:
     """
 
     target: Fidelity
-    design: Design
     law: LawPlan
     space: Mapping[str, BaseDistribution]
     seed: int
     sizes: tuple[float, ...] | None = None
     least_N: float = LEAST_N
+
+    @property
+    def design(self) -> Design:
+        """The groups as the search needs them."""
+        return self.law.design
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -266,4 +271,4 @@ def make_plan(
         least_tokens=LEAST_STEPS * inputs.batch_unit * least_batch,
     )
     kept = None if sizes is None else tuple(sizes)
-    return Plan(target, design, LawPlan(design, inputs), space, seed, kept, least_N)
+    return Plan(target, LawPlan(design, inputs), space, seed, kept, least_N)

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from hpo.study.config import StudyConfig, StudyError, load_study
 from hpo.study.law_plan import find_inputs
 from hpo.study.plan import Plan, make_plan
 from hpo.study.trainer import ResizableTrainer, Trainer
 from scaling.common.atomic import write_atomically
 from scaling.common.quantities import read_count
+from scaling.common.validation import explain_errors
 from scaling.laws.compute import Fidelity
 
 
@@ -119,7 +122,7 @@ def write_planned_study(source: Path, out: Path, planned: PlannedStudy) -> None:
         raise ValueError(f"{out}: there is no folder {out.parent}")
     document = tomlkit.parse(source.read_text(encoding="utf-8"))
     design, search = planned.plan.design, tomlkit.table()
-    search.add(tomlkit.comment(f"planned for {planned.plan.share:.2g} of the target's compute by `hpo plan`"))
+    search.add(tomlkit.comment(f"planned for {planned.plan.share:.2%} of the target's compute by `hpo plan`"))
     search.add("scheduler", "law")
     tokens = tomlkit.inline_table()
     tokens.update({"min": design.tokens[0], "max": design.tokens[1]})
@@ -136,13 +139,8 @@ def write_planned_study(source: Path, out: Path, planned: PlannedStudy) -> None:
     if planned.settings:
         document["trainer"].update(planned.settings)
     text = tomlkit.dumps(document)
-    _check_text(text, out)
-    write_atomically(out, text)
-
-
-def _check_text(text: str, out: Path) -> None:
-    """Raise StudyError if the text of a study file is not one that can be launched."""
     try:
         StudyConfig.model_validate(tomllib.loads(text))
-    except ValueError as error:
-        raise StudyError(str(out), [str(error)]) from error
+    except ValidationError as error:
+        raise StudyError(str(out), explain_errors(error, StudyConfig)) from error
+    write_atomically(out, text)

@@ -100,8 +100,9 @@ class SearchTable(StudyTable):
     @model_validator(mode="before")
     @classmethod
     def _set_default_iterations(cls, data: Any) -> Any:
-        given = data if isinstance(data, Mapping) else {"iterations": 1}
-        if given.get("scheduler") != "law" and given.get("iterations") is None and given.get("budget") is None:
+        if not isinstance(data, Mapping) or data.get("scheduler") == "law":
+            return data
+        if data.get("iterations") is None and data.get("budget") is None:
             return {**data, "iterations": 1}
         return data
 
@@ -161,6 +162,8 @@ class SearchTable(StudyTable):
                 problems.append(f"scheduler = 'law' runs its groups: leave out {name}")
         if wrong := sorted({group.tokens for group in self.groups} - set(levels)):
             problems.append(f"groups: tokens must be rungs, {', '.join(map(str, levels))}; got {wrong}")
+        if len({(group.size, group.tokens) for group in self.groups}) < len(self.groups):
+            problems.append("groups: two have the same size and tokens: make one of them")
         if self.groups[0].runs <= self.spread:
             problems.append(
                 f"spread must be less than the runs of the first group, {self.groups[0].runs}, got {self.spread}"

@@ -146,13 +146,15 @@ def evaluate_penalised_squares(
         away: Distance from the prior's centre, shape (k, p).
         precision: Of the prior, shape (p,) for a diagonal one, or (p, p).
     """
-    if precision.ndim == 1:
-        precision = np.diag(precision)
     weighted = jacobian * weight[:, :, None]
     hessian = np.swapaxes(weighted, 1, 2) @ jacobian
     p = len(precision)
-    hessian += precision
-    pull = away @ precision
+    if precision.ndim == 1:
+        hessian[:, np.arange(p), np.arange(p)] += precision
+        pull = away * precision
+    else:
+        hessian += precision
+        pull = away @ precision
     gradient = pull - (residual[:, None, :] @ weighted)[:, 0]
     value = 0.5 * (np.sum(weight * residual**2, 1) + np.sum(pull * away, 1))
     metric = np.zeros_like(hessian)

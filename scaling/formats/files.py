@@ -198,8 +198,8 @@ def _open_archive(data: bytes, path: Path) -> tuple[bytes, str]:
             names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX")]
             if len(names) == 1:
                 return archive.read(names[0]), get_suffix(names[0])
-    # A compression that zipfile lacks, and, as any other RuntimeError, a password.
-    except (NotImplementedError, RuntimeError) as error:
+    # A password, and a compression that zipfile lacks, whose NotImplementedError is a RuntimeError, too.
+    except RuntimeError as error:
         raise ValueError(f"{path} cannot be read: {error}. Unpack it, and give the file in it") from error
     except (zipfile.BadZipFile, ValueError, zlib.error, EOFError) as error:
         raise ValueError(f"{path} cannot be read: the compressed data is damaged ({error})") from error

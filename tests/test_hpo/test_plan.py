@@ -7,6 +7,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,14 @@ def test_sizes_are_those_that_can_be_trained() -> None:
     assert len(design.sizes) >= 3
 
 
+def test_no_two_groups_are_of_one_size_and_length() -> None:
+    """One size may be the nearest to two that are wanted. Counted twice, its runs would fill both groups."""
+    middle = 3e7 / math.sqrt(3)
+    limits = design_module._Limits(N, D, [middle, 4e8], 2e6, 1.0)
+    assert design_module._choose_sizes(3e7, 3, 1, limits) is None
+    assert design_module._choose_sizes(3e7, 3, 1, replace(limits, sizes=[1e7, middle, 3e7])) == [3e7, 1e7]
+
+
 def test_a_budget_that_is_too_small_is_refused_with_one_that_is_enough() -> None:
     with pytest.raises(DesignError, match=r"does not pay for runs of different sizes.*are needed") as refusal:
         choose_design(N, D, 1e-6 * 6 * N * D)
@@ -199,6 +208,22 @@ def test_a_plan_is_run_to_its_end_and_no_further() -> None:
     assert search.ask() is None
     assert search.progress.done == search.progress.planned == plan.design.runs
     assert all(job.resume_from is None for job in jobs)
+
+
+def test_runs_lie_on_a_ring_about_one_run_near_the_optimum() -> None:
+    plan, law = make_plan(), PlantedLaw()
+    jobs = run_plan(plan.search(), lambda job: train(law, job))
+    top = plan.groups[-1]
+    best = np.log(law.find_optimum(top.N, top.tokens))
+    *ring, middle = np.log([[job.params["lr"], SEQ * job.params["batch_seqs"]] for job in jobs[-top.runs :]])
+    assert np.abs(middle - best).max() < 0.5
+    distances = np.hypot(*(np.array(ring) - middle).T)
+    # The batch is a whole number of sequences.
+    assert distances.min() > 0.78
+    assert distances.max() < 1.65
+    # They stand all around it.
+    angles = np.sort(np.arctan2(*(np.array(ring) - middle).T))
+    assert np.diff(np.r_[angles, angles[0] + 2 * math.pi]).max() < 2.2
 
 
 @pytest.mark.parametrize("parametrization", ["standard", "mup"])

@@ -142,6 +142,10 @@ def test_studies_without_a_plan_are_refused(study: Path, old: str, new: str, mes
             "[7]",
         ),
         ({"groups": "groups = [{ size = 0, tokens = 1_500, runs = 9 }]"}, "tokens must be rungs"),
+        (
+            {"groups": f"groups = [{', '.join(['{ size = 0, tokens = 1_000, runs = 9 }'] * 2)}]"},
+            "two have the same size and tokens",
+        ),
         ({"groups": "groups = [{ size = 0, tokens = 1_000, runs = 5 }]"}, "spread must be less than the runs"),
         (
             {"more": "iterations = 2\nseeds = 3"},

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling.fitting.bowl import B2_INDEX, BOWLS, SHAPE_START, evaluate_model, make_prior, phi
+from scaling.fitting.bowl import B2_INDEX, BOWLS, SHAPE_START, evaluate_model, make_precision, make_prior, phi
 from scaling.fitting.groups import GroupedRuns
 from scaling.fitting.loss_law import FitError
 from scaling.fitting.lr_batch_law import HPFit, fit_hp_law
@@ -402,3 +402,29 @@ def test_phi_is_a_square_without_skew_and_is_continuous() -> None:
     below, above = (phi(np.ones((1, 1)), np.full((1, 1), s)) for s in (0.0099999, 0.0100001))
     for a, b in zip(below, above, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("mup", "pair", "prior_sd", "together"),
+    [
+        (False, (1, 2), 0.3, 0.2),
+        (False, (4, 5), 0.2, 0.2),
+        (True, (4, 5), 0.2, 0.2),
+    ],
+)
+def test_the_sum_of_exponents_is_known_better_than_each(
+    mup: bool, pair: tuple[int, int], prior_sd: float, together: float
+) -> None:
+    """Two measurements of the sum: that of both exponents' priors, and the one of published laws."""
+    covariance = np.linalg.inv(make_precision(make_prior("cubic", (20.0, 23.0), mup)[1], mup))
+    both = covariance[np.ix_(pair, pair)]
+    assert both.sum() == pytest.approx(1 / (1 / (2 * prior_sd**2) + 1 / together**2))
+    # Their difference is as unknown as before.
+    assert both[0, 0] + both[1, 1] - 2 * both[0, 1] == pytest.approx(2 * prior_sd**2)
+
+
+def test_under_mup_the_rate_exponents_have_no_prior_on_their_sum() -> None:
+    sd = make_prior("cubic", (20.0, 23.0), True)[1]
+    covariance = np.linalg.inv(make_precision(sd, True))
+    assert covariance[1, 2] == 0
+    assert covariance[1, 1] == pytest.approx(sd[1] ** 2)

@@ -44,8 +44,9 @@ class CrowdResult:
     Attributes:
         trials: Number of results.
         seconds: From the first ask to the last tell.
-        busy: Share of the workers' time that was training, until the first worker found nothing left to start.
+        busy: Share of the workers' time that was training.
         asking: Mean seconds of an ask.
+        idle_asks: Number of asks that gave nothing to train.
         faults: What `find_faults` found.
     """
 
@@ -53,6 +54,7 @@ class CrowdResult:
     seconds: float
     busy: float
     asking: float
+    idle_asks: int
     faults: list[str]
 
 
@@ -85,11 +87,11 @@ def run_worker(storage: str, name: str, trials: int, seconds: float, results: An
         name: Name of the worker.
         trials: Number of trials at which to end.
         seconds: A trial sleeps about this long.
-        results: Queue for (start, end, seconds slept, seconds asked, number of asks).
+        results: Queue for (start, end, seconds slept, seconds asked, number of asks, number of asks that gave nothing).
         start: Event to wait for.
     """
     search = open_search(storage, worker=name)
-    slept, asked, asks = 0.0, 0.0, 0
+    slept, asked, asks, idle_asks = 0.0, 0.0, 0, 0
     rng = random.Random(name)
     start.wait()
     began = ended = time.monotonic()
@@ -99,6 +101,7 @@ def run_worker(storage: str, name: str, trials: int, seconds: float, results: An
         asked += time.monotonic() - before
         asks += 1
         if job is None:
+            idle_asks += 1
             time.sleep(0.05)
             continue
         before = time.monotonic()
@@ -108,7 +111,7 @@ def run_worker(storage: str, name: str, trials: int, seconds: float, results: An
         with contextlib.suppress(LeaseLost):
             search.tell(job, compute_loss(job.params, job.fidelity.D))
         ended = time.monotonic()
-    results.put((began, ended, slept, asked, asks))
+    results.put((began, ended, slept, asked, asks, idle_asks))
 
 
 def run_workers(storage: str, workers: int, trials: int, seconds: float) -> CrowdResult:
@@ -139,6 +142,7 @@ def run_workers(storage: str, workers: int, trials: int, seconds: float) -> Crow
         last - first,
         sum(r[2] for r in rows) / sum(r[1] - r[0] for r in rows),
         sum(r[3] for r in rows) / sum(r[4] for r in rows),
+        sum(r[5] for r in rows),
         find_faults(search, search.study.get_trials(deepcopy=False)),
     )
 

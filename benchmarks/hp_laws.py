@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 
 from scaling.common.arrays import Array
-from scaling.fitting.bowl import SHAPE_START, GroupedRuns, fit_bowl, make_prior
+from scaling.fitting.bowl import SHAPE_START, fit_bowl, make_precision, make_prior
+from scaling.fitting.groups import GroupedRuns
 from scaling.fitting.lr_batch_law import fit_hp_law
 from scaling.laws.formulas import HPLaw
 
@@ -66,10 +67,10 @@ def measure_truth(N: float, D: float, runs: pd.DataFrame) -> GroupTruth:
     y, lr, batch = (np.log(runs[c].to_numpy(float)) for c in ("loss", "lr", "batch_tokens"))
     keep = y - y.min() <= 0.3
     zeros = np.zeros(int(keep.sum()))
-    data = GroupedRuns(y[keep], lr[keep], batch[keep], zeros, zeros, zeros.astype(np.intp), 1)
+    data = GroupedRuns(y[keep], lr[keep], batch[keep], zeros, zeros, np.array([0]))
     mean, sd = make_prior("cubic", (float(np.log(4e8)), float(np.log(2e10))), False)
     sd[[0, 3, *range(SHAPE_START, sd.size)]] *= 3
-    fit = fit_bowl("cubic", 0.01, data, (mean, sd))
+    fit = fit_bowl("cubic", 0.01, data, (mean, make_precision(sd, False)))
 
     def height(u: float, v: float) -> float:
         return float(fit.height(np.array([u]), np.array([v]), 0.0, 0.0)[0])

@@ -22,8 +22,8 @@ MAX_CAVEATS, CAVEAT_LINES = 3, 2
 # Flags from the worst to the mildest, by the beginning of their code. Serious ones come first all the same.
 SEVERITY = (
     "no-answer", "mixed", "beyond-N", "beyond-D", "beyond-C", "below", "few", "loss-evidence", "optimum", "lr-un",
-    "batch_tokens-un", "measured", "loss-fit", "forms", "hp-settings", "batch-beyond", "lr-edge", "batch_tokens-edge",
-    "hp-empty", "hp-fit", "next-run",
+    "batch_tokens-un", "lr-wide", "measured", "loss-fit", "forms", "hp-settings", "batch-beyond", "lr-edge",
+    "batch_tokens-edge", "hp-empty", "hp-fit", "next-run",
 )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -142,11 +143,24 @@ def test_the_law_is_the_mean_of_the_fits_and_draws_scatter_about_it() -> None:
     lr, batch = fit.draw(8e5, 5e6, 4000, seed=1)
     assert lr.shape == batch.shape == (4000,)
     assert np.log(lr).mean() == pytest.approx(float(np.log(fit.law(8e5, 5e6)[0])), abs=0.03)
-    # The drift of the exponents alone gives this.
-    assert np.log(lr).std() > 0.05 * abs(x[2])
+    # The drift alone gives this.
+    assert np.log(lr).std() > 0.05 * np.sqrt(abs(x[1]) + abs(x[2]))
     np.testing.assert_array_equal(lr, fit.draw(8e5, 5e6, 4000, seed=1)[0])
     near, far = (np.diff(np.log(fit.interval(N, D)[0]))[0] for N, D in ((2e5, 6e5), (1e8, 1e9)))
     assert far > 1.5 * near
+
+
+def test_the_optimum_drifts_like_a_random_walk_beyond_what_the_runs_leave_open() -> None:
+    """Its variance is 0.05² (lr) and 0.08² (B) for each e-fold of N and D, on top of coefficients and group shifts."""
+    fit = fit_hp_law(sweep(MUP, per=20, seed=5))
+    single = replace(fit, fits=(replace(fit.fits[0], weight=1.0),))
+    (bowl,) = single.fits
+    for n, d in ((0.0, 0.0), (2.0, 0.0), (3.0, 4.0)):
+        N, D = np.exp(np.add(fit.centre, (n, d)))
+        drawn = np.log(single.draw(N, D, 40_000, seed=1))
+        x = np.array([[1, n, d, 0, 0, 0], [0, 0, 0, 1, d, n]])
+        known = np.diag(x @ bowl.spread @ x.T) + bowl.cells @ bowl.shifts**2
+        np.testing.assert_allclose(drawn.var(1), known + np.array([0.05, 0.08]) ** 2 * (n + d), rtol=0.05)
 
 
 def test_neither_the_order_of_runs_nor_the_level_of_a_group_moves_the_law() -> None:

@@ -188,8 +188,8 @@ def test_eighty_per_cent_of_new_runs_fall_inside_eighty_per_cent_intervals_at_ev
 def test_lr_and_batch_intervals_contain_optima_that_scatter_and_drift_as_the_fit_assumes() -> None:
     """100 families use a bowl that is neither of the two fitted ones, with optima 0.08 (sd of ln) off their law.
 
-    Predictions are made at the centre, and at 20 times N and 13 times D, where the planted exponents have changed by
-    0.05 (lr) and 0.08 (batch), as the intervals assume.
+    Predictions are made at the centre, and at 20 times N and 13 times D, where the planted optimum has drifted by 0.05
+    (lr) and 0.08 (batch) times the square root of the distance in e-folds, as the intervals assume.
     """
     held, widths = np.zeros((2, 2)), []
     centre, beyond = (2e8, 4.5e9), (4e9, 6e10)
@@ -200,7 +200,7 @@ def test_lr_and_batch_intervals_contain_optima_that_scatter_and_drift_as_the_fit
         fit = fit_hp_law(swept(law, seed, own=0.08))
         reach = np.log([beyond[0] / centre[0], beyond[1] / centre[1]])
         for i, (N, D) in enumerate((centre, beyond)):
-            drift = i * np.array([[0.05], [0.08]]) * rng.standard_normal((2, 2)) @ reach
+            drift = i * np.array([0.05, 0.08]) * np.sqrt(reach.sum()) * rng.standard_normal(2)
             true = np.log([float(v) for v in law(N, D)]) + drift + 0.08 * rng.standard_normal(2)
             intervals = np.log(fit.interval(N, D, 0.8))
             held[i] += (intervals[:, 0] <= true) & (true <= intervals[:, 1])

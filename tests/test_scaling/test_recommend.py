@@ -194,25 +194,43 @@ def test_a_next_run_is_optional_and_an_impossible_limit_is_refused() -> None:
         recommend(RUNS, N=8e5, D=5e6, at_most=-1e3)
 
 
-def test_reach_beyond_the_data_is_flagged_and_serious_above_thirty_times() -> None:
+def test_reach_beyond_the_data_is_flagged_and_serious_above_a_hundred_times() -> None:
     inside = codes(recommend(RUNS, N=2e5, D=6e5, space=WIDE))
     assert not {"beyond-N", "beyond-D", "batch-beyond-N"} & set(inside)
-    near = codes(recommend(RUNS, N=29 * 4e5, D=29 * 1.8e6, space=WIDE))
+    near = codes(recommend(RUNS, N=95 * 4e5, D=95 * 1.8e6, space=WIDE))
     assert near["beyond-N"] is near["beyond-D"] is near["beyond-C"] is False
-    assert codes(recommend(RUNS, N=31 * 4e5, D=1.8e6, space=WIDE))["beyond-N"] is True
-    assert codes(recommend(RUNS, N=4e5, D=31 * 1.8e6, space=WIDE))["beyond-D"] is True
-    assert codes(recommend(RUNS, N=1e5 / 31, D=1.8e6, space=WIDE))["beyond-N"] is True
+    assert codes(recommend(RUNS, N=105 * 4e5, D=1.8e6, space=WIDE))["beyond-N"] is True
+    assert codes(recommend(RUNS, N=4e5, D=105 * 1.8e6, space=WIDE))["beyond-D"] is True
+    assert codes(recommend(RUNS, N=1e5 / 105, D=1.8e6, space=WIDE))["beyond-N"] is True
 
 
 def test_compute_far_beyond_the_data_is_serious_though_neither_size_nor_tokens_are() -> None:
-    """No run has both the largest N and the largest D, so 29 times each is 29² times 9 of the largest compute."""
+    """No run has both the largest N and the largest D, so 95 times each is 95² times 9 of the largest compute."""
     corner = RUNS[(RUNS["N"] < 4e5) | (RUNS["D"] < 6e5)]
     corner = corner[(corner["D"] < 1.8e6) | (corner["N"] < 2e5)]
     largest = 6 * (corner["N"] * corner["D"]).max()
-    answer = recommend(corner, N=29 * 4e5, D=29 * 1.8e6, space=WIDE)
-    assert answer.C / largest > 1000
+    answer = recommend(corner, N=95 * 4e5, D=95 * 1.8e6, space=WIDE)
+    assert answer.C / largest > 10_000
     assert codes(answer)["beyond-C"] is True
     assert codes(answer)["beyond-N"] is codes(answer)["beyond-D"] is False
+
+
+def test_a_wide_interval_of_the_learning_rate_is_a_serious_doubt_about_the_settings_only() -> None:
+    """The rate is known within a factor of 3.7 at one size and not at another, by the printed interval itself."""
+    few = RUNS.sample(16, random_state=4)
+    factors = {}
+    for N in np.geomspace(4e5, 3e7, 6):
+        answer = recommend(few, N=N, D=4.5 * N, mass=0.9)
+        assert answer.lr_interval is not None
+        factors[float(np.sqrt(answer.lr_interval[1] / answer.lr_interval[0]))] = answer
+    assert min(factors) < 3.7 < max(factors)
+    for factor, answer in factors.items():
+        assert ("lr-wide" in codes(answer)) is (factor > 3.7)
+    widest = factors[max(factors)]
+    (flag,) = (f for f in widest.flags if f.code == "lr-wide")
+    assert flag.serious
+    assert flag.about_settings
+    assert f"{max(factors):.2g}" in flag.text
 
 
 def test_below_the_smallest_size_the_intervals_are_doubted() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -94,6 +95,11 @@ class Plan:
         regret = float(np.array(CURVATURES)[: searched.size] @ searched)
         return Expectation(factors[0], factors[1] if len(factors) > 1 else None, regret)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Ranges that leave out what published laws recommend, for the target and the largest runs."""
+        return find_excluded_optima(self.law.inputs, self.space, self.target, self.groups[-1])
+
     def search(self, **options: Any) -> Search:
         """Return the search that runs the plan. Its `ask` returns None when all runs have been started.
 
@@ -142,6 +148,7 @@ class Plan:
             "spread": self.design.spread,
             "groups": [asdict(group) for group in self.groups],
             "expected": asdict(self.expected),
+            "warnings": list(self.warnings),
         }
 
     def __str__(self) -> str:
@@ -165,8 +172,40 @@ class Plan:
             f"expected    learning rate within a factor of {expected.lr_factor:.2f} of the best (90 %)",
             *batch,
             f"            loss {100 * expected.regret:.2f} % above the best possible",
+            *(textwrap.fill(f"warning     {text}", 80, subsequent_indent=" " * 12) for text in self.warnings),
         ]
         return "\n".join(lines)
+
+
+def find_excluded_optima(
+    inputs: LawInputs, space: Mapping[str, BaseDistribution], target: Fidelity, largest: Group
+) -> tuple[str, ...]:
+    """Return a sentence for each range that the law would have to leave, by what is expected before any run.
+
+    Args:
+        inputs: How the searched parameters relate to the law.
+        space: The search space.
+        target: N and D of the target.
+        largest: The largest runs of the plan.
+    """
+    from scaling.fitting.bowl import BATCH_EXPONENTS, make_prior
+
+    out = []
+    for place, N, D in (("largest runs", largest.N, float(largest.tokens)), ("target", target.N, target.D)):
+        prior, _ = make_prior("cubic", (math.log(N), math.log(D)), inputs.mup)
+        # The level of B* stands before its exponents.
+        expected = {inputs.batch: math.exp(prior[BATCH_EXPONENTS[0] - 1]) / inputs.batch_unit}
+        # Under muP the level of lr* depends on the base width.
+        if not inputs.mup:
+            expected[inputs.lr] = math.exp(prior[0])
+        for name in inputs.names:
+            low, high = space[name].low, space[name].high  # type: ignore[attr-defined]
+            if name in expected and not low <= expected[name] <= high:
+                out.append(
+                    f"published laws expect the best {name} of the {place} near {expected[name]:.2g}, outside its "
+                    f"range of {low:g} to {high:g}: widen it, unless you know better"
+                )
+    return tuple(out)
 
 
 def plan(

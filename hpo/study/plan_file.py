@@ -36,16 +36,29 @@ class PlannedStudy:
     sizes: tuple[float, ...]
 
 
-def read_spend(text: str, target_flops: float) -> float:
+def read_spend(text: str, target_flops: float, speed: float | None = None) -> float:
     """Return a budget in FLOPs.
 
     Args:
-        text: A share of the target's compute, such as "1%", or FLOPs, such as "6e20".
+        text: A share of the target's compute, such as "1%", FLOPs, such as "6e20", or GPU-hours, such as "500h".
         target_flops: The target's compute, FLOPs.
+        speed: FLOPs per second that training reaches on one GPU, 6 N for each token. Hours need it.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If it is none of them, or the speed is missing or not needed.
     """
+    hours = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(?:h|hours?|gpu-?h|gpu[- ]hours?)\s*", text, re.IGNORECASE)
+    if hours:
+        if speed is None:
+            raise ValueError(
+                f"a budget of {text.strip()} needs --speed, the FLOPs per second that your training reaches on one GPU "
+                "(6 times N times its tokens per second), such as --speed 180T"
+            )
+        if float(hours[1]) == 0:
+            raise ValueError(f"needed more than 0 hours, got {text!r}")
+        return float(hours[1]) * 3600 * speed
+    if speed is not None:
+        raise ValueError(f"--speed is for a budget in hours, such as 500h, got {text!r}: leave it out")
     share = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", text)
     if share:
         value = float(share[1]) / 100
@@ -56,11 +69,12 @@ def read_spend(text: str, target_flops: float) -> float:
         return read_count(text)
     except ValueError as error:
         raise ValueError(
-            f"needed a share of the target's compute such as 1%, or FLOPs such as 6e20, got {text!r}"
+            f"needed a share of the target's compute such as 1%, FLOPs such as 6e20, or GPU-hours such as 500h, got "
+            f"{text!r}"
         ) from error
 
 
-def plan_study(path: Path, spend: str) -> PlannedStudy:
+def plan_study(path: Path, spend: str, speed: float | None = None) -> PlannedStudy:
     """Plan the runs of a study file for its target.
 
     A `ResizableTrainer` is given the sizes that suit best. Another keeps its own.
@@ -68,6 +82,7 @@ def plan_study(path: Path, spend: str) -> PlannedStudy:
     Args:
         path: The study file, with a [target] table.
         spend: The budget, see `read_spend`.
+        speed: FLOPs per second on one GPU, for a budget in hours.
 
     Raises:
         StudyError: If the file contains mistakes.
@@ -85,7 +100,7 @@ def plan_study(path: Path, spend: str) -> PlannedStudy:
     )
     plan = make_plan(
         target,
-        flops=read_spend(spend, target.C),
+        flops=read_spend(spend, target.C, speed),
         space=study.distributions,
         inputs=inputs,
         sizes=sorted(options),

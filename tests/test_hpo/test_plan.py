@@ -31,7 +31,7 @@ SPACE: dict[str, BaseDistribution] = {
 
 
 def make_plan(share: float = 0.01, **options: Any) -> hpo.Plan:
-    return hpo.plan(N, D, flops=share * 6 * N * D, space=SPACE, seq_len=SEQ, **options)
+    return hpo.plan(N, D, flops=share * 6 * N * D, seq_len=SEQ, **{"space": SPACE, **options})
 
 
 class PlantedLaw:
@@ -366,6 +366,19 @@ def test_a_plan_cannot_be_raised() -> None:
         with pytest.raises(ValueError, match="the runs of a plan are fixed"):
             search.plan(**options)
     assert search.ladder.levels == levels
+
+
+def test_ranges_that_leave_out_what_is_expected_are_warned_of() -> None:
+    """At 1B and 50B, Step Law's published formulas give lr 0.0013 and 750K tokens, 365 sequences."""
+    assert not make_plan().warnings
+    narrow = {"lr": FloatDistribution(3e-3, 0.1, log=True), "batch_seqs": SPACE["batch_seqs"]}
+    plan = make_plan(space=narrow)
+    assert any("best lr of the target" in text and "0.003 to 0.1" in text for text in plan.warnings)
+    assert not any("batch_seqs" in text for text in plan.warnings)
+    assert "warning" in str(plan)
+    assert all(len(line) <= 80 for line in str(plan).splitlines())
+    # Under muP, the best rate is that of a base width, which nobody knows here.
+    assert not make_plan(space=narrow, parametrization="mup").warnings
 
 
 def test_a_plan_says_what_it_costs_and_what_it_is_worth() -> None:

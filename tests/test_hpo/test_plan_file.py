@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from hpo.__main__ import app
+from hpo.cli.plan import read_params
 from hpo.study.config import StudyError, load_study
 from hpo.study.lifecycle import open_search
 from hpo.study.plan_file import read_spend
@@ -74,6 +75,11 @@ def test_a_target_without_a_study_is_planned() -> None:
     [
         ((), "needed a study file, or --params and --tokens"),
         (("--params", "7B", "--tokens", "1T", "--spend", "lots"), "needed a share of the target's compute such as 1%"),
+        (("--params", "7B", "--tokens", "1T", "--spend", "500h"), "a budget of 500h needs --speed"),
+        (("--params", "7B", "--tokens", "1T", "--spend", "0h", "--speed", "1T"), "needed more than 0 hours"),
+        (("--params", "7B", "--tokens", "1T", "--speed", "180T"), "--speed is for a budget in hours"),
+        (("--params", "7B", "--tokens", "1T", "--spend", "5h", "--speed", "fast"), "--speed: needed a positive count"),
+        (("--params", "32x4096", "--tokens", "1T"), "layers x width x vocabulary"),
         (("--params", "7B", "--tokens", "1T", "--spend", "100%"), "needed a share above 0% and below 100%"),
         (("--params", "7B", "--tokens", "1T", "--spend", "1e-9%"), "FLOPs"),
         (("--params", "7B", "--tokens", "1T", "--out", "x.toml"), "it needs a study file"),
@@ -88,6 +94,22 @@ def test_bad_options_are_refused(words: tuple[str, ...], message: str) -> None:
 def test_budgets_are_shares_or_flops() -> None:
     assert read_spend("2.5%", 4e20) == pytest.approx(1e19)
     assert read_spend("3e18", 4e20) == pytest.approx(3e18)
+
+
+def test_gpu_hours_are_flops_at_a_speed() -> None:
+    assert read_spend("2.5h", 4e20, speed=1e14) == pytest.approx(2.5 * 3600 * 1e14)
+    assert read_spend("500 GPU-hours", 4e20, speed=2e14) == pytest.approx(500 * 3600 * 2e14)
+    result = invoke("--params", "1B", "--tokens", "20B", "--spend", "10h", "--speed", "40T", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["flops"] == pytest.approx(10 * 3600 * 40e12, rel=0.02)
+
+
+def test_a_shape_has_the_parameters_that_multiply_tokens() -> None:
+    """A block of four square matrices of attention and two of the feed-forward part, four widths wide."""
+    width, layers, vocabulary = 64, 3, 100
+    blocks = layers * (4 * width * width + 2 * 4 * width * width)
+    assert read_params("3x64x100") == blocks + width * vocabulary
+    assert read_params("7B") == 7e9
 
 
 def test_a_planned_study_keeps_its_other_tables(study: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,47 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
+@cache
+def parse(path: Path) -> ast.Module:
+    """Return the syntax tree of a file, which tests only read."""
+    return ast.parse(path.read_text())
+
+
+@cache
+def walk(path: Path) -> list[ast.AST]:
+    return list(ast.walk(parse(path)))
+
+
+@cache
+def list_runtime_imports(path: Path) -> set[str]:
+    """Return the first parts of the names that a file imports anywhere, except for type checking."""
+    only_types = {
+        inner
+        for node in walk(path)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    names = set[str]()
+    for node in walk(path):
+        if isinstance(node, ast.Import) and node not in only_types:
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node not in only_types:
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+@cache
+def list_calls(path: Path) -> set[str]:
+    """Return what a file calls, as it is written there."""
+    return {ast.unparse(node.func) for node in walk(path) if isinstance(node, ast.Call)}
+
+
 MODULES = {name_of(path): path for package in PACKAGES for path in files(package)}
 
 
-def imports(path: Path, *, everywhere: bool) -> Iterator[str]:
+@cache
+def imports(path: Path, *, everywhere: bool) -> tuple[str, ...]:
     """Dotted names that a file imports: at module level, or anywhere, deferred and type-only imports included."""
 
     def visit(node: ast.AST) -> Iterator[str]:
@@ -91,7 +129,7 @@ def imports(path: Path, *, everywhere: bool) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
             yield from visit(child)
 
-    yield from visit(ast.parse(path.read_text()))
+    return tuple(visit(parse(path)))
 
 
 def tops(path: Path, *, everywhere: bool) -> set[str]:
@@ -169,7 +207,7 @@ def test_no_circle_of_modules() -> None:
 def test_a_subpackage_has_one_paragraph_and_a_few_modules_of_a_readable_length() -> None:
     for package in PACKAGES:
         for subpackage in (p for p in (ROOT / package).iterdir() if p.is_dir() and p.name != "__pycache__"):
-            paragraph, *more = ast.parse((subpackage / "__init__.py").read_text()).body
+            paragraph, *more = parse(subpackage / "__init__.py").body
             assert not more or subpackage.relative_to(ROOT).as_posix() in OLD_MODULES
             assert isinstance(paragraph, ast.Expr), (
                 f"{subpackage.name}/__init__.py holds its paragraph and nothing else"
@@ -193,12 +231,7 @@ def test_big_dependencies_are_imported_in_one_place(dependency: str, subpackages
     """Imports for type checking aside. AutoLRS in proxies.training has a Gaussian process of its own."""
     importers = set()
     for module, path in MODULES.items():
-        tree = ast.parse(path.read_text())
-        for node in [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]:
-            node.body = []
-        names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        names |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-        if dependency in {name.split(".")[0] for name in names}:
+        if dependency in list_runtime_imports(path):
             importers.add(".".join(module.split(".")[:2]))
     assert importers == subpackages
 
@@ -278,7 +311,7 @@ def test_a_class_name_has_one_meaning() -> None:
     homes: dict[str, list[str]] = {}
     for folder in (*PACKAGES, "tests", "benchmarks"):
         for path in files(folder):
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in walk(path):
                 if isinstance(node, ast.ClassDef):
                     homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
     assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
@@ -294,23 +327,13 @@ def test_a_class_name_has_one_meaning() -> None:
     ],
 )
 def test_what_is_shared_is_written_once(call: str, homes: set[str]) -> None:
-    callers = {
-        module
-        for module, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == call
-    }
+    callers = {module for module, path in MODULES.items() if call in list_calls(path)}
     assert callers == homes
 
 
 def test_libraries_log_and_only_commands_print() -> None:
     """Another program's output, which a trainer passes through, is not ours to log."""
-    printing = {
-        module
-        for module, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "say", "sys.stdout.write")
-    }
+    printing = {module for module, path in MODULES.items() if list_calls(path) & {"print", "say", "sys.stdout.write"}}
     commands = {module for module in printing if module.endswith("__main__") or ".cli." in module}
     assert printing - commands == {"scaling.common.cli", "proxies.trainers.command"}
 

@@ -12,15 +12,23 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import traceback
+import warnings
 from collections.abc import Iterator
+from contextlib import chdir
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import optuna
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
+
+from hpo.__main__ import app
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("hpo", "scaling", "proxies")
@@ -251,7 +259,9 @@ def complete_study(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 @parametrize(select("toml", marks=("", "run")))
-def test_a_study_in_the_documentation_is_valid(block: FencedBlock, tmp_path: Path) -> None:
+def test_a_study_in_the_documentation_is_valid(
+    block: FencedBlock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tables = complete_study(tomllib.loads(block.text))
     shutil.copytree(
         ROOT / "studies",
@@ -261,14 +271,9 @@ def test_a_study_in_the_documentation_is_valid(block: FencedBlock, tmp_path: Pat
     (tmp_path / "studies" / "documented.toml").write_text(
         "\n".join(f"{json.dumps(name)} = {to_toml(value)}" for name, value in tables.items())
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "hpo", "validate", "studies/documented.toml"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{block.place}:\n{done.stderr}"
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["validate", "studies/documented.toml"])
+    assert done.exit_code == 0, f"{block.place}:\n{done.output}\n{done.exception!r}"
 
 
 @parametrize(select("toml", "python", marks=("not run",)))
@@ -281,33 +286,28 @@ def test_a_block_that_is_not_run_has_at_least_correct_syntax(block: FencedBlock)
 
 # --- Python -----------------------------------------------------------------------------------------------------------
 
-# Runs blocks, each with the number of its line, in one namespace, and reports all failures at the end.
-RUN_BLOCKS = """
-import json, sys, traceback
-page, blocks = json.load(sys.stdin)
-namespace = {"__name__": "__main__"}
-failed = 0
-for line, text in blocks:
-    try:
-        exec(compile("\\n" * line + text, page, "exec"), namespace)
-    except Exception:
-        failed += 1
-        traceback.print_exc()
-sys.exit(failed)
-"""
-
 
 def run_python(page: Path, blocks: list[FencedBlock], folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_BLOCKS],
-        input=json.dumps([str(page.relative_to(ROOT)), [(block.line, block.text) for block in blocks]]),
-        cwd=folder,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, f"{page.relative_to(ROOT)}:\n{done.stderr}"
+    """Run blocks in one namespace, as if they were one program in this folder, and report all failures at the end.
+
+    They run in this process, because a new one would spend most of its time on imports. What a program sets for its
+    whole process is set back.
+    """
+    namespace = {"__name__": "__main__"}
+    failures = []
+    verbosity = optuna.logging.get_verbosity()
+    with (
+        warnings.catch_warnings(action="default"),
+        mock.patch.dict(os.environ, clean_environment(), clear=True),
+        chdir(folder),
+    ):
+        for block in blocks:
+            try:
+                exec(compile("\n" * block.line + block.text, str(page.relative_to(ROOT)), "exec"), namespace)
+            except Exception:
+                failures.append(traceback.format_exc())
+    optuna.logging.set_verbosity(verbosity)
+    assert not failures, "\n".join(failures)
 
 
 def clean_environment() -> dict[str, str]:

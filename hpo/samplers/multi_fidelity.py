@@ -63,7 +63,8 @@ class MultiFidelitySampler(BaseSampler):
     Args:
         seed: Seed of all draws; drawn at random by default.
         n_startup_trials: Number of configurations taken from a scrambled Sobol sequence before the model is used. The
-            default is max(4, number of parameters + 1).
+            default is max(4, number of parameters + 1). With 0, the model is used as soon as a loss is known, otherwise
+            only from the second one on.
         surrogate: "bowl" (`hpo.surrogate.kernel`), "deep" or "nngp" (`hpo.surrogate.deep_kernels`).
         belief: Power laws of where the optimum of some parameters is believed to lie, by parameter
             (`hpo.samplers.belief`). The first configuration is then this optimum.
@@ -86,9 +87,9 @@ class MultiFidelitySampler(BaseSampler):
     ) -> None:
         if seed is not None and seed < 0:
             raise ValueError(f"seed must be a non-negative integer, got {seed}")
-        if n_startup_trials is not None and n_startup_trials < 1:
+        if n_startup_trials is not None and n_startup_trials < 0:
             raise ValueError(
-                f"n_startup_trials must be at least 1, got {n_startup_trials}: leave it out for the default"
+                f"n_startup_trials must not be negative, got {n_startup_trials}: leave it out for the default"
             )
         if surrogate not in MODEL_SAMPLERS.values():
             raise ValueError(f"surrogate must be one of {', '.join(MODEL_SAMPLERS.values())}, got {surrogate!r}")

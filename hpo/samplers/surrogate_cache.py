@@ -72,9 +72,9 @@ class SurrogateCache:
         return self.__dict__ | dict.fromkeys(fitted)
 
     def has_model(self, observed: Observations, cube: Cube) -> bool:
-        """Return whether the start-up configurations are done and two losses are known."""
+        """Return whether the start-up configurations are done and two losses are known; without start-up, one."""
         startup = self._n_startup if self._n_startup is not None else max(4, len(cube.space) + 1)
-        return observed.n_configurations >= startup and int(observed.finite.sum()) >= 2
+        return observed.n_configurations >= startup and int(observed.finite.sum()) >= min(startup, 1) + 1
 
     def get(self, cube: Cube, observed: Observations, target: Fidelity) -> Surrogate | None:
         """Return the surrogate; None during start-up."""

@@ -341,8 +341,8 @@ def test_samplers_are_created_by_name() -> None:
         make_sampler("rnadom", seed=0)
     with pytest.raises(ValueError, match="non-negative"):
         MultiFidelitySampler(seed=-1)
-    with pytest.raises(ValueError, match="at least 1"):
-        MultiFidelitySampler(n_startup_trials=0)
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        MultiFidelitySampler(n_startup_trials=-1)
 
 
 def test_importing_the_samplers_does_not_import_torch() -> None:
@@ -360,4 +360,18 @@ class TestOptunasOwnContract(
 ):
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
-        return lambda: MultiFidelitySampler(seed=0, n_startup_trials=3)
+        # As Optuna tests its own samplers with a model: no trial is left to the start-up.
+        return lambda: MultiFidelitySampler(seed=0, n_startup_trials=0)
+
+
+def test_without_start_up_the_model_is_used_from_the_first_loss() -> None:
+    """One loss is enough for a model, which then leaves the Sobol sequence; no loss, or only NaN, is not."""
+    proposals: dict[int, list[dict[str, Any]]] = {0: [], 1: []}
+    for startup, proposed in proposals.items():
+        for losses in ([], [math.nan], [2.0]):
+            study, sampler = optuna.create_study(), MultiFidelitySampler(seed=0, n_startup_trials=startup)
+            for loss in losses:
+                add(study, {"lr": 0.003, "batch": 64}, CHEAP[0], loss)
+            proposed.append(sampler.propose(study, SPACE, CHEAP[:1], lambda f: f.C, CHEAP[0])[0])
+    assert proposals[0][:2] == proposals[1][:2]
+    assert proposals[1][1] == proposals[1][2] != proposals[0][2]

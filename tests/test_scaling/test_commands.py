@@ -73,10 +73,10 @@ def test_recommend_shows_the_next_run_and_published_laws(source: str) -> None:
 
 
 def test_an_untrusted_answer_exits_with_3_and_says_so_on_the_first_line(source: str) -> None:
-    done = run("recommend", source, "--params", "40M", "--tokens", "5M", "--no-next")
+    done = run("recommend", source, "--params", "60M", "--tokens", "5M", "--no-next")
     assert done.exit_code == 3
-    assert done.stdout.startswith("NOT TO BE TRUSTED: The target's N is 100 times")
-    as_json = run("recommend", source, "--params", "40M", "--tokens", "5M", "--no-next", "--json")
+    assert done.stdout.startswith("NOT TO BE TRUSTED: The target's N is 150 times")
+    as_json = run("recommend", source, "--params", "60M", "--tokens", "5M", "--no-next", "--json")
     assert as_json.exit_code == 3
     assert parse_strict_json(as_json.stdout)["trustworthy"] is False
 

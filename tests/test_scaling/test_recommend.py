@@ -172,9 +172,9 @@ def test_published_laws_are_shown_with_their_warnings() -> None:
 
 
 def test_an_untrusted_answer_says_so_first_and_last_with_the_reason() -> None:
-    text = recommend(RUNS, N=40 * 4e5, D=40 * 1.8e6).explain()
+    text = recommend(RUNS, N=140 * 4e5, D=140 * 1.8e6).explain()
     first, last = text.splitlines()[0], text.splitlines()[-1]
-    assert first.startswith("NOT TO BE TRUSTED: The target's N is 40 times the largest in the data")
+    assert first.startswith("NOT TO BE TRUSTED: The target's N is 140 times the largest in the data")
     assert last.startswith("NOT TO BE TRUSTED")
     assert "estimate" not in text
     assert "NOT TO BE" not in str(recommend(RUNS, N=8e5, D=5e6, space=WIDE))
@@ -328,7 +328,7 @@ def test_more_noise_between_runs_widens_the_interval_of_one_run() -> None:
 
 
 def test_the_printed_table_shows_every_number_and_flag() -> None:
-    answer = recommend(RUNS, N=40 * 4e5, D=5e6)
+    answer = recommend(RUNS, N=140 * 4e5, D=5e6)
     text = answer.explain()
     for shown in (f"{answer.lr:.4g}", f"{answer.batch_tokens:,.0f}", f"{answer.loss:.4f}", "90 % interval", "SERIOUS"):
         assert shown in text
